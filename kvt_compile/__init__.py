@@ -1,0 +1,25 @@
+"""k-NN attention for any PyTorch model: `torch.compile(model, backend="kvt")`.
+
+Every softmax(Q Kᵀ) V of a model is found, however it is spelled, and rewritten so that each query attends to its k
+highest-scoring keys (KVT, arXiv 2106.00515).
+"""
+
+from kvt_compile.backend import RefusalError
+from kvt_compile.capture import CaptureError
+from kvt_compile.config import OptionError, Options
+from kvt_compile.explain import explain
+from kvt_compile.functional import topk_attention
+from kvt_compile.report import Report
+from kvt_compile.rewrite import RewriteResult, rewrite
+
+__all__ = [
+    "CaptureError",
+    "OptionError",
+    "Options",
+    "RefusalError",
+    "Report",
+    "RewriteResult",
+    "explain",
+    "rewrite",
+    "topk_attention",
+]

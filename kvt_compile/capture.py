@@ -1,0 +1,124 @@
+"""A model, however it comes -> one `fx.GraphModule` with fake values, and what its placeholders are.
+
+    nn.Module        torch.fx.symbolic_trace, else torch.export
+    fx.GraphModule   a copy, with shapes propagated unless the capture left them
+    ExportedProgram  its own graph (a copy of the program)
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils import _pytree as pytree
+
+from kvt_compile.passes.values import meta_value
+
+
+class CaptureError(RuntimeError):
+    """The model could not be turned into one graph; the message says what was tried."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One graph of a model.  `program` is set when it came through torch.export."""
+
+    graph: fx.GraphModule
+    how: str
+    program: ExportedProgram | None = None
+    origins: dict[str, str] = field(default_factory=dict)
+
+
+class _Tracer(fx.Tracer):
+    """symbolic_trace that remembers the model's own file and line for every node."""
+
+    record_stack_traces = True
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        # nn.MultiheadAttention is a leaf by default, which would hide the attention in it
+        return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, _OPENED)
+
+
+_SCALARS = (bool, int, float, str, type(None))
+_OPENED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+def capture(
+    model: nn.Module | fx.GraphModule | ExportedProgram, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Captured:
+    """One graph of the model with fake values on its nodes; the model itself is not changed.
+
+    Raises CaptureError when neither symbolic_trace nor torch.export can trace the model, TypeError for anything that
+    is not a module, a graph or a program.
+    """
+    if isinstance(model, ExportedProgram):
+        return _from_program(copy.deepcopy(model), "torch.export program")
+    if isinstance(model, fx.GraphModule):
+        graph = fx.GraphModule(model, copy.deepcopy(model.graph))
+        if any(meta_value(node) is None for node in graph.graph.nodes if node.op != "output"):
+            _propagate(graph, args, kwargs)
+        return Captured(graph, "graph module")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected an nn.Module, an fx.GraphModule or an ExportedProgram, got {type(model).__name__}")
+    try:
+        return _by_symbolic_trace(model, args, kwargs)
+    except Exception as traced:  # any Python in the model may fail under a tracer
+        try:
+            program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
+        except Exception as exported:
+            raise CaptureError(
+                f"{type(model).__name__} cannot be captured as one graph: symbolic_trace says {_first_line(traced)}; "
+                f"torch.export says {_first_line(exported)}.  torch.compile(model, backend='kvt') does not need one graph."
+            ) from exported
+        return _from_program(program, "torch.export")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"
+
+
+def _by_symbolic_trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    # what is no tensor decides the model's control flow, so it is fixed (and checked at run time) rather than traced
+    fixed = {name: value for name, value in bound.arguments.items() if isinstance(value, _SCALARS)}
+    graph = _Tracer().trace(model, concrete_args=fixed)
+    placeholders = (node for node in graph.nodes if node.op == "placeholder")
+    for name, node in zip(bound.arguments, placeholders, strict=False):
+        if str(node.target) == f"{name}_1":  # fx renames fixed arguments; callers know them by their own names
+            node.target = name
+    module = fx.GraphModule(model, graph, type(model).__name__)
+    _propagate(module, args, kwargs)
+    return Captured(module, "torch.fx.symbolic_trace")
+
+
+def _propagate(graph: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Fake values on every node, with the first dimension of every input dynamic (it is the batch, most often)."""
+    names = [node.target for node in graph.graph.nodes if node.op == "placeholder"]
+    defaults = [node.args[0] if node.args else None for node in graph.graph.nodes if node.op == "placeholder"]
+    values = list(args) + [kwargs.get(str(name), default) for name, default in zip(names, defaults, strict=True)][len(args) :]
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    fakes = pytree.tree_map_only(torch.Tensor, lambda x: _fake(mode, x), values)
+    FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*fakes)
+
+
+def _fake(mode: FakeTensorMode, x: torch.Tensor) -> torch.Tensor:
+    dynamic = [DimDynamic.DYNAMIC if dim == 0 and size > 1 else DimDynamic.STATIC for dim, size in enumerate(x.shape)]
+    return mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic))
+
+
+def _from_program(program: ExportedProgram, how: str) -> Captured:
+    signature = program.graph_signature
+    origins = dict.fromkeys(signature.inputs_to_parameters, "parameter")
+    origins |= dict.fromkeys(signature.inputs_to_buffers, "buffer")
+    return Captured(program.graph_module, how, program, origins)

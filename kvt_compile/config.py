@@ -1,0 +1,111 @@
+"""What a user may ask for -> checked, frozen `Options`.  Nothing else in the library reads configuration.
+
+    options={"topk": 64, "exclude": ["head.*"], "max_autotune": True}
+      ->  Options(topk=64, exclude=("head.*",), ...)  and  {"max_autotune": True}, which is Inductor's
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from kvt_compile.kernels import lowerings
+from kvt_compile.passes.decide import DEFAULT_TOPK, Policy, Rule, validate_rule
+from kvt_compile.passes.site import Axis
+
+OnRefusal = Literal["ignore", "warn", "error"]
+OtherAxis = Literal["dense", "rewrite"]
+
+
+class OptionError(ValueError):
+    """An option that does not exist or has a value it cannot have."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Every option of every way in (`torch.compile(options=...)`, `rewrite`, `explain`)."""
+
+    topk: Rule = DEFAULT_TOPK
+    """Keys kept per query: int >= 1 (clamped to the number of keys), float in (0, 1] (share of the keys), None (leave
+    dense), a mapping from module-path pattern to any of these (first match wins, no match leaves dense), or a callable
+    that takes an `AttentionSite` and returns one of them."""
+    include: tuple[str, ...] = ()
+    """Only rewrite sites whose module path matches one of these patterns (`fnmatch` style); empty means all."""
+    exclude: tuple[str, ...] = ()
+    """Do not rewrite sites whose module path matches one of these patterns."""
+    force_rewrite: bool = False
+    """Rewrite also where k >= Nk, so that the rewritten path can be compared with the dense one."""
+    lowering: str = "auto"
+    """How the new nodes are computed: "auto", or the name of one lowering."""
+    on_refusal: OnRefusal = "ignore"
+    """What to do about a softmax or SDPA call that is left as it is: nothing, a warning, or an error."""
+    channel_attention: OtherAxis = "dense"
+    """What to do with attention over channels (XCiT, DaViT)."""
+    batch_attention: OtherAxis = "dense"
+    """What to do with attention over the batch."""
+
+    @property
+    def policy(self) -> Policy:
+        """The part of the options that the passes decide by."""
+        axes: set[Axis] = {"token"}
+        axes |= {"channel"} if self.channel_attention == "rewrite" else set()
+        axes |= {"batch"} if self.batch_attention == "rewrite" else set()
+        return Policy(self.topk, self.include, self.exclude, self.force_rewrite, frozenset(axes))
+
+
+NAMES = tuple(field.name for field in fields(Options))
+
+
+def make_options(given: Mapping[str, Any]) -> Options:
+    """Checks every value.  Raises OptionError (a ValueError) or TypeError saying what was found and expected."""
+    unknown = [name for name in given if name not in NAMES]
+    if unknown:
+        raise OptionError(_unknown(unknown[0], NAMES))
+    values = dict(given)
+    if "topk" in values:
+        validate_rule(values["topk"])
+    for name in ("include", "exclude"):
+        if name in values:
+            values[name] = _patterns(name, values[name])
+    for name, allowed in (
+        ("on_refusal", get_args(OnRefusal)),
+        ("channel_attention", get_args(OtherAxis)),
+        ("batch_attention", get_args(OtherAxis)),
+        ("lowering", lowerings.names()),
+    ):
+        if name in values and values[name] not in allowed:
+            raise OptionError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {values[name]!r}")
+    if not isinstance(values.get("force_rewrite", False), bool):
+        raise OptionError(f"force_rewrite must be True or False, got {values['force_rewrite']!r}")
+    return Options(**values)
+
+
+def split_options(given: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
+    """Our options, and the rest, which must be Inductor's own.  Raises OptionError for a name that is neither."""
+    given = dict(given or {})
+    ours = {name: value for name, value in given.items() if name in NAMES}
+    rest = {name: value for name, value in given.items() if name not in NAMES}
+    if rest:
+        from torch._inductor import list_options
+
+        known = set(list_options())
+        for name in rest:
+            if name.replace("-", "_") not in known:
+                raise OptionError(_unknown(name, (*NAMES, *sorted(known))))
+    return make_options(ours), rest
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown option {name!r}{hint} (kvt's options are {', '.join(NAMES)}; Inductor's own pass through)"
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, Sequence) and all(isinstance(pattern, str) for pattern in value):
+        return tuple(value)
+    raise OptionError(f"{name} must be a module-path pattern such as 'blocks.*.attn' or a list of them, got {value!r}")

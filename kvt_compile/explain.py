@@ -1,0 +1,102 @@
+"""`explain(model, *inputs)`: what torch.compile(backend="kvt") would find and do, without doing it."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from kvt_compile.capture import capture
+from kvt_compile.config import NAMES, OptionError, Options, make_options
+from kvt_compile.passes.decide import keys_kept, unmatched_patterns
+from kvt_compile.passes.pipeline import PassResult, run_passes
+from kvt_compile.report import RefusalReport, Report, SiteReport
+
+
+def explain(model: nn.Module | fx.GraphModule | ExportedProgram, *example_inputs: Any, **keywords: Any) -> Report:
+    """Reports every attention of a model, what would become of it, and every softmax that would be left alone.
+
+    The model is captured by torch.compile as it would be in use, graph breaks included, and run once; its parameters,
+    buffers and random state are as before afterwards.
+
+    Args:
+        model: an `nn.Module`, a graph module, or an `ExportedProgram`.
+        example_inputs: inputs of the model.
+        keywords: options of `kvt_compile.config.Options`; every other keyword is an input of the model.
+
+    Raises OptionError for an option with a value it cannot have, or a pattern that matches no site.
+    """
+    options = make_options({name: value for name, value in keywords.items() if name in NAMES})
+    kwargs = {name: value for name, value in keywords.items() if name not in NAMES}
+    if isinstance(model, fx.GraphModule | ExportedProgram):
+        captured = capture(model, example_inputs, kwargs)
+        results = [run_passes(captured.graph, options.policy, origins=captured.origins, apply=False)]
+    else:
+        results = _through_dynamo(model, example_inputs, kwargs, options)
+    if wrong := unmatched_patterns(options.policy, [d.site for result in results for d in result.decisions]):
+        raise OptionError(wrong)
+    return build_report(results, options)
+
+
+def _through_dynamo(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> list[PassResult]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected an nn.Module, an fx.GraphModule or an ExportedProgram, got {type(model).__name__}")
+    results: list[PassResult] = []
+
+    def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        results.append(run_passes(gm, options.policy, lowering=options.lowering, apply=False))
+        forward: Callable[..., Any] = gm.forward
+        return forward
+
+    # more graphs than usual may come from one piece of code when many models are explained in one process
+    with _unchanged(model), torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 20):
+        torch.compile(_fresh_call(), backend=record)(model, args, kwargs)
+    return results
+
+
+def _fresh_call() -> Callable[..., Any]:
+    """`self(*args, **kwargs)` as a function of its own: Dynamo keeps what it compiled on the code object, and the
+    user's code should carry nothing of ours."""
+
+    def call(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self(*args, **kwargs)
+
+    return types.FunctionType(call.__code__.replace(co_name="explain"), globals(), "explain")
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Buffers (running statistics) and random state as they were, after the model ran."""
+    kept = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, buffer in model.named_buffers():
+                    if name in kept:
+                        buffer.copy_(kept[name])
+
+
+def build_report(results: Iterable[PassResult], options: Options) -> Report:
+    """One report of all captured graphs."""
+    sites: list[SiteReport] = []
+    refusals: list[RefusalReport] = []
+    for number, result in enumerate(results):
+        for decision in result.decisions:
+            topk = decision.topk
+            if topk is not None and isinstance(decision.site.keys, int):
+                topk = keys_kept(topk, decision.site.keys)
+            shown = topk if topk is None or isinstance(topk, int) else f"{topk:g} of {decision.site.keys}"
+            sites.append(
+                SiteReport.of(
+                    decision.site, topk=shown, reason=decision.reason, lowering=options.lowering, graph=number
+                )
+            )
+        refusals += [RefusalReport.of(refusal, graph=number) for refusal in result.refusals]
+    return Report(tuple(sites), tuple(refusals))

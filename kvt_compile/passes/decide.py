@@ -1,0 +1,115 @@
+"""Site + policy -> k, or "leave dense" with the reason.
+
+    topk = 0.5                                  every site keeps half of its keys
+    topk = {"blocks.*": 64, "*": None}          by module path, first match wins; None leaves the site dense
+    topk = lambda site: 32 if site.keys > 64 else None
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from kvt_compile.topk import TopK, as_fraction, validate
+
+from .site import AttentionSite, Axis
+
+Rule = TopK | None | Mapping[str, TopK | None] | Callable[[AttentionSite], TopK | None]
+DEFAULT_TOPK = 0.5
+
+
+class PolicyError(ValueError):
+    """A `topk`, `include` or `exclude` that cannot be meant."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which sites are rewritten, and how many keys each query keeps."""
+
+    topk: Rule = DEFAULT_TOPK
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    force_rewrite: bool = False
+    axes: frozenset[Axis] = field(default_factory=lambda: frozenset({"token"}))
+
+
+@dataclass(frozen=True)
+class Decision:
+    """`topk` keys per query for this site, or None with the reason it stays dense."""
+
+    site: AttentionSite
+    topk: TopK | None
+    reason: str = ""
+
+
+def validate_rule(rule: Rule) -> Rule:
+    """Checks everything about a rule that can be checked before there is a site."""
+    if rule is None or callable(rule):
+        return rule
+    if isinstance(rule, Mapping):
+        for pattern, topk in rule.items():
+            if not isinstance(pattern, str):
+                raise PolicyError(f"topk: patterns are module paths such as 'blocks.*.attn', got {pattern!r}")
+            if topk is not None:
+                validate(topk)
+        return rule
+    return validate(rule)
+
+
+def share_of(topk: TopK) -> Fraction | None:
+    """The exact fraction a float means (0.1 is one tenth), None for a number of keys."""
+    return Fraction(*as_fraction(topk)) if isinstance(topk, float) else None
+
+
+def decide(site: AttentionSite, policy: Policy) -> Decision:
+    """The decision for one site.  With a dynamic number of keys the comparison is left to the rewrite."""
+    path = site.where.module
+    if policy.include and not any(fnmatch.fnmatchcase(path, pattern) for pattern in policy.include):
+        return Decision(site, None, "not in `include`")
+    if any(fnmatch.fnmatchcase(path, pattern) for pattern in policy.exclude):
+        return Decision(site, None, "in `exclude`")
+    if site.axis not in policy.axes:
+        return Decision(site, None, f"attention over {_PLURAL[site.axis]} is left dense ({site.axis}_attention='dense')")
+    topk = _apply(policy.topk, site)
+    if topk is None:
+        return Decision(site, None, "topk is None for this site")
+    if not policy.force_rewrite and isinstance(site.keys, int) and keys_kept(topk, site.keys) >= site.keys:
+        return Decision(site, None, f"k = {keys_kept(topk, site.keys)} keeps all {site.keys} keys")
+    return Decision(site, topk)
+
+
+_PLURAL: dict[Axis, str] = {"token": "tokens", "channel": "channels", "batch": "the batch"}
+
+
+def keys_kept(topk: TopK, keys: int) -> int:
+    """k for a known number of keys: min(int, keys), or ceil(share * keys)."""
+    share = share_of(topk)
+    return min(int(topk), keys) if share is None else math.ceil(share * keys)
+
+
+def _apply(rule: Rule, site: AttentionSite) -> TopK | None:
+    if isinstance(rule, Mapping):
+        for pattern, topk in rule.items():
+            if fnmatch.fnmatchcase(site.where.module, pattern):
+                return topk
+        return None
+    if callable(rule):
+        answer = rule(site)
+        return None if answer is None else validate(answer)
+    return rule
+
+
+def unmatched_patterns(policy: Policy, sites: Sequence[AttentionSite]) -> str | None:
+    """A sentence about the first pattern that matches no site of the model, or None when every one does."""
+    patterns = [("include", p) for p in policy.include] + [("exclude", p) for p in policy.exclude]
+    if isinstance(policy.topk, Mapping):
+        patterns += [("topk", p) for p in policy.topk]
+    paths = [site.where.module for site in sites]
+    for option, pattern in patterns:
+        if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
+            known = ", ".join(dict.fromkeys(paths)) or "none at all"
+            return f"{option} pattern {pattern!r} matches no attention site; the sites are: {known}"
+    return None

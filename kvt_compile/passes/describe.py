@@ -1,0 +1,121 @@
+"""Assembled pieces -> `AttentionSite`: the facts a person reads beside the plan the rewrite follows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import sympy
+from torch import fx
+
+from kvt_compile.kernels import score as language
+
+from .assemble import Assembled, Miss, size_of
+from .coords import Coords, Space
+from .site import Atom, AttentionSite, Axis, Captured, Fused, Operand, ScoresKept, Size, Where
+from .values import Dim, Value
+
+
+def place(node: fx.Node) -> Where:
+    """Module path, file and line a node came from, as far as the capture recorded them."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [entry[0] for entry in stack.values() if isinstance(entry, tuple)]
+    path = re.sub(r"\bL\[['\"](?:self|fn)['\"]\]\.?", "", str(paths[-1])) if paths else ""
+    path = re.sub(r"^L__self___?|^self\.", "", path)
+    path = re.sub(r"\._modules\[['\"]([^'\"]+)['\"]\]", r".\1", path).lstrip(".")
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or node.stack_trace or "")
+    file, line = frames[-1] if frames else ("", "0")
+    return Where(path, file, int(line))
+
+
+def size_text(size: Dim) -> Size:
+    return size if isinstance(size, int) else str(size)
+
+
+def _sizes(*groups: Iterable[Atom]) -> tuple[Size, ...]:
+    return tuple(size_text(size_of(tuple(group))) for group in groups)
+
+
+def _named(expression: sympy.Expr, names: list[str]) -> str:
+    """The expression with captured tensors by the graph's own names, for people."""
+    return re.sub(r"\bc(\d+)\b", lambda match: names[int(match[1])], language.to_text(expression))
+
+
+def describe_fused(
+    anchor: Value,
+    node: fx.Node,
+    assembled: Assembled,
+    out: Coords,
+    space: Space,
+    interior: frozenset[Value],
+    dropout: float,
+    dropout_module: str,
+) -> AttentionSite:
+    groups = assembled.groups
+    names = _unique([(leaf.value.holder or leaf.value.node).name for leaf in assembled.captured])
+    captured = []
+    for slot, leaf in enumerate(assembled.captured):
+        reads = [x for e in (assembled.score, assembled.weight) for x in language.loads(e) if x.slot == slot]
+        fake = leaf.value
+        captured.append(
+            Captured(
+                names[slot], tuple(size_text(s) for s in fake.shape), str(fake.dtype).removeprefix("torch."),
+                "; ".join(_named(x, names) for x in reads), _requires_grad(fake),
+            )
+        )  # fmt: skip
+    plan = Fused(
+        node, assembled.q, assembled.k, assembled.v, groups,
+        tuple(c.digits for c in space.resolve_all(out)),
+        language.to_text(assembled.score), language.to_text(assembled.weight),
+        tuple(leaf.value for leaf in assembled.captured), assembled.sizes, dropout, dropout_module, interior,
+    )  # fmt: skip
+    batch, heads, kv_heads, queries, keys, head_dim, value_dim = _sizes(
+        groups.batch, (*groups.kv_heads, *groups.group), groups.kv_heads, groups.queries, groups.keys,
+        groups.features, groups.value_features,
+    )  # fmt: skip
+    weight = _named(assembled.weight, names) + (f"*dropout({dropout:g})" if dropout else "")
+    return AttentionSite(
+        place(anchor.node), anchor.node, "fused", assembled.axis, batch, heads, kv_heads, queries, keys,
+        head_dim, value_dim, _dtype_name(assembled.q), _named(assembled.score, names), weight, tuple(captured), plan,
+    )  # fmt: skip
+
+
+def _requires_grad(value: Value) -> bool:
+    from .values import meta_value
+
+    fake = meta_value(value.holder or value.node)
+    return bool(getattr(fake, "requires_grad", False))
+
+
+def _dtype_name(operand: Operand) -> str:
+    return str(operand.dtype).removeprefix("torch.")
+
+
+def _unique(names: list[str]) -> list[str]:
+    return [name if names.count(name) == 1 else f"{name}.{n}" for n, name in enumerate(names)]
+
+
+def describe_kept(
+    anchor: Value,
+    plan: ScoresKept,
+    axis: Axis,
+    key: tuple[Value, Coords],
+    query: tuple[Value, Coords],
+    value: tuple[Value, Coords],
+    scores: sympy.Expr,
+    miss: Miss,
+) -> AttentionSite:
+    """A scores-kept site; its score tensor has any rank, so sizes are those of its last axes."""
+    shape = [size_text(s) for s in anchor.shape]
+    keys = shape.pop(plan.dim)
+    queries = shape.pop() if shape else 1
+    heads = shape.pop() if shape else 1
+    batch: Size = 1
+    for size in shape:
+        batch = batch * size if isinstance(batch, int) and isinstance(size, int) else f"{batch}*{size}"
+    width = size_text(value[0].shape[-1])
+    return AttentionSite(
+        place(anchor.node), anchor.node, "scores-kept", axis, batch, heads, heads, queries, keys,
+        size_text(key[0].shape[-1]), width, str(anchor.inputs[0].dtype).removeprefix("torch."),
+        anchor.inputs[0].node.name, "p", (), plan, miss.reason,
+    )  # fmt: skip

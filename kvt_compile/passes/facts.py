@@ -1,0 +1,83 @@
+"""What one sweep over the canonical graph tells about every value (linear in the graph).
+
+    activation    depends on a graph input            raw     a parameter, at most rearranged
+    carries       a pointwise/layout way leads here from a product of two computed tensors, so it may be scores
+    widely        the same, also through operations that mix axes (a linear map over heads, a convolution)
+    cost          elements that must be kept to compute it again from what is kept, where that is cheap
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .canonicalise import CanonicalGraph
+from .read import numel
+from .values import Value
+
+_THROUGH = frozenset({"pointwise", "layout", "select_by"})
+
+
+@dataclass
+class Facts:
+    activation: set[Value] = field(default_factory=set)
+    raw: set[Value] = field(default_factory=set)
+    carries: set[Value] = field(default_factory=set)
+    widely: set[Value] = field(default_factory=set)
+    cost: dict[Value, float] = field(default_factory=dict)
+    work: dict[Value, int] = field(default_factory=dict)
+    """Pointwise operations per element that computing it again takes."""
+
+
+def gather_facts(graph: CanonicalGraph) -> Facts:
+    facts = Facts()
+    for value in graph.values:
+        operands = list(value.operands)
+        size = numel(value)
+        if value.kind == "source":
+            (facts.activation if value.origin == "input" else facts.raw).add(value)
+            facts.cost[value], facts.work[value] = size, 0
+            continue
+        if any(x in facts.activation for x in operands):
+            facts.activation.add(value)
+        if _is_raw(value, operands, facts):
+            facts.raw.add(value)
+        if value.kind == "contraction":
+            sides = [n for n, x in enumerate(value.inputs) if x in facts.raw]
+            value.attrs["mixing"] = bool(sides)
+            value.attrs["raw_side"] = sides[-1] if sides else None
+        if value.kind == "contraction" and not value.attrs["mixing"]:
+            if value in facts.activation:
+                facts.carries.add(value)
+                facts.widely.add(value)
+        elif value.kind != "sdpa":
+            if value.kind in _THROUGH and any(x in facts.carries for x in operands):
+                facts.carries.add(value)
+            if any(x in facts.widely for x in operands):
+                facts.widely.add(value)
+        facts.cost[value] = _cost(value, operands, size, facts)
+    return facts
+
+
+def _is_raw(value: Value, operands: list[Value], facts: Facts) -> bool:
+    if value.kind not in ("layout", "pointwise") or not operands or not all(x in facts.raw for x in operands):
+        return False
+    grows = value.name == "expand" and numel(value) > numel(operands[0])
+    return not grows
+
+
+_CHEAP = 4
+"""Pointwise operations a kernel may repeat per score to spare a captured tensor of that size."""
+
+
+def _cost(value: Value, operands: list[Value], size: float, facts: Facts) -> float:
+    if value.kind == "layout":
+        facts.work[value] = facts.work[operands[0]]
+        return min(size, facts.cost[operands[0]])
+    if value.kind == "pointwise" and operands and value.name != "dropout":
+        work = sum(facts.work[x] for x in operands) + (value.name != "identity")
+        cost = sum(facts.cost[x] for x in set(operands))
+        if work <= _CHEAP and cost < size:
+            facts.work[value] = work
+            return cost
+    facts.work[value] = 0
+    return size

@@ -1,0 +1,80 @@
+"""Which axes of an operation's output are axes of its input, for operations that are not pointwise.
+
+    linear over the last axis: every other axis passes        conv2d 1x1: batch and space pass, channels mix
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .coords import Coord, Coords, Space
+from .values import Value
+
+Inputs = list[tuple[Value, Coords]]
+
+# op -> how many leading / which axes are mixed; everything else passes unchanged
+_LAST = frozenset({"layer_norm", "rms_norm", "log_softmax", "cumsum", "softmax", "sort", "glu"})
+_CHANNEL = frozenset({"conv1d", "conv2d", "conv3d", "batch_norm", "group_norm", "instance_norm", "convolution"})
+_UNIFORM = frozenset({"gelu", "detach", "nan_to_num", "masked_scatter", "roll", "flip", "softplus", "elu", "leaky_relu",
+                      "hardtanh", "normalize", "alpha_dropout", "bernoulli", "mish", "hardswish", "round", "floor"})  # fmt: skip
+
+
+def _mix(space: Space, x: Value, out: Coords, dims: set[int]) -> Coords:
+    """Input coordinates equal to the output's, but fresh on the axes that are mixed."""
+    return tuple(
+        space.fresh("mix", size) if dim in dims else coord
+        for dim, (size, coord) in enumerate(zip(x.shape, out, strict=True))
+    )
+
+
+def passed_inputs(space: Space, value: Value, out: Coords) -> Inputs | None:
+    """(input, its coordinates) for every tensor input whose axes can be followed, or None when none can."""
+    if value.kind == "contraction":
+        return _through_contraction(space, value, out)
+    x = next(iter(value.operands), None)
+    if x is None:
+        return None
+    if value.kind in ("reduce",):
+        return _through_reduce(space, value, x, out)
+    if len(x.shape) != len(value.shape):
+        return None
+    rank = len(x.shape)
+    if value.kind == "softmax":
+        return [(x, _mix(space, x, out, {value.attrs["dim"]}))]
+    rules: list[tuple[frozenset[str], Callable[[], set[int]]]] = [
+        (_LAST, lambda: {rank - 1}),
+        (_CHANNEL, lambda: {1} if rank > 1 else set()),
+        (_UNIFORM, lambda: set()),
+    ]
+    for names, dims in rules:
+        if value.name in names:
+            mixed = dims()
+            kept = [d for d in range(rank) if d not in mixed]
+            if all(x.shape[d] == value.shape[d] for d in kept):
+                return [(x, _mix(space, x, out, mixed))]
+    return None
+
+
+def _through_contraction(space: Space, value: Value, out: Coords) -> Inputs:
+    at: dict[object, Coord] = dict(zip(value.attrs["out"], out, strict=True))
+    inputs: Inputs = []
+    for x, labels in zip(value.inputs, (value.attrs["lhs"], value.attrs["rhs"]), strict=True):
+        coords: list[Coord] = []
+        for label, size in zip(labels, x.shape, strict=True):
+            if label is not None and label not in at:
+                at[label] = space.fresh("d", size)
+            coords.append(Coord() if label is None else at[label])
+        inputs.append((x, tuple(coords)))
+    return inputs
+
+
+def contraction_inputs(space: Space, value: Value, out: Coords) -> tuple[tuple[Value, Coords], tuple[Value, Coords]]:
+    """Both operands of a contraction with their coordinates; summed labels get fresh ones."""
+    left, right = _through_contraction(space, value, out)
+    return left, right
+
+
+def _through_reduce(space: Space, value: Value, x: Value, out: Coords) -> Inputs:
+    dims = value.attrs["dims"]
+    rest = iter(c for d, c in enumerate(out) if not (value.attrs["keepdim"] and d in dims))
+    return [(x, tuple(space.fresh("r", size) if d in dims else next(rest) for d, size in enumerate(x.shape)))]

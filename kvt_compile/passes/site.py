@@ -1,0 +1,143 @@
+"""What the finder says: `AttentionSite` (this is attention, and here is its algebra) and `Refusal` (this softmax is
+not, or cannot be proved to be, and here is why).  Facts travel from stop to stop in these and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import fx
+
+from .coords import Atom, Coord
+from .values import Value
+
+Size = int | str
+"""A size: a number, or the text of a symbolic one (`s0`) when shapes are dynamic."""
+
+Tier = Literal["fused", "scores-kept"]
+Axis = Literal["token", "channel", "batch"]
+
+
+@dataclass(frozen=True)
+class Where:
+    """The place in the user's model a node came from."""
+
+    module: str
+    """Module path, e.g. `blocks.0.attn`; empty at the top level."""
+    file: str = ""
+    line: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.module or '(top level)'}{f' at {self.file}:{self.line}' if self.file else ''}"
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A tensor of the model that takes part in the score or weight expression."""
+
+    name: str
+    """The graph's name for it, e.g. `relative_position_bias`."""
+    shape: tuple[Size, ...]
+    dtype: str
+    index: str
+    """How it is read, e.g. `mask[b % 4, i, j]`."""
+    requires_grad: bool = False
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor the rewritten node reads: a value of the graph, and which atoms each of its dimensions runs over."""
+
+    value: Value
+    coords: tuple[Coord, ...]
+    dtype: torch.dtype
+    """The dtype it must be cast to (that of the product it took part in)."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The axes of a site as atoms, most significant first.  Query heads are `kv_heads` x `group`."""
+
+    batch: tuple[Atom, ...]
+    kv_heads: tuple[Atom, ...]
+    group: tuple[Atom, ...]
+    queries: tuple[Atom, ...]
+    keys: tuple[Atom, ...]
+    features: tuple[Atom, ...]
+    value_features: tuple[Atom, ...]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """How to replace `node` (the product with the values) by one `kvt::attention` call."""
+
+    node: fx.Node
+    q: Operand
+    k: Operand
+    v: Operand
+    groups: Groups
+    out: tuple[tuple[Atom, ...], ...]
+    """The atoms of each dimension of the node's own result."""
+    score: str
+    weight: str
+    captured: tuple[Value, ...]
+    sizes: tuple[tuple[Atom, ...], ...]
+    """n0, n1, ...: dynamic sizes the expressions need, each as the product of these atoms' sizes."""
+    dropout: float
+    dropout_module: str
+    interior: frozenset[Value]
+    """What lies between the two products: dead once the node is replaced."""
+
+
+@dataclass(frozen=True)
+class ScoresKept:
+    """How to replace the softmax `node` by one `kvt::topk_softmax` call."""
+
+    node: fx.Node
+    scores: Value
+    dim: int
+
+
+Plan = Fused | ScoresKept
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One place that computes softmax(Q Kᵀ) V.
+
+    q is [batch, heads, queries, head_dim], k [batch, kv_heads, keys, head_dim], v [batch, kv_heads, keys, value_dim].
+    """
+
+    where: Where
+    softmax: fx.Node
+    tier: Tier
+    axis: Axis
+    batch: Size
+    heads: Size
+    kv_heads: Size
+    queries: Size
+    keys: Size
+    head_dim: Size
+    value_dim: Size
+    dtype: str
+    score: str
+    """f(s, b, h, i, j, captured), in the score language with captured tensors by name."""
+    weight: str
+    """What follows the softmax, as an expression in p: `p`, `p*dropout`, `p*gate[h]`."""
+    captured: tuple[Captured, ...]
+    plan: Plan
+    tier_reason: str = ""
+    """For the scores-kept tier: why the site could not be fused."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One softmax (or SDPA call) that is left as the model wrote it, and why, in one sentence."""
+
+    node: fx.Node
+    where: Where
+    reason: str
+    step: str
+    """The step of the finder that failed (the nearest miss): `scores`, `values`, `provenance`, `closed`, ..."""

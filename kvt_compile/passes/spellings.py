@@ -1,0 +1,149 @@
+"""Spelling -> canonical name: the one table of ways to write an operation.
+
+    torch.matmul, Tensor.matmul, operator.matmul, aten.matmul.default, `a @ b`   ->   "matmul"
+
+A function is recognised by identity (it is torch's own), never by its name alone: a user's `softmax` is not torch's.
+Adding a spelling of a known operation is one line of `ALIASES`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+# other name -> canonical name (a name that is canonical already needs no line)
+ALIASES: dict[str, str] = {
+    # arithmetic
+    "truediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub", "negative": "neg",
+    "iadd": "add_", "isub": "sub_", "imul": "mul_", "itruediv": "div_", "ipow": "pow_", "iand": "logical_and_",
+    "ior": "logical_or_", "and_": "logical_and", "or_": "logical_or", "invert": "logical_not",
+    "bitwise_and": "logical_and", "bitwise_or": "logical_or", "bitwise_not": "logical_not", "inv": "logical_not",
+    "__and__": "logical_and", "__or__": "logical_or", "__invert__": "logical_not",
+    "rsqrt": "rsqrt", "expit": "sigmoid", "absolute": "abs", "clip": "clamp", "clip_": "clamp_",
+    "greater": "gt", "greater_equal": "ge", "less": "lt", "less_equal": "le", "not_equal": "ne",
+    # contractions
+    "__matmul__": "matmul", "mv": "matmul", "mm": "matmul", "bmm": "matmul", "dot": "matmul",
+    # softmax and attention
+    "_softmax": "softmax", "_safe_softmax": "softmax",
+    "_scaled_dot_product_attention_math": "scaled_dot_product_attention",
+    # layout
+    "_unsafe_view": "view", "_reshape_alias": "reshape", "swapaxes": "transpose", "swapdims": "transpose",
+    "moveaxis": "movedim", "concat": "cat", "concatenate": "cat", "tile": "repeat", "broadcast_to": "expand",
+    "ravel": "flatten", "unsafe_chunk": "chunk", "unsafe_split": "split", "split_with_sizes": "split",
+    # the same values
+    "clone": "identity", "contiguous": "identity", "alias": "identity", "positive": "identity",
+    "lift_fresh_copy": "identity", "lift_fresh": "identity", "native_dropout": "native_dropout", "cuda": "identity",
+    "cpu": "identity", "_to_copy": "to", "alpha_dropout": "alpha_dropout",
+}  # fmt: skip
+
+# module -> (canonical name, attributes passed by keyword)
+MODULES: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
+    nn.Softmax: ("softmax", ("dim",)),
+    nn.Identity: ("identity", ()),
+    nn.Sigmoid: ("sigmoid", ()),
+    nn.Tanh: ("tanh", ()),
+    nn.ReLU: ("relu", ()),
+    nn.SiLU: ("silu", ()),
+    nn.Flatten: ("flatten", ("start_dim", "end_dim")),
+    nn.Unflatten: ("unflatten", ("dim", "unflattened_size")),
+}
+
+# torch's parameter names that differ between spellings
+_PARAMETERS = {"self": "input", "axis": "dim", "x": "input"}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A node's call with its canonical name; `inplace` when it overwrites its first argument."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inplace: bool = False
+
+
+@cache
+def _functions() -> dict[Any, str]:
+    """torch's own callables -> their canonical names."""
+    table: dict[Any, str] = {}
+    spaces: list[Any] = [torch, torch.nn.functional, torch.special, operator, torch._C._nn, torch.linalg, torch.Tensor]
+    for space in spaces:
+        for name in dir(space):
+            if name.startswith("__"):  # operator.__add__ is operator.add
+                continue
+            target = getattr(space, name, None)
+            if callable(target) and not isinstance(target, type):
+                try:
+                    table.setdefault(target, ALIASES.get(name, name))
+                except TypeError:  # unhashable
+                    continue
+    return table
+
+
+@lru_cache(maxsize=512)
+def _parameter_names(target: Callable[..., Any]) -> tuple[str, ...] | None:
+    """The parameter names of a Python-level torch function, which may order them differently from ATen."""
+    if not inspect.isfunction(target):
+        return None
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(q.kind in (q.VAR_POSITIONAL, q.VAR_KEYWORD) for q in parameters):
+        return None
+    return tuple(q.name for q in parameters)
+
+
+def read_call(node: fx.Node, modules: dict[str, nn.Module]) -> Call | None:
+    """The canonical call a node makes, or None when its target is not in the table."""
+    args, kwargs = tuple(node.args), dict(node.kwargs)
+    if node.op == "call_module":
+        return _module_call(modules.get(str(node.target)), args, str(node.target))
+    if node.op == "call_method":
+        name = ALIASES.get(str(node.target), str(node.target))
+    elif isinstance(node.target, torch._ops.OpOverload):
+        if node.target.namespace not in ("aten", "prims"):
+            return None
+        name = node.target._schema.name.split("::")[1]  # ATen's argument order is the function's
+        name = ALIASES.get(name, name)
+    elif callable(node.target):
+        try:
+            known = _functions().get(node.target)
+        except TypeError:
+            known = None
+        if known is None:
+            return None
+        name = known
+        names_or_none = _parameter_names(node.target)
+        if names_or_none is not None:
+            kwargs = dict(zip(names_or_none, args, strict=False)) | kwargs
+            args = ()
+    else:
+        return None
+    kwargs = {_PARAMETERS.get(key, key): value for key, value in kwargs.items()}
+    inplace = name.endswith("_") and not name.endswith("__")
+    if inplace:
+        name = ALIASES.get(name[:-1], name[:-1])
+    if kwargs.pop("inplace", False):
+        inplace = True
+    return Call(name, args, kwargs, inplace)
+
+
+def _module_call(module: nn.Module | None, args: tuple[Any, ...], target: str) -> Call | None:
+    if module is None:
+        return None
+    if type(module) is nn.Dropout:
+        return Call("dropout", args, {"p": module.p, "training": module.training, "module": target})
+    if type(module) in MODULES:
+        name, attributes = MODULES[type(module)]
+        return Call(name, args, {key: getattr(module, key) for key in attributes})
+    if type(module) is nn.Linear:
+        return Call("module_linear", args, {"features": module.out_features})
+    return None

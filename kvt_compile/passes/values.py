@@ -1,0 +1,115 @@
+"""The canonical form of a graph: a list of `Value`s in static single assignment.
+
+    fx.Graph  --canonicalise-->  [Value]  --find-->  sites
+
+A Value is one tensor *version*: what a node's tensor holds between two writes.  In-place operations make new
+versions, so nothing downstream has to think about mutation or aliasing again.  Spellings are gone as well: there are
+a few kinds only, and whatever is not understood is `opaque`, never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import sympy
+import torch
+from torch import fx
+
+Dim = int | sympy.Expr
+"""A size: an int, or the symbolic expression of a dynamic one."""
+
+Kind = Literal[
+    "source",  # graph input, parameter, buffer, constant
+    "pointwise",  # fn(inputs), broadcast together
+    "layout",  # the same elements at other coordinates
+    "select_by",  # elements of several inputs, chosen by coordinate (cat, setitem, pad)
+    "contraction",  # einsum of two inputs
+    "reduce",  # sum, amax, ... over dims
+    "softmax",
+    "sdpa",
+    "opaque",
+]
+
+
+@dataclass(eq=False)
+class Value:
+    """One version of one tensor.  `inputs` are Values or Python scalars; `attrs` say what the kind needs."""
+
+    kind: Kind
+    name: str
+    node: fx.Node
+    shape: tuple[Dim, ...]
+    dtype: torch.dtype | None
+    inputs: tuple[Any, ...] = ()
+    attrs: dict[str, Any] = field(default_factory=dict)
+    index: int = -1
+    """Position in the canonical graph; -1 until it is listed."""
+    users: list[Value] = field(default_factory=list)
+    holder: fx.Node | None = None
+    """A node whose tensor is exactly this version; None for the inner part of a node."""
+    expired: int | None = None
+    """Index of the first value after the holder was overwritten; None while it never is."""
+    origin: Literal["", "input", "parameter", "buffer"] = ""
+    """For sources: who feeds it."""
+
+    @property
+    def operands(self) -> Iterator[Value]:
+        """The inputs that are tensors of the graph."""
+        return (x for x in self.inputs if isinstance(x, Value))
+
+    def __repr__(self) -> str:
+        return f"{self.node.name}:{self.name}{list(self.shape)}"
+
+
+def dim_of(size: Any) -> Dim:
+    """int or SymInt -> int or sympy expression."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression) if expression.is_Integer else expression
+
+
+def product(sizes: Any) -> Dim:
+    """The product of sizes, an int when it can be one."""
+    total: Any = 1
+    for size in sizes:
+        total = total * size
+    return total if isinstance(total, int) else as_dim(total)
+
+
+def as_dim(size: Any) -> Dim:
+    """sympy or int -> int where it is one."""
+    if isinstance(size, int):
+        return size
+    size = sympy.cancel(size)
+    return int(size) if size.is_Integer else size
+
+
+def same(x: Dim, y: Dim) -> bool:
+    """Whether two sizes are provably equal (for every value of the dynamic ones)."""
+    if isinstance(x, int) and isinstance(y, int):
+        return x == y
+    return bool(sympy.expand(sympy.sympify(x) - y) == 0)
+
+
+def at_most(x: Dim, y: Dim) -> bool:
+    """Whether x <= y is certain."""
+    return x <= y if isinstance(x, int) and isinstance(y, int) else same(x, y)
+
+
+def divide(x: Dim, y: Dim) -> Dim | None:
+    """x / y when it is provably a whole number, else None."""
+    if isinstance(x, int) and isinstance(y, int):
+        return x // y if y and x % y == 0 else None
+    quotient = sympy.cancel(sympy.sympify(x) / y)
+    numerator, denominator = quotient.as_numer_denom()
+    if denominator != 1 or not numerator.is_polynomial():
+        return None
+    return as_dim(quotient)
+
+
+def meta_value(node: fx.Node) -> Any:
+    """The fake value a capture left on a node (Dynamo: `example_value`, export and shape propagation: `val`)."""
+    return node.meta.get("example_value", node.meta.get("val"))

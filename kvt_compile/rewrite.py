@@ -1,0 +1,68 @@
+"""`rewrite(model, *inputs)`: a model -> the same model with k-NN attention, as a module to run, train, save and inspect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from kvt_compile.backend import report_refusals
+from kvt_compile.capture import capture
+from kvt_compile.config import OptionError, make_options
+from kvt_compile.explain import build_report
+from kvt_compile.passes.decide import unmatched_patterns
+from kvt_compile.passes.pipeline import run_passes
+from kvt_compile.report import Report
+
+
+@dataclass(frozen=True)
+class RewriteResult:
+    """What `rewrite` returns."""
+
+    module: nn.Module
+    """The rewritten model: same inputs, outputs and `state_dict` keys; parameters are shared with the original."""
+    report: Report
+    """What was found, rewritten, left dense and refused."""
+    program: ExportedProgram | None = None
+    """The rewritten program, when the model came as one or had to be captured by torch.export."""
+
+
+def rewrite(
+    model: nn.Module | fx.GraphModule | ExportedProgram,
+    *example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> RewriteResult:
+    """Rewrites every attention of a model into k-NN attention (KVT, arXiv 2106.00515).
+
+    Args:
+        model: an `nn.Module`, a graph of `torch.fx.symbolic_trace`, or an `ExportedProgram`.  It is not changed.
+        example_inputs: inputs to read shapes from; the first dimension of each may differ later.
+        example_kwargs: keyword inputs.
+        options: any of `kvt_compile.config.Options` (topk, include, exclude, force_rewrite, lowering, on_refusal, ...).
+
+    Raises OptionError, CaptureError (no single graph), RefusalError (with on_refusal="error").
+    """
+    chosen = make_options(options)
+    captured = capture(model, example_inputs, example_kwargs or {})
+    result = run_passes(captured.graph, chosen.policy, lowering=chosen.lowering, origins=captured.origins)
+    if wrong := unmatched_patterns(chosen.policy, [d.site for d in result.decisions]):
+        raise OptionError(wrong)
+    report_refusals(result, chosen)
+    report = build_report([result], chosen)
+    program = captured.program
+    if program is None:
+        return RewriteResult(captured.graph, report)
+    _keep_output_names(program)
+    return RewriteResult(program.module(check_guards=False), report, program)
+
+
+def _keep_output_names(program: ExportedProgram) -> None:
+    """The signature names the graph's outputs; a rewritten output node has another name."""
+    outputs = next(node for node in reversed(program.graph_module.graph.nodes) if node.op == "output")
+    for spec, value in zip(program.graph_signature.output_specs, outputs.args[0], strict=True):
+        if isinstance(value, fx.Node):
+            spec.arg.name = value.name
