@@ -51,7 +51,9 @@ def kvt_backend(
     report_refusals(result, ours)
     patches = {**(list_mode_options(mode) if mode else {}), **inductor}
     with _autocast_in_cache_key():
-        return compile_fx(gm, example_inputs, config_patches=patches or None)
+        compiled: Any = compile_fx(gm, example_inputs, config_patches=patches or None)
+    run: Callable[..., Any] = compiled
+    return run
 
 
 def report_refusals(result: PassResult, options: Options) -> None:
@@ -72,6 +74,6 @@ def _autocast_in_cache_key() -> Iterator[None]:
     """torch <= 2.12 forgets the autocast dtype in the key of its compile cache; the tag is part of that key."""
     devices = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
     tag = ",".join(f"{d}:{torch.get_autocast_dtype(d)}" for d in devices)
-    config = torch.compiler.config
+    config: Any = torch.compiler.config
     with config.patch(cache_key_tag=f"{config.cache_key_tag}|kvt-autocast={tag}"):
         yield

@@ -1,8 +1,8 @@
 """A model, however it comes -> one `fx.GraphModule` with fake values, and what its placeholders are.
 
-    nn.Module        torch.fx.symbolic_trace, else torch.export
-    fx.GraphModule   a copy, with shapes propagated unless the capture left them
-    ExportedProgram  its own graph (a copy of the program)
+nn.Module        torch.fx.symbolic_trace, else torch.export
+fx.GraphModule   a copy, with shapes propagated unless the capture left them
+ExportedProgram  its own graph (a copy of the program)
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def capture(
         except Exception as exported:
             raise CaptureError(
                 f"{type(model).__name__} cannot be captured as one graph: symbolic_trace says {_first_line(traced)}; "
-                f"torch.export says {_first_line(exported)}.  torch.compile(model, backend='kvt') does not need one graph."
+                f"torch.export says {_first_line(exported)}.  "
+                "torch.compile(model, backend='kvt') does not need one graph."
             ) from exported
         return _from_program(program, "torch.export")
 
@@ -104,9 +105,9 @@ def _by_symbolic_trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[st
 
 def _propagate(graph: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Fake values on every node, with the first dimension of every input dynamic (it is the batch, most often)."""
-    names = [node.target for node in graph.graph.nodes if node.op == "placeholder"]
-    defaults = [node.args[0] if node.args else None for node in graph.graph.nodes if node.op == "placeholder"]
-    values = list(args) + [kwargs.get(str(name), default) for name, default in zip(names, defaults, strict=True)][len(args) :]
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    rest = [kwargs.get(str(p.target), p.args[0] if p.args else None) for p in placeholders[len(args) :]]
+    values = [*args, *rest]
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     fakes = pytree.tree_map_only(torch.Tensor, lambda x: _fake(mode, x), values)
     FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*fakes)

@@ -1,7 +1,7 @@
 """What a user may ask for -> checked, frozen `Options`.  Nothing else in the library reads configuration.
 
-    options={"topk": 64, "exclude": ["head.*"], "max_autotune": True}
-      ->  Options(topk=64, exclude=("head.*",), ...)  and  {"max_autotune": True}, which is Inductor's
+options={"topk": 64, "exclude": ["head.*"], "max_autotune": True}
+  ->  Options(topk=64, exclude=("head.*",), ...)  and  {"max_autotune": True}, which is Inductor's
 """
 
 from __future__ import annotations

@@ -43,7 +43,9 @@ def explain(model: nn.Module | fx.GraphModule | ExportedProgram, *example_inputs
     return build_report(results, options)
 
 
-def _through_dynamo(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> list[PassResult]:
+def _through_dynamo(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
+) -> list[PassResult]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, an fx.GraphModule or an ExportedProgram, got {type(model).__name__}")
     results: list[PassResult] = []

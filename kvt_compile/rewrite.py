@@ -1,4 +1,4 @@
-"""`rewrite(model, *inputs)`: a model -> the same model with k-NN attention, as a module to run, train, save and inspect."""
+"""`rewrite(model, *inputs)`: a model -> the same model with k-NN attention, to run, train, save and inspect."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Reading -> site: which atoms are batch, heads, queries, keys and features, and what the score expression is.
 
-    t = 0.125*L0 + L1,  w = L2*drop        L0 = product [b,h,i,j], L1 = bias [h,i,j], L2 = softmax
-      ->  score "0.125*s + c0[h, i, j]", weight "p", dropout, q/k/v with their axes
+t = 0.125*L0 + L1,  w = L2*drop        L0 = product [b,h,i,j], L1 = bias [h,i,j], L2 = softmax
+  ->  score "0.125*s + c0[h, i, j]", weight "p", dropout, q/k/v with their axes
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import sympy
+import torch
 
 from kvt_compile.kernels import score as language
 
@@ -21,7 +22,7 @@ from .site import Axis, Groups, Operand
 from .values import Dim, Value, product, same
 
 
-class Miss(Exception):
+class Miss(Exception):  # noqa: N818 - an outcome of the search, not an error
     """One step of the finder failed: at which node, and why, in one sentence."""
 
     def __init__(self, step: str, value: Value, reason: str) -> None:
@@ -96,7 +97,8 @@ def assemble(reading: Reading, facts: Facts) -> Assembled:
     )  # fmt: skip
 
 
-def _dtype(value: Value):  # type: ignore[no-untyped-def]
+def _dtype(value: Value) -> torch.dtype:
+    assert value.dtype is not None
     return value.dtype
 
 
@@ -114,7 +116,7 @@ def peel(
         value, coords, more = step
         factor = factor * more
         coords = space.resolve_all(coords)
-        if all(c.plain for c in coords) and value.holder is not None:
+        if all(c.plain for c in coords) and value.holder is not None and value.expired is None:
             best = (value, coords, factor)
 
 
@@ -180,7 +182,9 @@ def _groups(reading: Reading, q: Coords, k: Coords, v: Coords) -> Groups:
         heads = [batch[-1][1]]
     rest = [a for _, a in batch if a not in heads]
     everything = {*rest, *heads, *group, *queries}
-    value_features = tuple(a for c in space.resolve_all(reading.out) for a in c.digits if a in in_v and a not in everything)
+    value_features = tuple(
+        a for c in space.resolve_all(reading.out) for a in c.digits if a in in_v and a not in everything
+    )
     stray = (in_q - everything - set(features)) | (in_k - everything - set(features) - set(keys))
     stray |= in_v - everything - set(keys) - set(value_features)
     if stray:
@@ -224,7 +228,7 @@ class _Printed:
 
     def _load(self, leaf: Leaf) -> sympy.Expr:
         if leaf.value.dtype is None or leaf.value.dtype.is_complex:
-            raise Miss("scores", leaf.value, f"{leaf.value.node.name} takes part in the scores but is not a real tensor")
+            raise Miss("scores", leaf.value, f"{leaf.value.node.name}, which takes part in the scores, is not real")
         if leaf.value.holder is None:
             raise Miss("scores", leaf.value, f"an inner part of {leaf.value.node.name} takes part in the scores")
         values = [captured.value for captured in self.captured]

@@ -73,9 +73,7 @@ def canonicalise(gm: fx.GraphModule, origins: dict[str, str] | None = None) -> C
     outputs: list[Value] = []
     for node in gm.graph.nodes:
         if node.op == "output":
-            found: list[Value] = []
-            fx.map_arg(node.args, lambda n: found.append(state.env[n]) if n in state.env else None)
-            outputs = found
+            outputs = [state.env[n] for n in node.all_input_nodes if n in state.env]
         else:
             _read_node(state, node)
     graph = CanonicalGraph(state.values, [*outputs, *state.escaping])
@@ -88,7 +86,7 @@ def _forget_unused(graph: CanonicalGraph) -> None:
     kept = set(map(id, graph.outputs))
     for value in reversed(graph.values):
         value.users = [user for user in value.users if id(user) in kept]
-        if value.users or value.kind == "opaque" and value.name != _FORGOTTEN and value.node.is_impure():
+        if value.users or (value.kind == "opaque" and value.name != _FORGOTTEN and value.node.is_impure()):
             kept.add(id(value))
 
 
@@ -107,7 +105,7 @@ def _read_node(state: _State, node: fx.Node) -> None:
             _opaque(state, node, fake)
         return
     value = _meaning_of(state, node, call, fake) or _opaque_value(state, node, fake)
-    if call is not None and call.inplace or _mutates(node):
+    if (call is not None and call.inplace) or _mutates(node):
         _write(state, node, value, call)
     else:
         _bind(state, node, value)
@@ -140,7 +138,8 @@ def _shape(fake: torch.Tensor) -> tuple[Any, ...]:
 def _lookup(state: _State, argument: Any) -> Any:
     """Node arguments -> Values where they are tensors; scalars that are known become numbers."""
     if isinstance(argument, fx.Node):
-        return state.env.get(argument, argument)
+        known = state.env.get(argument, meta_value(argument))
+        return known if isinstance(known, Value | bool | int | float) else argument
     if isinstance(argument, list):
         return [_lookup(state, x) for x in argument]
     if type(argument) is tuple or isinstance(argument, fx.immutable_collections.immutable_list):
@@ -224,7 +223,7 @@ def _opaque(state: _State, node: fx.Node, fake: Any) -> None:
         _bind(state, node, value)
 
 
-# ---- writes -----------------------------------------------------------------------------------------------------------
+# ---- writes --------------------------------------------------------------------------------------------------------
 
 
 def storage_of(node: fx.Node) -> int | None:
@@ -233,7 +232,7 @@ def storage_of(node: fx.Node) -> int | None:
     if not isinstance(fake, torch.Tensor):
         return None
     try:
-        return fake.untyped_storage()._cdata
+        return int(fake.untyped_storage()._cdata)
     except (RuntimeError, NotImplementedError):
         return None
 

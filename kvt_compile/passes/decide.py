@@ -1,8 +1,8 @@
 """Site + policy -> k, or "leave dense" with the reason.
 
-    topk = 0.5                                  every site keeps half of its keys
-    topk = {"blocks.*": 64, "*": None}          by module path, first match wins; None leaves the site dense
-    topk = lambda site: 32 if site.keys > 64 else None
+topk = 0.5                                  every site keeps half of its keys
+topk = {"blocks.*": 64, "*": None}          by module path, first match wins; None leaves the site dense
+topk = lambda site: 32 if site.keys > 64 else None
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def decide(site: AttentionSite, policy: Policy) -> Decision:
     if any(fnmatch.fnmatchcase(path, pattern) for pattern in policy.exclude):
         return Decision(site, None, "in `exclude`")
     if site.axis not in policy.axes:
-        return Decision(site, None, f"attention over {_PLURAL[site.axis]} is left dense ({site.axis}_attention='dense')")
+        return Decision(
+            site, None, f"attention over {_PLURAL[site.axis]} is left dense ({site.axis}_attention='dense')"
+        )
     topk = _apply(policy.topk, site)
     if topk is None:
         return Decision(site, None, "topk is None for this site")

@@ -11,9 +11,9 @@ from torch import fx
 from kvt_compile.kernels import score as language
 
 from .assemble import Assembled, Miss, size_of
-from .coords import Coords, Space
-from .site import Atom, AttentionSite, Axis, Captured, Fused, Operand, ScoresKept, Size, Where
-from .values import Dim, Value
+from .coords import Atom, Coords, Space
+from .site import AttentionSite, Axis, Captured, Fused, Operand, ScoresKept, Size, Where
+from .values import Dim, Value, meta_value
 
 
 def place(node: fx.Node) -> Where:
@@ -81,8 +81,6 @@ def describe_fused(
 
 
 def _requires_grad(value: Value) -> bool:
-    from .values import meta_value
-
     fake = meta_value(value.holder or value.node)
     return bool(getattr(fake, "requires_grad", False))
 

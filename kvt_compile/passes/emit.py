@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import fx
 from torch._subclasses import FakeTensor
+from torch.utils import _pytree as pytree
 
 from .coords import Atom
 from .site import Operand
@@ -45,7 +46,7 @@ class Emitter:
         for key in ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "custom"):
             if key in self._like.meta:
                 new.meta[key] = self._like.meta[key]
-        with _fake_mode_of(args):
+        with _fake_mode_of(args, self._like):
             new.meta[self._key] = target(*fx.map_arg(args, meta_value), **kwargs)
         return new
 
@@ -54,7 +55,7 @@ class Emitter:
         with self._graph.inserting_before(self._before):
             return self._graph.call_module(target)
 
-    # ---- sizes ---------------------------------------------------------------------------------------------------------
+    # ---- sizes -----------------------------------------------------------------------------------------------------
 
     def know_sizes(self, operand: Operand) -> None:
         """Remembers where dynamic sizes can be read: dimensions of an operand that is in the graph."""
@@ -85,7 +86,7 @@ class Emitter:
         others = [a for a in digits if a is not atom]
         return size if not others else self.call(operator.floordiv, size, self.size(tuple(others)))
 
-    # ---- axes ----------------------------------------------------------------------------------------------------------
+    # ---- axes ------------------------------------------------------------------------------------------------------
 
     def operand(self, operand: Operand, groups: Sequence[Group]) -> fx.Node:
         """The operand as a tensor with one dimension per group; axes it lacks are expanded (stride 0)."""
@@ -142,12 +143,15 @@ def _hint(size: Any) -> int:
 
 
 @contextmanager
-def _fake_mode_of(args: Any) -> Iterator[None]:
+def _fake_mode_of(args: Any, like: fx.Node) -> Iterator[None]:
     """The fake mode the arguments live in (nodes know it; the tracing context may have moved on)."""
-    fakes: list[FakeTensor] = []
-    fx.map_arg(args, lambda n: fakes.append(meta_value(n)) if isinstance(meta_value(n), FakeTensor) else None)
-    if not fakes:
+    found = [meta_value(node) for node in _nodes_in(args)] + pytree.tree_leaves(meta_value(like))
+    mode = next((fake.fake_mode for fake in found if isinstance(fake, FakeTensor)), None)
+    with mode or nullcontext():
         yield
-        return
-    with fakes[0].fake_mode:
-        yield
+
+
+def _nodes_in(args: Any) -> list[fx.Node]:
+    nodes: list[fx.Node] = []
+    fx.map_arg(args, nodes.append)
+    return nodes

@@ -1,9 +1,9 @@
 """What one sweep over the canonical graph tells about every value (linear in the graph).
 
-    activation    depends on a graph input            raw     a parameter, at most rearranged
-    carries       a pointwise/layout way leads here from a product of two computed tensors, so it may be scores
-    widely        the same, also through operations that mix axes (a linear map over heads, a convolution)
-    cost          elements that must be kept to compute it again from what is kept, where that is cheap
+activation    depends on a graph input            raw     a parameter, at most rearranged
+carries       a pointwise/layout way leads here from a product of two computed tensors, so it may be scores
+widely        the same, also through operations that mix axes (a linear map over heads, a convolution)
+cost          elements that must be kept to compute it again from what is kept, where that is cheap
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ _THROUGH = frozenset({"pointwise", "layout", "select_by"})
 @dataclass
 class Facts:
     activation: set[Value] = field(default_factory=set)
+    computed: set[Value] = field(default_factory=set)
     raw: set[Value] = field(default_factory=set)
     carries: set[Value] = field(default_factory=set)
     widely: set[Value] = field(default_factory=set)
@@ -34,11 +35,17 @@ def gather_facts(graph: CanonicalGraph) -> Facts:
         operands = list(value.operands)
         size = numel(value)
         if value.kind == "source":
-            (facts.activation if value.origin == "input" else facts.raw).add(value)
+            if value.origin == "input":
+                facts.activation.add(value)
+                facts.computed.add(value)
+            else:
+                facts.raw.add(value)
             facts.cost[value], facts.work[value] = size, 0
             continue
         if any(x in facts.activation for x in operands):
             facts.activation.add(value)
+        if value in facts.activation or value.kind == "contraction" or any(x in facts.computed for x in operands):
+            facts.computed.add(value)
         if _is_raw(value, operands, facts):
             facts.raw.add(value)
         if value.kind == "contraction":
@@ -46,9 +53,8 @@ def gather_facts(graph: CanonicalGraph) -> Facts:
             value.attrs["mixing"] = bool(sides)
             value.attrs["raw_side"] = sides[-1] if sides else None
         if value.kind == "contraction" and not value.attrs["mixing"]:
-            if value in facts.activation:
-                facts.carries.add(value)
-                facts.widely.add(value)
+            facts.carries.add(value)
+            facts.widely.add(value)
         elif value.kind != "sdpa":
             if value.kind in _THROUGH and any(x in facts.carries for x in operands):
                 facts.carries.add(value)

@@ -25,7 +25,7 @@ from .facts import Facts, gather_facts
 from .passing import contraction_inputs
 from .provenance import kind_of_axis
 from .read import OPAQUE, Leaf, Reader
-from .site import AttentionSite, Fused, Refusal, ScoresKept
+from .site import AttentionSite, Refusal, ScoresKept
 from .values import Value, same
 
 _NEAR = ("values", "scores", "axes", "provenance", "weights", "closed")
@@ -59,6 +59,7 @@ def find(graph: CanonicalGraph) -> Found:
     return Found(tuple(sites), tuple(refusals))
 
 
+_LEARNED = "the {} are a learned table that no layer was applied to, not tokens"
 _SOFTMAX_LIKE = frozenset({"softmax", "scaled_dot_product_attention", "flex_attention"})
 
 
@@ -75,7 +76,7 @@ class _Finder:
     graph: CanonicalGraph
     facts: Facts
 
-    # ---- a softmax between two products ------------------------------------------------------------------------------
+    # ---- a softmax between two products ----------------------------------------------------------------------------
 
     def softmax(self, anchor: Value) -> tuple[list[AttentionSite], Miss | None]:
         consumers, others = self._consumers(anchor)
@@ -116,9 +117,8 @@ class _Finder:
             value = queue.pop(0)
             for user in value.users:
                 if user.kind == "contraction" and not user.attrs["mixing"]:
-                    consumers += [
-                        c for side, x in enumerate(user.inputs) if x is value and (c := _Consumer(user, side)) not in consumers
-                    ]  # fmt: skip
+                    found = (_Consumer(user, side) for side, x in enumerate(user.inputs) if x is value)
+                    consumers += [consumer for consumer in found if consumer not in consumers]
                 elif user not in seen:
                     seen.add(user)
                     if user.kind in ("softmax", "sdpa", "source") or len(seen) > 200:
@@ -129,7 +129,7 @@ class _Finder:
                         others.append(user)
         return consumers, others
 
-    # ---- scaled_dot_product_attention --------------------------------------------------------------------------------
+    # ---- scaled_dot_product_attention ------------------------------------------------------------------------------
 
     def sdpa(self, anchor: Value) -> tuple[list[AttentionSite], Miss | None]:
         try:
@@ -180,7 +180,7 @@ class _Attempt:
         if not shared:
             reason = "the softmax axis is not the axis the product with the values sums over"
             raise Miss("values", self.product, reason)
-        if len(at) > 1 and not reader.passed or len(shared) > 1:
+        if (len(at) > 1 and not reader.passed) or len(shared) > 1:
             raise Miss("values", self.product, "the attention weights are read at several places at once")
         return shared[0]
 
@@ -204,31 +204,30 @@ class _Attempt:
                 continue
             operands = contraction_inputs(self.space, leaf.value, leaf.coords)
             keys = set(self.space.resolve(self.coords[self.dim]).digits)
-            sides = [
-                bool(keys & {a for c in self.space.resolve_all(at) for a in c.digits}) for _, at in operands
-            ]
+            sides = [bool(keys & {a for c in self.space.resolve_all(at) for a in c.digits}) for _, at in operands]
             if sides.count(True) != 1:
                 reason = "the softmax axis does not come from one operand of the product alone"
                 continue
             key = sides.index(True)
-            if operands[key][0] not in self.facts.activation:
-                reason = "the keys do not depend on the input: a learned table, not attention"
+            if operands[key][0] not in self.facts.computed:
+                reason = _LEARNED.format("keys")
                 continue
             candidates.append((leaf, key, operands))
         if not candidates:
             raise Miss("scores", self.anchor, reason)
-        if self.value[0] not in self.facts.activation:
-            raise Miss("values", self.product, "the values do not depend on the input: a learned table, not attention")
+        if self.value[0] not in self.facts.computed:
+            raise Miss("values", self.product, _LEARNED.format("values"))
+        # relative positions are multiplied with the queries too: with real keys at hand they are a bias
+        candidates = [c for c in candidates if c[2][c[1]][0] in self.facts.activation] or candidates
         self.leaf_of_product, key, operands = candidates[0]
         self.several = len(candidates) > 1
         self.query, self.key = operands[1 - key], operands[key]
         labels = [self.leaf_of_product.value.attrs[name] for name in ("lhs", "rhs")]
-        summed = [x for x in labels[0] if x in labels[1] and x not in self.leaf_of_product.value.attrs["out"]]
-        self.features = (
-            operands[0][1][labels[0].index(summed[0])] if len(summed) == 1 else None
-        )
+        out = (None, *self.leaf_of_product.value.attrs["out"])  # None: a size-1 dimension that is broadcast
+        summed = [x for x in labels[0] if x in labels[1] and x not in out]
+        self.features = operands[0][1][labels[0].index(summed[0])] if len(summed) == 1 else None
 
-    # ---- outcomes ----------------------------------------------------------------------------------------------------
+    # ---- outcomes --------------------------------------------------------------------------------------------------
 
     def fused(self) -> AttentionSite:
         """The site with everything in one kernel.  Raises Miss when the region cannot be fused."""
@@ -359,8 +358,8 @@ def _sdpa_site(graph: CanonicalGraph, facts: Facts, anchor: Value) -> AttentionS
 
     q, k, v = operand(query, rows, features), operand(key, keys, features), operand(value, keys, out)
     for x, name in ((key, "keys"), (value, "values")):
-        if x not in facts.activation:
-            raise Miss("provenance", anchor, f"the {name} do not depend on the input: a learned table, not attention")
+        if x not in facts.computed:
+            raise Miss("provenance", anchor, _LEARNED.format(name))
     scores, reader = _sdpa_scores(space, facts, anchor, mask, (*batch, rows, keys))
     reading = Reading(
         space, anchor, (*batch, rows), keys, q, k, v, features, (*batch, rows, out), scores,

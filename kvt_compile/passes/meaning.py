@@ -28,7 +28,17 @@ MEANINGS: dict[str, Meaning] = {}
 
 # keyword arguments that do not change which number stands where
 _IRRELEVANT = frozenset(
-    {"_stacklevel", "memory_format", "non_blocking", "copy", "device", "layout", "pin_memory", "half_to_float", "out_dtype"}
+    {
+        "_stacklevel",
+        "memory_format",
+        "non_blocking",
+        "copy",
+        "device",
+        "layout",
+        "pin_memory",
+        "half_to_float",
+        "out_dtype",
+    }
 )
 
 
@@ -113,7 +123,7 @@ def is_bool(x: Any) -> bool:
     return (isinstance(x, Value) and x.dtype is torch.bool) or isinstance(x, bool)
 
 
-# ---- pointwise ------------------------------------------------------------------------------------------------------
+# ---- pointwise -----------------------------------------------------------------------------------------------------
 
 _FLOAT_FUNCTIONS: dict[str, Callable[[sympy.Expr], sympy.Expr]] = {
     "neg": lambda x: -x,
@@ -238,7 +248,7 @@ def number(x: Any) -> sympy.Expr:
     return sympy.Float(float(x))
 
 
-# ---- the same numbers -------------------------------------------------------------------------------------------------
+# ---- the same numbers ----------------------------------------------------------------------------------------------
 
 
 @meaning("identity")
@@ -265,7 +275,7 @@ def _dropout(b: Builder, input: Value, p: float = 0.5, training: bool = True, mo
     return b.value("pointwise", "dropout", (input,), p=p, module=module)
 
 
-# ---- reductions and softmax -------------------------------------------------------------------------------------------
+# ---- reductions and softmax ----------------------------------------------------------------------------------------
 
 
 @meaning("softmax")
@@ -282,7 +292,11 @@ def _reduce(name: str) -> Meaning:
         dims = [axis(d, len(input.shape)) for d in listed]
         if any(d is None for d in dims):
             return None
-        if name == "sum" and not keepdim and (product_ := _sum_of_product(b, input, [d for d in dims if d is not None])):
+        if (
+            name == "sum"
+            and not keepdim
+            and (product_ := _sum_of_product(b, input, [d for d in dims if d is not None]))
+        ):
             return product_
         return b.value("reduce", name, (input,), dims=tuple(dims), keepdim=keepdim)
 

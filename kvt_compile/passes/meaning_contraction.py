@@ -19,9 +19,7 @@ def _batch_labels(mine: tuple[Dim, ...], other: tuple[Dim, ...], out_rank: int) 
     """Labels of one operand's batch dimensions under right-aligned broadcasting."""
     first = out_rank - len(mine)
     padded = (1,) * (out_rank - len(other)) + tuple(other)
-    return tuple(
-        None if size == 1 and padded[first + d] != 1 else ("batch", first + d) for d, size in enumerate(mine)
-    )
+    return tuple(None if size == 1 and padded[first + d] != 1 else ("batch", first + d) for d, size in enumerate(mine))
 
 
 @meaning("matmul")

@@ -79,7 +79,7 @@ REARRANGES = frozenset({"permute", "reshape", "expand", "repeat_interleave", "re
 """The layouts a rewrite may look through and build again from the tensor below: no element is cut away."""
 
 
-# ---- spellings --------------------------------------------------------------------------------------------------------
+# ---- spellings -----------------------------------------------------------------------------------------------------
 
 
 def _flat(dims: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -246,7 +246,7 @@ def index(b: Builder, x: Value, items: Any) -> Value | None:
     return current
 
 
-# ---- elements of several tensors --------------------------------------------------------------------------------------
+# ---- elements of several tensors -----------------------------------------------------------------------------------
 
 
 @meaning("cat")

@@ -1,6 +1,6 @@
 """Which axes of an operation's output are axes of its input, for operations that are not pointwise.
 
-    linear over the last axis: every other axis passes        conv2d 1x1: batch and space pass, channels mix
+linear over the last axis: every other axis passes        conv2d 1x1: batch and space pass, channels mix
 """
 
 from __future__ import annotations
@@ -15,8 +15,23 @@ Inputs = list[tuple[Value, Coords]]
 # op -> how many leading / which axes are mixed; everything else passes unchanged
 _LAST = frozenset({"layer_norm", "rms_norm", "log_softmax", "cumsum", "softmax", "sort", "glu"})
 _CHANNEL = frozenset({"conv1d", "conv2d", "conv3d", "batch_norm", "group_norm", "instance_norm", "convolution"})
-_UNIFORM = frozenset({"gelu", "detach", "nan_to_num", "masked_scatter", "roll", "flip", "softplus", "elu", "leaky_relu",
-                      "hardtanh", "normalize", "alpha_dropout", "bernoulli", "mish", "hardswish", "round", "floor"})  # fmt: skip
+_UNIFORM = frozenset(
+    {
+        "gelu",
+        "detach",
+        "nan_to_num",
+        "roll",
+        "flip",
+        "softplus",
+        "elu",
+        "leaky_relu",
+        "hardtanh",
+        "normalize",
+        "alpha_dropout",
+        "mish",
+        "hardswish",
+    }
+)
 
 
 def _mix(space: Space, x: Value, out: Coords, dims: set[int]) -> Coords:

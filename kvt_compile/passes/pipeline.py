@@ -1,6 +1,6 @@
 """The passes in order: the whole compiler as one list.
 
-    expand composites -> canonicalise -> find -> decide -> rewrite      (and the same inside every nested graph)
+expand composites -> canonicalise -> find -> decide -> rewrite      (and the same inside every nested graph)
 """
 
 from __future__ import annotations

@@ -18,8 +18,19 @@ from .site import Axis
 from .values import Value
 
 _CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution", "conv_transpose2d"})
-_BATCH_FIRST = _CONVOLUTIONS | {"batch_norm", "group_norm", "instance_norm", "max_pool2d", "avg_pool2d",
-                                "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate", "pixel_shuffle"}  # fmt: skip
+_BATCH_FIRST = _CONVOLUTIONS | frozenset(
+    {
+        "batch_norm",
+        "group_norm",
+        "instance_norm",
+        "max_pool2d",
+        "avg_pool2d",
+        "adaptive_avg_pool2d",
+        "adaptive_max_pool2d",
+        "interpolate",
+        "pixel_shuffle",
+    }
+)
 _LIMIT = 400
 """Steps back before giving up: real projections are a few steps away, and "token" is the safe answer."""
 
@@ -71,7 +82,8 @@ def _step_back(space: Space, value: Value, coords: Coords, wanted: set[Atom]) ->
         return max(inputs, key=lambda item: _digits_of(item, wanted), default=None)
     inputs = passed_inputs(space, value, coords) or []
     if value.kind == "contraction":
-        return inputs[1 - value.attrs["raw_side"]]
+        other: int = 1 - value.attrs["raw_side"]
+        return inputs[other]
     if inputs:
         return inputs[0]
     source = next(iter(value.operands), None)  # something that keeps its shape keeps its axes, as a rule

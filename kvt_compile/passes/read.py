@@ -74,9 +74,9 @@ class Reader:
                 return self.read(value.inputs[0], pulled)
         elif carries and value.kind == "select_by":
             return self._chosen(value, coords)
-        elif value.kind == "pointwise" and (carries or self.cost[value] < _numel(value)):
+        elif value.kind == "pointwise" and (carries or self.cost[value] < numel(value)):
             return self._pointwise(value, coords)
-        elif carries and value.kind != "contraction" or _is_mixing(value) and carries:
+        elif carries and (value.kind != "contraction" or value.attrs["mixing"]):
             return self._pass(value, coords)
         return self._leaf(value, coords)
 
@@ -84,7 +84,9 @@ class Reader:
         for leaf in self.leaves:
             if leaf.value is value and self.space.resolve_all(leaf.coords) == coords:
                 return leaf.symbol
-        leaf = Leaf(value, coords, sympy.Symbol(f"L{len(self.leaves)}"))
+        taken = {leaf.symbol for leaf in self.leaves}  # a reading goes on with some of another's leaves
+        names = (sympy.Symbol(f"L{n}") for n in range(len(self.leaves), 2 * len(self.leaves) + 1))
+        leaf = Leaf(value, coords, next(symbol for symbol in names if symbol not in taken))
         self.leaves.append(leaf)
         return leaf.symbol
 
@@ -160,15 +162,6 @@ def aligned(coords: Coords, x: Value) -> Coords:
     """Coordinates of an operand under right-aligned broadcasting."""
     tail = coords[len(coords) - len(x.shape) :]
     return tuple(ZERO if size == 1 else coord for size, coord in zip(x.shape, tail, strict=True))
-
-
-def _is_mixing(value: Value) -> bool:
-    """A contraction with a parameter: a linear map over heads, say, rather than the product of two activations."""
-    return value.kind == "contraction" and value.attrs.get("mixing", False)
-
-
-def _numel(value: Value) -> float:
-    return numel(value)
 
 
 SYMBOLIC_SIZE = 64.0

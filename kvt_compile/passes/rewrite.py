@@ -1,6 +1,6 @@
 """Decisions -> the graph, in place: one `kvt::` node per site, everything that only served the dense map removed.
 
-    softmax(0.125 * (q @ kT) + bias) @ v   ->   kvt.attention(q, k, v, [bias], "0.125*s + c0[h, i, j]", "p", k, ...)[0]
+softmax(0.125 * (q @ kT) + bias) @ v   ->   kvt.attention(q, k, v, [bias], "0.125*s + c0[h, i, j]", "p", k, ...)[0]
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 from torch import fx, nn
 
 from kvt_compile.kernels import ops as _ops  # noqa: F401 - registers torch.ops.kvt
+from kvt_compile.topk import TopK
 
-from .decide import Decision, TopK, share_of
+from .decide import Decision, share_of
 from .emit import Emitter
 from .site import Fused, ScoresKept
 from .values import Value, meta_value
@@ -105,9 +106,7 @@ def _keys_to_keep(emit: Emitter, topk: TopK, keys: Any) -> Any:
     return emit.call(operator.floordiv, emit.call(operator.add, scaled, share.denominator - 1), share.denominator)
 
 
-def _keep_scores(
-    graph: fx.Graph, plan: ScoresKept, topk: TopK, lowering: str, renamed: dict[fx.Node, fx.Node]
-) -> None:
+def _keep_scores(graph: fx.Graph, plan: ScoresKept, topk: TopK, lowering: str, renamed: dict[fx.Node, fx.Node]) -> None:
     emit = Emitter(graph, plan.node, plan.node, renamed)
     assert plan.scores.holder is not None
     scores = emit.node(plan.scores.holder)

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import sympy
 import torch
 from torch import fx
 
-Dim = int | sympy.Expr
+Dim: TypeAlias = "int | sympy.Expr"
 """A size: an int, or the symbolic expression of a dynamic one."""
 
 Kind = Literal[
