@@ -36,6 +36,8 @@ class Atom:
     name: str
     size: Dim
     derived: Derived | None = None
+    fixed: int | None = None
+    """Its value, for a coordinate that is a constant (`x[:, 0]`)."""
 
     def __repr__(self) -> str:
         return f"{self.name}<{self.size}>"
@@ -64,16 +66,33 @@ class Space:
     def __init__(self) -> None:
         self._split: dict[Atom, tuple[Atom, Atom]] = {}
         self._inside: dict[tuple[Coord, Dim, Dim], Coord] = {}
+        self._constants: dict[tuple[Dim, int], Coord] = {}
 
     def copy(self) -> Space:
         """A space that may be split further without this one noticing."""
         other = Space()
         other._split, other._inside = dict(self._split), dict(self._inside)
+        other._constants = dict(self._constants)
         return other
 
     def fresh(self, name: str, size: Dim) -> Coord:
         """A coordinate that runs over the whole of a dimension of this size."""
         return ZERO if size == 1 else Coord((Atom(name, size),))
+
+    def constant(self, size: Dim, value: int) -> Coord:
+        """The coordinate that is always `value` in a dimension of this size."""
+        if size == 1:
+            return ZERO
+        return self._constants.setdefault((size, value), Coord((Atom(f"#{value}", size, fixed=value),)))
+
+    def known(self, coord: Coord) -> int | None:
+        """The value of a coordinate that is constant."""
+        total = 0
+        for atom in self.resolve(coord).digits:
+            if atom.fixed is None or not isinstance(atom.size, int):
+                return None
+            total = total * atom.size + atom.fixed
+        return coord.start + coord.step * total
 
     def resolve(self, coord: Coord) -> Coord:
         """The coordinate in atoms that are not split any further."""
@@ -97,14 +116,23 @@ class Space:
 
     def covers(self, coord: Coord, size: Dim) -> bool:
         """Whether the coordinate runs over the whole of a dimension, in order."""
-        return coord.plain and same(self.size(coord), size)
+        whole = coord.plain and all(a.fixed is None for a in self.resolve(coord).digits)
+        return whole and same(self.size(coord), size)
 
     def split(self, atom: Atom, low: Dim) -> bool:
         """Split an atom into (high, low) so that value = high*low_size + low; False when low does not divide it."""
         high = divide(atom.size, low)
         if high is None or atom in self._split:
             return False
-        self._split[atom] = (Atom(f"{atom.name}'", high), Atom(f"{atom.name}.", low))
+        digits: tuple[int | None, int | None] = (None, None)
+        if atom.fixed is not None:
+            if not isinstance(low, int):
+                return False
+            digits = divmod(atom.fixed, low)
+        self._split[atom] = (
+            Atom(f"{atom.name}'", high, fixed=digits[0]),
+            Atom(f"{atom.name}.", low, fixed=digits[1]),
+        )
         return True
 
     def parent_of(self, atom: Atom) -> tuple[Atom, bool] | None:
@@ -184,7 +212,9 @@ class Axes:
 
     def knows(self, coord: Coord) -> bool:
         return all(
-            self.knows(a.derived.of) if a.derived else a in self._place or self._whole(a) is not None
+            self.knows(a.derived.of)
+            if a.derived
+            else a.fixed is not None or a in self._place or self._whole(a) is not None
             for a in self._space.resolve(coord).digits
         )
 
@@ -218,6 +248,8 @@ class Axes:
         return [tuple(run) for run in runs]
 
     def _run(self, run: tuple[Atom, ...]) -> sympy.Expr:
+        if run[0].fixed is not None:
+            return sympy.Integer(run[0].fixed)
         if run[0] not in self._place:
             return self._derived(run[0])
         axis, first = self._place[run[0]]

@@ -22,6 +22,7 @@ from .canonicalise import CanonicalGraph
 from .coords import Coord, Coords, Space
 from .describe import describe_fused, describe_kept, place
 from .facts import Facts, gather_facts
+from .invariance import without_row_constants
 from .passing import contraction_inputs
 from .provenance import kind_of_axis
 from .read import OPAQUE, Leaf, Reader
@@ -180,14 +181,14 @@ class _Attempt:
         if not shared:
             reason = "the softmax axis is not the axis the product with the values sums over"
             raise Miss("values", self.product, reason)
-        if (len(at) > 1 and not reader.passed) or len(shared) > 1:
-            raise Miss("values", self.product, "the attention weights are read at several places at once")
+        self.places = len(at)
         return shared[0]
 
     def _read_scores(self, coords: Coords, carries: set[Value]) -> None:
         self.scores_reader = Reader(self.space, lambda v: v in carries, self.facts.cost)
         self.scores = self.scores_reader.read(self.anchor.inputs[0], coords)
         self.coords = self.space.resolve_all(coords)
+        self.scores = without_row_constants(self.scores, self.scores_reader, self.coords[self.dim])
         self._find_product()
 
     def _summed(self, operands: tuple[tuple[Value, Coords], tuple[Value, Coords]]) -> set[object]:
@@ -204,8 +205,9 @@ class _Attempt:
                 continue
             operands = contraction_inputs(self.space, leaf.value, leaf.coords)
             keys = set(self.space.resolve(self.coords[self.dim]).digits)
-            sides = [bool(keys & {a for c in self.space.resolve_all(at) for a in c.digits}) for _, at in operands]
-            if sides.count(True) != 1:
+            have = [keys & {a for c in self.space.resolve_all(at) for a in c.digits} for _, at in operands]
+            sides = [found == keys for found in have]
+            if sides.count(True) != 1 or all(have):
                 reason = "the softmax axis does not come from one operand of the product alone"
                 continue
             key = sides.index(True)
@@ -234,6 +236,8 @@ class _Attempt:
         passed = [*self.weights_reader.passed, *self.scores_reader.passed]
         if passed:
             raise Miss("weights", passed[0], f"{passed[0].name} between the two products is not pointwise")
+        if self.places > 1:
+            raise Miss("weights", self.product, "the attention weights are read at several places at once")
         if any(leaf.value.kind == "softmax" for leaf in self.weights_reader.leaves if leaf is not self.leaf):
             raise Miss("weights", self.product, "several softmaxes are combined into one map")
         if not self.space.covers(self.coords[self.dim], self.anchor.shape[self.dim]):

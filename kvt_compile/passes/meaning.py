@@ -306,6 +306,11 @@ def _reduce(name: str) -> Meaning:
 MEANINGS.update({name: _reduce(name) for name in ("sum", "amax", "amin", "mean", "logsumexp")})
 
 
+@meaning("max")
+def _largest(b: Builder, input: Value) -> Value | None:
+    return b.value("reduce", "amax", (input,), dims=tuple(range(len(input.shape))), keepdim=False)
+
+
 def _sum_of_product(b: Builder, x: Value, dims: list[int]) -> Value | None:
     """(a * b).sum(dims) -> contraction of a with b."""
     if x.kind != "pointwise" or x.name != "mul" or not all(isinstance(y, Value) and is_float(y) for y in x.inputs):

@@ -45,7 +45,7 @@ def _pull_slice(space: Space, x: Value, out: Coords) -> Coords | None:
 
 def _pull_select(space: Space, x: Value, out: Coords) -> Coords | None:
     dim = x.attrs["dim"]
-    return (*out[:dim], Coord((), x.attrs["index"]), *out[dim:])
+    return (*out[:dim], space.constant(x.inputs[0].shape[dim], x.attrs["index"]), *out[dim:])
 
 
 def _pull_repeat_interleave(space: Space, x: Value, out: Coords) -> Coords | None:

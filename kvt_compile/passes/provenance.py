@@ -49,7 +49,7 @@ def kind_of_axis(space: Space, value: Value, coords: Coords, axis: Iterable[Atom
             return "token"
         if _makes_channels(value, here):
             return "channel"
-        if value.name in _BATCH_FIRST and 0 in here:
+        if value.name in _BATCH_FIRST and len(value.shape) > 2 and 0 in here and set(coords[0].digits) <= wanted:
             return "batch"
         back = _step_back(space, value, coords, wanted)
         if back is None:

@@ -117,6 +117,12 @@ class Reader:
         dim, start, size = value.attrs["dim"], value.attrs["start"], value.attrs["size"]
         self.visited.add(value)
         whole = value.shape[dim]
+        known = self.space.known(coords[dim])
+        if known is not None and isinstance(size, int):
+            if start <= known < start + size:
+                inside = (*coords[:dim], self.space.constant(size, known - start), *coords[dim + 1 :])
+                return self.read(inner, aligned(inside, inner)) if isinstance(inner, Value) else number(inner)
+            return self.read(base, coords)
         at = self.position(coords[dim])
         conditions = [] if start == 0 else [score.ge(at, sympy.Integer(start))]
         if not (isinstance(whole, int) and isinstance(size, int) and start + size == whole):
@@ -134,8 +140,15 @@ class Reader:
         expression: sympy.Expr | None = None
         stop = value.shape[dim]
         coord = self.space.resolve(coords[dim])
+        known = self.space.known(coord)
         for part in reversed(value.inputs):
             start = as_dim(stop - part.shape[dim])
+            if known is not None and isinstance(start, int) and isinstance(stop, int):
+                if start <= known < stop:
+                    constant = self.space.constant(part.shape[dim], known - start)
+                    return self.read(part, (*coords[:dim], constant, *coords[dim + 1 :]))
+                stop = start
+                continue
             if coord.plain and at_most(self.space.size(coord), start):
                 stop = start  # the coordinate never gets that far
                 continue

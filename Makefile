@@ -1,0 +1,34 @@
+# Every target sets up its environment first (tools/python) and is quick about it when there is nothing to do.
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format bench clean
+
+ARGS ?=
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
+
+demo:  ## set up, then run a real vision transformer on photographs with k-NN attention
+	@./tools/python examples examples/quickstart.py $(ARGS)
+
+test:  ## set up, then run the tests (ARGS="-k name" and the like)
+	@# tests run side by side, one thread each: torch's own threads would only fight over the cores
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} ./tools/python test -m pytest -n auto --maxprocesses 8 $(ARGS)
+
+check:  ## lint, format, types, import arrows, file lengths
+	@./tools/python dev -m ruff check .
+	@./tools/python dev -m ruff format --check .
+	@./tools/python dev -m mypy
+	@./tools/python dev -c "from importlinter.cli import lint_imports_command as check; check()" --no-logo
+	@./tools/python dev tools/long_files.py
+
+format:  ## put the code into ruff's format
+	@./tools/python dev -m ruff check --fix .
+	@./tools/python dev -m ruff format .
+
+bench:  ## run every benchmark, or the demo's timings while there is none
+	@set -e; for file in benchmarks/*.py; do \
+	  if [ -e "$$file" ]; then ./tools/python examples "$$file" $(ARGS); \
+	  else ./tools/python examples examples/quickstart.py --timings; fi; done
+
+clean:  ## remove the environment and everything generated
+	rm -rf .venv .setup build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,49 @@
+"""The command `kvt`: one verb a file, each a thin cover over a function of the library.
+
+A user's mistake ends in one sentence on stderr and exit code 2; a traceback means a bug of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from kvt_compile.cli.errors import UserError
+from kvt_compile.cli.explain import explain
+
+app = typer.Typer(
+    name="kvt",
+    help="k-NN attention for any PyTorch model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # a bug shows Python's own traceback
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(explain)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"kvt {version('kvt-compile')} (torch {version('torch')})")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs `kvt ARGUMENTS` (default: the process's own) and ends the process: 0 done, 2 a user's mistake."""
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="kvt")
+    except UserError as error:
+        typer.echo(f"kvt: {error}", err=True)
+        raise SystemExit(2) from None

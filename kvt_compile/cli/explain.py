@@ -1,0 +1,134 @@
+"""`kvt explain SPEC`: which attentions a model has, what k-NN attention makes of each, what is left alone and why."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import kvt_compile
+from kvt_compile.cli.errors import UserError, in_one_line
+from kvt_compile.cli.files import run_file
+from kvt_compile.cli.spec import Attention, Subject, Wanted, load
+from kvt_compile.cli.topk import parse_topk
+from kvt_compile.report import Report
+
+SPEC_HELP = "timm:NAME, torchvision:NAME, transformers:MODEL_TYPE or path/to/file.py:factory"
+
+
+def explain(
+    spec: Annotated[str, typer.Argument(metavar="SPEC", help=SPEC_HELP, show_default=False)],
+    topk: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="K",
+            help="Keys kept per query: a count, a ratio in (0, 1], or none; PATTERN=K for the modules that match, and "
+            "repeated for several.",
+            show_default="0.5",
+        ),
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Only modules whose path matches; repeat for several.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Not modules whose path matches; repeat for several.")
+    ] = None,
+    force_rewrite: Annotated[
+        bool, typer.Option("--force-rewrite", help="Rewrite also where K keeps every key.")
+    ] = False,
+    lowering: Annotated[str, typer.Option(metavar="NAME", help="How sites are computed.")] = "auto",
+    batch: Annotated[int | None, typer.Option(min=1, help="Examples in the batch.", show_default="1")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the images.", show_default="the model's own")
+    ] = None,
+    attn: Annotated[
+        str | None,
+        typer.Option(metavar="eager|sdpa", help="Which attention timm and transformers build.", show_default="theirs"),
+    ] = None,
+    train: Annotated[bool, typer.Option("--train", help="The model in training mode instead of inference.")] = False,
+    preload: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", envvar="KVT_PRELOAD", help="A Python file to run before anything is imported."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show every attention of a model: what would be rewritten, with which k, and why the rest is left alone.
+
+    The model is built with random weights and captured; nothing is changed, compiled or downloaded.
+    """
+    chosen: dict[str, Any] = {"topk": parse_topk(topk or ["0.5"]), "force_rewrite": force_rewrite, "lowering": lowering}
+    chosen |= {key: tuple(value) for key, value in (("include", include), ("exclude", exclude)) if value}
+    # what a model prints while it is built does not belong into our output
+    with _busy(f"reading {spec}"), contextlib.redirect_stdout(sys.stderr):
+        subject = _subject(spec, batch, image_size, _attention(attn), preload)
+        report = _explain(subject, train, chosen)
+    if subject.note:
+        typer.echo(f"kvt: {subject.note}", err=True)
+    if as_json:
+        typer.echo(json.dumps({"spec": spec, "options": _plain(chosen), **report.to_dict()}, indent=2))
+    else:
+        _print(report)
+
+
+def _attention(name: str | None) -> Attention | None:
+    match name:
+        case None | "eager" | "sdpa":
+            return name
+    raise UserError(f"--attn is 'eager' or 'sdpa', not {name!r}")
+
+
+def _subject(
+    spec: str, batch: int | None, image_size: int | None, attn: Attention | None, preload: str | None
+) -> Subject:
+    if preload:
+        run_file(preload, "--preload")
+    return load(spec, Wanted(batch, image_size, attn))
+
+
+def _explain(subject: Subject, train: bool, chosen: dict[str, Any]) -> Report:
+    model = subject.model.train(train)
+    with torch.set_grad_enabled(train):
+        try:
+            return kvt_compile.explain(model, *subject.args, **chosen, **subject.kwargs)
+        except kvt_compile.OptionError as error:
+            raise UserError(str(error)) from error
+        except Exception:
+            _run_once(subject)  # a model that fails by itself is the user's to mend
+            raise
+
+
+def _run_once(subject: Subject) -> None:
+    try:
+        subject.model(*subject.args, **subject.kwargs)
+    except Exception as error:
+        raise UserError(f"the model itself fails on these inputs: {in_one_line(error)}") from error
+
+
+def _plain(chosen: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in chosen.items()}
+
+
+def _print(report: Report) -> None:
+    if not sys.stdout.isatty():
+        typer.echo(str(report))
+        return
+    from rich.console import Console
+
+    Console().print(report)
+
+
+@contextlib.contextmanager
+def _busy(text: str) -> Iterator[None]:
+    """A spinner on stderr for a person who waits; nothing in a pipe."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield

@@ -1,0 +1,39 @@
+"""The text of --topk -> the value the library takes.
+
+"100" -> 100      "0.5" -> 0.5      "none" -> None      "blocks.0.*=64" and "0.5" -> {"blocks.0.*": 64, "*": 0.5}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvt_compile.cli.errors import UserError
+from kvt_compile.topk import validate
+
+Topk = int | float | None
+
+
+def parse_topk(texts: Sequence[str]) -> Topk | dict[str, Topk]:
+    """One plain value, or a value per pattern with at most one plain value for the rest.  Raises UserError."""
+    rules = {pattern: _value(value) for pattern, equals, value in (t.rpartition("=") for t in texts) if equals}
+    plain = [text for text in texts if "=" not in text]
+    if len(plain) > 1:
+        raise UserError(f"--topk has {len(plain)} plain values ({', '.join(plain)}); give one, others as PATTERN=K")
+    if not rules:
+        return _value(plain[0])
+    return rules | ({"*": _value(plain[0])} if plain else {})
+
+
+def _value(text: str) -> Topk:
+    if text.strip().lower() == "none":
+        return None
+    for number in (int, float):
+        try:
+            value = number(text)
+        except ValueError:
+            continue
+        try:
+            return validate(value)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"--topk {text}: {error}") from None
+    raise UserError(f"--topk {text!r} is not a count such as 100, a ratio in (0, 1] such as 0.5, or none")

@@ -1,0 +1,135 @@
+"""The lowering "c": ops -> generated C kernels on a CPU, with the ATen lowering where none can be built."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kvt_compile.kernels import aten
+from kvt_compile.kernels.c import launch, rows
+from kvt_compile.kernels.c.generate import source
+from kvt_compile.kernels.c.scalar import ELEMENTS, NotGenerated
+from kvt_compile.kernels.c.settings import Settings, from_environment
+from kvt_compile.kernels.c.toolchain import BuildError, find_compiler
+from kvt_compile.kernels.lowerings import Gradients, Lowering
+from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
+
+
+@lru_cache(maxsize=64)
+def warn_once(message: str) -> None:
+    """One warning per process and message: a model calls the same kernel in every layer."""
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+class CLowering:
+    """Generated C.  `settings` None: those of the environment at the first call."""
+
+    name = "c"
+    devices: tuple[str, ...] = ("cpu",)
+
+    def __init__(self, settings: Settings | None = None, fallback: Lowering = aten.LOWERING) -> None:
+        self._settings = settings
+        self.fallback = fallback
+
+    @property
+    def settings(self) -> Settings:
+        if self._settings is None:
+            self._settings = from_environment()
+        return self._settings
+
+    def supports(self, spec: KernelSpec | SoftmaxSpec) -> str | None:
+        try:
+            find_compiler(self.settings.compiler, self.settings.target)
+        except BuildError as error:
+            warn_once(f"kvt_compile runs k-NN attention with ATen operators, several times slower: {error}")
+            return str(error)
+        return refusal(spec if isinstance(spec, SoftmaxSpec) else dataclasses.replace(spec, needs_grad=()))
+
+    def forward(
+        self,
+        spec: KernelSpec,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        captured: Sequence[Tensor],
+        topk: int,
+        sizes: Sequence[int],
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.built(spec):
+            return self.fallback.forward(spec, q, k, v, captured, topk, sizes, dropout_p, seed)
+        return launch.forward(spec, self.settings, q, k, v, captured, topk, sizes, dropout_p, seed)
+
+    def backward(
+        self,
+        spec: KernelSpec,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        captured: Sequence[Tensor],
+        out: Tensor,
+        logsumexp: Tensor,
+        threshold: Tensor,
+        topk: int,
+        sizes: Sequence[int],
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> Gradients:
+        if not self.built(spec):
+            return self.fallback.backward(
+                spec, grad_out, q, k, v, captured, out, logsumexp, threshold, topk, sizes, dropout_p, seed
+            )
+        return launch.backward(
+            spec, self.settings, grad_out, q, k, v, captured, logsumexp, threshold, topk, sizes, dropout_p, seed
+        )
+
+    def softmax(self, scores: Tensor, dim: int, topk: int, dtype: torch.dtype) -> Tensor:
+        spec = rows.spec_of(scores.dtype, dtype)
+        if not self.built(spec):
+            return self.fallback.softmax(scores, dim, topk, dtype)
+        return rows.softmax(spec, self.settings, scores, dim, topk, dtype)
+
+    def softmax_backward(self, grad: Tensor, weights: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
+        spec = rows.spec_of(input_dtype, weights.dtype)
+        if grad.dtype != weights.dtype or not self.built(spec):
+            return self.fallback.softmax_backward(grad, weights, dim, input_dtype)
+        return rows.softmax_backward(spec, self.settings, grad, weights, dim, input_dtype)
+
+    def built(self, spec: KernelSpec | SoftmaxSpec) -> bool:
+        """Whether the kernel is there; when it cannot be built, says so once and lets the fallback run."""
+        try:
+            launch.kernel(spec, self.settings)
+        except (BuildError, OSError) as error:
+            warn_once(f"kvt_compile could not build a C kernel and runs k-NN attention with ATen operators: {error}")
+            return False
+        return True
+
+
+@lru_cache(maxsize=4096)
+def refusal(spec: KernelSpec | SoftmaxSpec) -> str | None:
+    """None, or why no C can be generated for a spec."""
+    if isinstance(spec, SoftmaxSpec):
+        missing = [x for x in (spec.dtype, spec.out_dtype) if x not in rows.DTYPES]
+        return f"softmax of {', '.join(missing)} is not generated" if missing else None
+    if spec.value_dtype == "float64" != spec.dtype:
+        return f"float64 values with {spec.dtype} queries are not generated"
+    if not spec.head_dim or not spec.value_dim:
+        return "heads without features are not generated"
+    missing = [c.dtype for c in spec.captured if c.dtype not in ELEMENTS]
+    if missing:
+        return f"captured tensors of {', '.join(missing)} are not generated"
+    try:
+        source(spec)
+    except NotGenerated as error:
+        return str(error)
+    return None
+
+
+LOWERING = CLowering()

@@ -1,0 +1,139 @@
+"""Lowering name -> lowering; "auto" -> the best one that supports the spec on this device.
+
+A lowering is an object with the five methods of `Lowering`.  It is imported when first asked for, so that a machine
+without a compiler or without Triton pays nothing for them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib import import_module
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]
+
+
+class LoweringError(ValueError):
+    """No such lowering, or one that was asked for by name and cannot run the node."""
+
+
+class Lowering(Protocol):
+    """What runs a node.  Shapes, dtypes and meaning are those of the ops (`kernels/ops.py`); inputs are already checked
+    (shapes bound, 1 <= topk <= max(Nk, 1), autocast off), strides are not: they may be anything, 0 included."""
+
+    name: str
+    devices: tuple[str, ...]
+    """Device types it runs on, e.g. ("cpu",); empty = all."""
+
+    def supports(self, spec: KernelSpec | SoftmaxSpec) -> str | None:
+        """None, or the reason why this lowering cannot run such a node, as a clause: "float64 is not generated"."""
+
+    def forward(
+        self,
+        spec: KernelSpec,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        captured: Sequence[Tensor],
+        topk: int,
+        sizes: Sequence[int],
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(out, logsumexp, threshold), all contiguous."""
+
+    def backward(
+        self,
+        spec: KernelSpec,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        captured: Sequence[Tensor],
+        out: Tensor,
+        logsumexp: Tensor,
+        threshold: Tensor,
+        topk: int,
+        sizes: Sequence[int],
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> Gradients:
+        """(dq, dk, dv, [dcaptured]), contiguous, in their tensors' dtypes; None where `spec.needs_grad` is False."""
+
+    def softmax(self, scores: Tensor, dim: int, topk: int, dtype: torch.dtype) -> Tensor:
+        """Weights of the kept keys along `dim` (0 <= dim < max(scores.dim(), 1)), contiguous, in `dtype`."""
+
+    def softmax_backward(self, grad: Tensor, weights: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
+        """w * (g - sum(w * g)) along `dim`, contiguous, in `input_dtype`."""
+
+
+_PLACES: dict[str, str | Lowering] = {
+    # in the order "auto" tries them; "reference" is dense and only ever runs when named
+    "c": "kvt_compile.kernels.c.lowering:LOWERING",
+    "aten": "kvt_compile.kernels.aten:LOWERING",
+    "reference": "kvt_compile.kernels.reference_lowering:LOWERING",
+}
+
+
+def register(name: str, lowering: Lowering | str) -> Callable[[], None]:
+    """Add or replace a lowering (an object, or "module:attribute" to import when needed).  Returns the undo."""
+    before = dict(_PLACES)
+    _PLACES[name] = lowering
+    choose.cache_clear()
+
+    def undo() -> None:
+        _PLACES.clear()
+        _PLACES.update(before)
+        choose.cache_clear()
+
+    return undo
+
+
+def names() -> tuple[str, ...]:
+    """Every name the `lowering` argument of an op takes."""
+    return ("auto", *_PLACES)
+
+
+def get(name: str) -> Lowering:
+    """The lowering of that name.  Raises LoweringError with the list of names and the nearest one."""
+    if name not in _PLACES:
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise LoweringError(f"unknown lowering {name!r}, expected one of {', '.join(map(repr, names()))}{hint}")
+    place = _PLACES[name]
+    if isinstance(place, str):
+        module, _, attribute = place.partition(":")
+        place = _PLACES[name] = getattr(import_module(module), attribute)
+    return place
+
+
+@lru_cache(maxsize=4096)
+def choose(name: str, spec: KernelSpec | SoftmaxSpec, device: str) -> Lowering:
+    """The lowering that will run `spec` on `device` (a device type such as "cpu").
+
+    Raises LoweringError when `name` is unknown, or is explicit and cannot run this node.
+    """
+    if name != "auto":
+        lowering = get(name)
+        reason = refusal(lowering, spec, device)
+        if reason is not None:
+            raise LoweringError(f'lowering {name!r} cannot run this node: {reason}; use lowering="auto" or "aten"')
+        return lowering
+    for candidate in _PLACES:
+        if candidate != "reference" and refusal(get(candidate), spec, device) is None:
+            return get(candidate)
+    raise LoweringError(f"no lowering runs this node on {device}: {spec}")
+
+
+def refusal(lowering: Lowering, spec: KernelSpec | SoftmaxSpec, device: str) -> str | None:
+    """Why `lowering` cannot run `spec` on `device`; None when it can."""
+    if lowering.devices and device not in lowering.devices:
+        return f"it runs on {', '.join(lowering.devices)}, not on {device}"
+    return lowering.supports(spec)

@@ -1,0 +1,32 @@
+"""softmax(t + c) = softmax(t) for any c that is the same along the row; so is which keys are the k largest.
+
+    alpha * (x - max(x))   ->   alpha * x
+
+Models subtract a row maximum (or the maximum of everything) for numerical safety, which the kernel does by itself.
+"""
+
+from __future__ import annotations
+
+import sympy
+
+from .coords import Coord
+from .read import Reader
+
+
+def without_row_constants(scores: sympy.Expr, reader: Reader, keys: Coord) -> sympy.Expr:
+    """The scores without the maxima that enter them as one added number per row."""
+    space = reader.space
+    along = set(space.resolve(keys).digits)
+    varying = {
+        leaf.symbol for leaf in reader.leaves if any(along & set(c.digits) for c in space.resolve_all(leaf.coords))
+    }
+    varying |= {symbol for symbol, at in reader.positions.items() if along & set(space.resolve(at).digits)}
+    for leaf in reader.leaves:
+        if leaf.value.kind != "reduce" or leaf.value.name != "amax" or leaf.symbol in varying:
+            continue
+        slope = sympy.diff(scores, leaf.symbol)
+        if slope.free_symbols & (varying | {leaf.symbol}):
+            continue
+        scores = scores.subs(leaf.symbol, 0)
+        reader.visited.add(leaf.value)
+    return scores

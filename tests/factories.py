@@ -1,0 +1,65 @@
+"""Tiny models for `kvt explain tests/factories.py:NAME`, good ones and ones that go wrong."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """softmax(q kT / sqrt(D) [+ bias]) v on [B, N, C]."""
+
+    def __init__(self, width: int = 16, heads: int = 2) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-2, -1) * (width // self.heads) ** -0.5
+        if bias is not None:
+            scores = scores + bias
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, tokens, width))
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Attention() for _ in range(2))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x, bias)
+        return self.head(x.mean(1)).softmax(-1)
+
+
+def stack() -> tuple[nn.Module, tuple[Tensor]]:
+    """Two attentions, and a classifier's softmax that is none."""
+    return Stack(), (torch.randn(2, 10, 16),)
+
+
+def stack_with_bias() -> tuple[nn.Module, tuple[Tensor], dict[str, Tensor]]:
+    return Stack(), (torch.randn(2, 10, 16),), {"bias": torch.randn(2, 10, 10)}
+
+
+def chatty() -> tuple[nn.Module, tuple[Tensor]]:
+    print("building, building")
+    return stack()
+
+
+def raising() -> None:
+    raise ValueError("no such thing\nas a second line")
+
+
+def only_a_model() -> nn.Module:
+    return Stack()
+
+
+def failing_model() -> tuple[nn.Module, tuple[Tensor]]:
+    return Stack(), (torch.randn(2, 10, 15),)
+
+
+not_a_function = 3

@@ -1,0 +1,238 @@
+"""The property every random program must have, and the fast capture it is checked through.
+
+    at k = N     the rewritten program computes what the original computes: outputs, gradients, what it writes to
+    at k < N     it computes the original with k-NN softmax, written by hand, at the rewritten places
+    always       every softmax is a site or a refusal with a reason; the reference lowering agrees; no pass raises
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import assume
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils import _pytree as pytree
+
+from fuzz_graphs import Program, Selection
+from kvt_compile.passes.decide import Policy
+from kvt_compile.passes.pipeline import PassResult, run_passes
+
+EXACT, ROUNDED = 1e-9, 2e-3
+"""Relative tolerances in float64: plain, and with a cast to float32 that a fused kernel does without."""
+
+
+# ---- capture ----------------------------------------------------------------------------------------------------------
+
+
+class _Proxy(fx.Proxy):
+    """Records writes as Dynamo does: x[i] = y and x += y are nodes without a data edge to what is read later."""
+
+    def __setitem__(self, item: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, item, value), {})
+
+
+def _augmented(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _function in (operator.iadd, operator.isub, operator.imul, operator.itruediv):
+    setattr(_Proxy, f"__{_function.__name__}__", _augmented(_function))
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+
+class _Recorder(fx.Interpreter):
+    """Leaves on every node what it computes, sharing memory with whatever it really shares memory with."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        n.meta["val"] = result if n.op == "get_attr" else pytree.tree_map_only(Tensor, Tensor.detach, result)
+        return result
+
+
+def traced(model: nn.Module, inputs: Sequence[Tensor]) -> fx.GraphModule:
+    """A graph of the kind Dynamo makes, at a fiftieth of its price: real tensors stand where fake ones would."""
+    graph = fx.GraphModule(model, _Tracer().trace(model))
+    with torch.no_grad():  # autograd forbids some writes that a program in inference makes
+        _Recorder(graph).run(*(x.clone() for x in inputs))
+    return graph
+
+
+def traced_with_fakes(model: nn.Module, inputs: Sequence[Tensor]) -> fx.GraphModule:
+    """The same with fake tensors, as a real capture leaves them."""
+    graph = fx.GraphModule(model, _Tracer().trace(model))
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = [mode.from_tensor(x, static_shapes=True) for x in inputs]
+    with torch.no_grad():
+        FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*fakes)
+    return graph
+
+
+# ---- running ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything one run shows.  `gradients` is None when autograd refuses the program's writes."""
+
+    outputs: tuple[Tensor, ...]
+    inputs: tuple[Tensor, ...]
+    gradients: dict[str, Tensor] | None
+
+
+def run(call: nn.Module, program: Program, parameters: nn.Module, *, backward: bool = True) -> Outcome:
+    """Runs a module on fresh copies of the program's inputs; gradients of a fixed random projection of its outputs."""
+    fixed = {tag.partition(":")[2] for tag in program.tags if tag.startswith("no_grad_input")}
+    inputs = {
+        name: x.clone().requires_grad_(x.is_floating_point() and name not in fixed)
+        for name, x in program.inputs.items()
+    }
+    with torch.set_grad_enabled(backward):
+        found = call(*inputs.values())
+    outputs = found if isinstance(found, tuple) else (found,)
+    gradients: dict[str, Tensor] | None = None
+    if backward:
+        wanted = {n: x for n, x in (*inputs.items(), *parameters.named_parameters()) if x.requires_grad}
+        generator = torch.Generator().manual_seed(1)
+        loss = sum(
+            ((x * torch.randn(x.shape, generator=generator, dtype=torch.float64)).sum() for x in outputs if x.requires_grad),
+            torch.zeros(()),
+        )
+        if loss.requires_grad:
+            found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+            gradients = {n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(wanted.items(), found, strict=True)}
+    return Outcome(tuple(x.detach() for x in outputs), tuple(x.detach() for x in inputs.values()), gradients)
+
+
+def run_original(program: Program, knn: Sequence[bool] = (), selection: Selection | None = None) -> Outcome:
+    """The program itself; forward only when its writes break its own backward."""
+    module = program.build(knn, selection)
+    try:
+        return run(module, program, module)
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("inplace", "in-place")):
+            raise
+        module = program.build(knn, selection)
+        return run(module, program, module, backward=False)
+
+
+def differences(actual: Outcome, expected: Outcome, tolerance: float) -> list[str]:
+    """What differs, in words."""
+    pairs = [(f"output {n}", x, y) for n, (x, y) in enumerate(zip(actual.outputs, expected.outputs, strict=True))]
+    pairs += [(f"input {n} afterwards", x, y) for n, (x, y) in enumerate(zip(actual.inputs, expected.inputs, strict=True))]
+    if actual.gradients is not None and expected.gradients is not None:
+        pairs += [(f"gradient of {n}", actual.gradients[n], y) for n, y in expected.gradients.items()]
+    return [text for name, x, y in pairs if (text := _difference(name, x, y, tolerance))]
+
+
+def _difference(name: str, actual: Tensor, expected: Tensor, tolerance: float) -> str:
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return f"{name}: {tuple(actual.shape)} {actual.dtype}, expected {tuple(expected.shape)} {expected.dtype}"
+    if not expected.numel():
+        return ""
+    scale = 1.0 + float(expected.double().abs().max())
+    error = float((actual.double() - expected.double()).abs().max())
+    return "" if error <= tolerance * scale else f"{name}: off by {error:.3g} of {scale:.3g}"
+
+
+# ---- the property -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What became of one softmax."""
+
+    rewritten: bool
+    tier: str
+    reason: str
+
+
+def fates_of(graph: fx.GraphModule, result: PassResult, order: dict[fx.Node, int]) -> list[Fate]:
+    """One fate per softmax, in program order (two products that read one softmax are two sites)."""
+    found: dict[fx.Node, Fate] = {}
+    for decision in result.decisions:
+        site = decision.site
+        found[site.softmax] = Fate(decision.topk is not None, site.tier, decision.reason or site.tier_reason)
+    for refusal in result.refusals:
+        assert refusal.reason, f"{refusal.node} is refused without a reason"
+        assert refusal.node not in found, f"{refusal.node} is a site and a refusal"
+        found[refusal.node] = Fate(False, "", refusal.reason)
+    return [found[node] for node in sorted(found, key=lambda node: order[node])]
+
+
+def rewritten_nodes(graph: fx.GraphModule) -> list[fx.Node]:
+    targets = (torch.ops.kvt.attention.default, torch.ops.kvt.topk_softmax.default)
+    return [node for node in graph.graph.nodes if node.target in targets]
+
+
+def set_arguments(graph: fx.GraphModule, *, topk: int | None = None, lowering: str | None = None) -> None:
+    """The same rewritten graph with another k or lowering."""
+    for node in rewritten_nodes(graph):
+        at = 6 if node.target is torch.ops.kvt.attention.default else 2
+        arguments = list(node.args)
+        arguments[at] = arguments[at] if topk is None else topk
+        arguments[-1] = arguments[-1] if lowering is None else lowering
+        node.args = tuple(arguments)
+    graph.recompile()
+
+
+def check(program: Program, topk: int, capture: Callable[..., fx.GraphModule] = traced) -> list[Fate]:
+    """Asserts the property for one program and returns what became of its softmaxes."""
+    tolerance = EXACT if program.exact else ROUNDED
+    dense = run_original(program)
+    assume(all(x.isfinite().all() for x in dense.outputs))
+    assume(dense.gradients is None or all(x.isfinite().all() for x in dense.gradients.values()))
+    module = program.build()
+    graph = capture(module, list(program.inputs.values()))
+    order = {node: n for n, node in enumerate(graph.graph.nodes)}
+    result = run_passes(graph, Policy(topk=topk, force_rewrite=True), lowering="aten")
+    fates = fates_of(graph, result, order)
+    candidates = _choices(program, fates)
+
+    def actual(**changes: Any) -> Outcome:
+        set_arguments(graph, **changes)
+        for name, x in (*program.parameters.items(), *program.buffers.items()):
+            module.get_parameter(name).data.copy_(x) if name in program.parameters else module.get_buffer(name).copy_(x)
+        return run(graph, program, module, backward=dense.gradients is not None)
+
+    selected = actual() if rewritten_nodes(graph) else actual()
+    misses: list[list[str]] = []
+    for choice in candidates:
+        selection = Selection(topk, 10 * tolerance)
+        expected = run_original(program, choice, selection)
+        assume(not selection.close)
+        misses.append(differences(selected, expected, tolerance))
+        if not misses[-1]:
+            break
+    else:
+        raise AssertionError(f"k = {topk}: {min(misses, key=len)}; {fates}\n{program!r}\n{graph.code}")
+    if rewritten_nodes(graph):
+        if wrong := differences(actual(lowering="reference"), selected, tolerance):
+            raise AssertionError(f"the reference lowering differs: {wrong}\n{program!r}\n{graph.code}")
+        if wrong := differences(actual(topk=1 << 20, lowering="aten"), dense, tolerance):
+            raise AssertionError(f"k = N differs from dense: {wrong}; {fates}\n{program!r}\n{graph.code}")
+    return fates
+
+
+def _choices(program: Program, fates: list[Fate]) -> list[tuple[bool, ...]]:
+    """Which anchors may have become k-NN attention.  Only a softmax by hand may go unnoticed."""
+    if len(fates) == program.anchors:
+        return [tuple(fate.rewritten for fate in fates)]
+    by_hand = any(tag in ("softmax:by_hand", "softmax:exp_log") for tag in program.tags)
+    assert len(fates) < program.anchors, f"more softmaxes found than there are: {fates}\n{program!r}"
+    assert by_hand, f"a softmax is neither a site nor refused: {fates}\n{program!r}"
+    rewritten = sum(fate.rewritten for fate in fates)
+    every = itertools.product((False, True), repeat=program.anchors)
+    return [choice for choice in every if sum(choice) == rewritten]

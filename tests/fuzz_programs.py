@@ -1,0 +1,210 @@
+"""The strategies: programs that are attention in some spelling, and programs that only nearly are.
+
+    positives()   softmax(f(Q K^T)) V, whatever the spelling: has to be found
+    anything()    the same with one or more things wrong: refused, kept or rewritten, but never with another meaning
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from hypothesis import strategies as st
+
+import fuzz_ops as ops
+from fuzz_graphs import Labelled, Program, Writer
+
+Draw = Callable[[st.SearchStrategy[Any]], Any]
+
+
+@st.composite
+def positives(draw: Draw) -> Program:
+    return _write(Writer(draw), wild=False)
+
+
+@st.composite
+def anything(draw: Draw) -> Program:
+    return _write(Writer(draw), wild=True)
+
+
+def _write(w: Writer, *, wild: bool) -> Program:
+    batch, queries, keys = _sizes(w)
+    q, k, v = _operands(w, batch, queries, keys)
+    twist = w.pick(*_TWISTS) if wild else ""
+    w.tag(*([f"twist:{twist}"] if twist else []), plain=not twist)
+    if twist == "learned_keys":
+        k = w.tensor(w.shuffled((*keys, "d")), origin="parameter")
+    if twist == "learned_values":
+        v = w.tensor(w.shuffled((*keys, "e")), origin="parameter")
+    w.tag(plain=w.size(keys) > 1 and w.sizes["d"] > 1)
+    s = ops.product(w, ops.prepared(w, q, "d"), ops.prepared(w, k, "d"), ("d",), added=True)
+    s = _scores(w, s, q, keys, wild=wild)
+    if twist == "two_products":
+        other = ops.product(w, q, k, ("d",))
+        s = w.let(f"{s.name} + {w.arranged(other, s.dims).name}", s.dims)
+    a, s, axis = _weights(w, s, keys, twist)
+    if w.chance(50):
+        a = _steps(w, a, ops.WEIGHTS, w.number(1, 2))
+    if wild and w.chance(25):
+        a = w.pick(*ops.ODD_WEIGHTS)(w, a)
+    out = _values(w, a, v, s, keys, twist)
+    w.program.returns = [out.name, *_also_returned(w, a, s, twist)]
+    return w.program
+
+
+def _sizes(w: Writer) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    w.sizes |= {"b": w.pick(2, 1, 3), "w": 2, "h": w.pick(2, 3, 1), "g": 2, "d": w.pick(2, 4, 1, 3), "e": w.pick(2, 3, 1)}
+    batch = ("b",) if w.chance(90) else ()
+    if w.chance(15):
+        batch += ("w",)
+    if w.chance(75):
+        batch += ("h",)
+    queries, keys = ("i",), ("j",)
+    if w.chance(20):
+        queries, keys = ("iy", "ix"), ("jy", "jx")
+    for label in (*queries, *keys):
+        w.sizes[label] = w.pick(3, 2, 4, 5, 1) if len(label) == 1 else w.pick(2, 3, 1)
+    return batch, queries, keys
+
+
+def _operands(
+    w: Writer, batch: tuple[str, ...], queries: tuple[str, ...], keys: tuple[str, ...]
+) -> tuple[Labelled, Labelled, Labelled]:
+    if w.chance(25):  # self-attention from one projection: queries and keys are the same tokens
+        w.tag("joint")
+        for x, y in zip(queries, keys, strict=True):
+            w.sizes[y] = w.sizes[x]
+        w.sizes["e"] = w.sizes["d"]
+        names = dict(zip(queries, keys, strict=True))
+        q, k, v = ops.joint(w, batch, queries)
+        return q, w.renamed(k, names), w.renamed(v, {**names, "d": "e"})
+    shared = tuple(y for y in batch if not (y == "h" and w.chance(10)))  # keys with a single head
+    grouped = w.chance(15) and "h" in shared
+    q = ops.operand(w, (*batch, *(("g",) if grouped else ()), *queries, "d"), "d")
+    k = ops.operand(w, (*shared, *keys, "d"), "d")
+    v = ops.operand(w, (*shared, *keys, "e"), "e")
+    if grouped and w.chance(70):
+        w.tag("gqa")
+        k, v = ops.grouped(w, k, "h", "g"), ops.grouped(w, v, "h", "g")
+    return q, k, v
+
+
+def _steps(w: Writer, x: Labelled, steps: tuple[ops.Step, ...], count: int) -> Labelled:
+    for _ in range(count):
+        step = w.pick(*steps)
+        w.tag(step.__name__)
+        x = step(w, x)
+    return x
+
+
+def _scores(w: Writer, s: Labelled, q: Labelled, keys: tuple[str, ...], *, wild: bool) -> Labelled:
+    for _ in range(w.number(0, 4)):
+        s = _steps(w, s, ops.SCORES, 1)
+        if w.chance(8):
+            s = _relative(w, s, q, keys)
+        if wild and w.chance(25):
+            s = w.pick(*ops.WRITES, ops.mixed)(w, s)
+    return s
+
+
+def _relative(w: Writer, s: Labelled, q: Labelled, keys: tuple[str, ...]) -> Labelled:
+    """A bias computed from the queries: q . R, with one row of R per key (decomposed relative positions)."""
+    w.tag("relative")
+    some = keys if w.chance(50) else keys[-1:]
+    table = w.tensor(tuple((y,) for y in (*some, "d")), origin="parameter")
+    bias = ops.product(w, q, table, ("d",))
+    present = [y for y in s.labels if y in bias.labels]
+    dims = tuple(tuple(y for y in dim if y in present) for dim in w.split(s).dims)
+    opened = w.split(s)
+    bias = w.arranged(bias, tuple(d for d in dims if d))
+    bias = w.let(f"{bias.name}.reshape({w.sizes_of(dims)})", dims)
+    return w.let(f"{opened.name} + {bias.name}", opened.dims)
+
+
+_TWISTS = (
+    "", "", "", "axis", "axis", "return_weights", "return_scores", "two_values", "learned_keys", "learned_values", "swapped",
+    "bidirectional", "differential", "two_products", "sink", "cut", "squared", "value_from_scores", "elementwise", "two_softmaxes",
+    "mutated_later", "scores_read", "no_values",
+)  # fmt: skip
+"""What makes a program only nearly attention, or attention in an unusual shape."""
+
+
+def _weights(w: Writer, s: Labelled, keys: tuple[str, ...], twist: str) -> tuple[Labelled, Labelled, int]:
+    """(weights, the scores they were made of, softmax axis)."""
+    s = w.arranged(s, w.shuffled(s.labels, alone=[keys]))
+    axis = s.at(*keys)
+    if twist == "axis":
+        axis = w.number(0, len(s.dims) - 1)
+    if twist == "sink" and len(keys) == 1:
+        w.sizes["sink"] = w.size(keys) + 1
+        dims = tuple(("sink",) if d == keys else d for d in s.dims)
+        ones = tuple(() if d == keys else d for d in s.dims)
+        column = w.tensor(tuple(() for _ in s.dims), origin="parameter", value=w.random(()).to(w.value(s).dtype).reshape([1] * len(s.dims)))
+        wide = w.let(f"torch.cat([{s.name}, {column.name}.expand({w.sizes_of(ones)})], dim={axis})", dims)
+        a = ops.softmax(w, wide, axis)
+        at = ", ".join([":"] * axis + [":-1"])
+        return w.let(f"{a.name}[{at}]", s.dims), s, axis
+    a = ops.softmax(w, s, axis)
+    if twist in ("differential", "two_softmaxes"):
+        other = ops.softmax(w, ops.scale(w, w.let(f"{s.name} * 1.0", s.dims)), axis)
+        lam = w.tensor((), origin="parameter")
+        a = w.let(f"{a.name} - {lam.name} * {other.name}", a.dims)
+    return a, s, axis
+
+
+def _values(w: Writer, a: Labelled, v: Labelled, s: Labelled, keys: tuple[str, ...], twist: str) -> Labelled:
+    names = {"i": "j", "j": "i"}
+    square = "i" in a.labels and "j" in a.labels and w.sizes["i"] == w.sizes["j"]
+    if twist == "swapped" and square:  # sums over the queries
+        a = w.renamed(a, names)
+    if twist == "squared" and square:  # weights times weights
+        other = w.renamed(a, {"i": "j", "j": "i2"})
+        w.sizes["i2"] = w.sizes["i"]
+        return ops.product(w, a, other, ("j",))
+    if twist == "value_from_scores":
+        v = w.renamed(w.split(s), {**{y: f"{y}2" for y in s.labels if y[0] == "i"}, **{y: y for y in keys}})
+        w.sizes |= {f"{y}2": w.sizes[y] for y in s.labels if y[0] == "i"}
+    if twist == "elementwise":
+        return w.let(f"{a.name} * {w.arranged(s, a.dims).name}", a.dims)
+    if twist == "no_values":
+        return a
+    if twist == "cut" and len(keys) == 1 and w.size(keys) > 1:  # drops a key after the softmax
+        at = a.at(*keys) if keys in a.dims else None
+        if at is not None:
+            w.sizes["cut"] = w.size(keys) - 1
+            index = ", ".join([":"] * at + ["1:"])
+            a = w.let(f"{a.name}[{index}]", tuple(("cut",) if d == keys else d for d in a.dims))
+            v = w.split(v)
+            index = ", ".join([":"] * v.at(*keys) + ["1:"])
+            v = w.let(f"{v.name}[{index}]", tuple(("cut",) if d == keys else d for d in v.dims))
+            keys = ("cut",)
+    if twist == "mutated_later":
+        w.run(w.pick(f"{v.name} = {v.name} * 1.0\n{v.name}.mul_(0.5)", f"{s.name}.mul_(0.0)"))
+    if w.value(a).dtype != w.value(v).dtype:
+        a = w.let(f"{a.name}.to({w.value(v).dtype})", a.dims)
+    out = ops.product(w, a, v, keys)
+    if twist == "bidirectional" and square:
+        other = ops.softmax(w, s, w.renamed(s, names).dims.index(("j",)) if ("j",) in w.renamed(s, names).dims else 0)
+        back = w.renamed(other, names)
+        if w.value(back).dtype == w.value(v).dtype:
+            more = w.arranged(ops.product(w, back, v, keys), out.dims)
+            out = w.let(f"{out.name} + {more.name}", out.dims)
+    if twist == "two_values":
+        more = ops.product(w, a, w.let(f"{v.name} * 2.0", v.dims), keys)
+        out = w.let(f"{out.name} + {w.arranged(more, out.dims).name}", out.dims)
+    if w.chance(50):
+        out = w.arranged(out, w.shuffled(out.labels))
+    if w.chance(40):
+        out = w.let(w.pick(f"{out.name} * 2.0", f"torch.sin({out.name})", f"{out.name}.contiguous()"), out.dims)
+    return out
+
+
+def _also_returned(w: Writer, a: Labelled, s: Labelled, twist: str) -> list[str]:
+    match twist:
+        case "return_weights":
+            return [a.name]
+        case "return_scores":
+            return [s.name]
+        case "scores_read":
+            return [w.let(f"{s.name}.sum()", ()).name]
+    return []
