@@ -26,7 +26,7 @@ format:  ## put the code into ruff's format
 	@./tools/python dev -m ruff format .
 
 bench:  ## run every benchmark, or the demo's timings while there is none
-	@set -e; for file in benchmarks/*.py; do \
+	@set -e; for file in benchmarks/[!_]*.py; do \
 	  if [ -e "$$file" ]; then ./tools/python examples "$$file" $(ARGS); \
 	  else ./tools/python examples examples/quickstart.py --timings; fi; done
 

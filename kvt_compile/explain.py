@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 from kvt_compile.capture import capture
 from kvt_compile.config import NAMES, OptionError, Options, make_options
+from kvt_compile.kernel_spec import lowering_of
 from kvt_compile.passes.decide import keys_kept, unmatched_patterns
 from kvt_compile.passes.pipeline import PassResult, run_passes
 from kvt_compile.report import RefusalReport, Report, SiteReport
@@ -97,7 +98,11 @@ def build_report(results: Iterable[PassResult], options: Options) -> Report:
             shown = topk if topk is None or isinstance(topk, int) else f"{topk:g} of {decision.site.keys}"
             sites.append(
                 SiteReport.of(
-                    decision.site, topk=shown, reason=decision.reason, lowering=options.lowering, graph=number
+                    decision.site,
+                    topk=shown,
+                    reason=decision.reason,
+                    lowering="" if topk is None else lowering_of(decision.site, options.lowering),
+                    graph=number,
                 )
             )
         refusals += [RefusalReport.of(refusal, graph=number) for refusal in result.refusals]

@@ -129,13 +129,12 @@ def label(modules: list[str]) -> str:
     names = list(dict.fromkeys(module or "(top level)" for module in modules))
     if len(names) == 1:
         return names[0] + count
-    parts = [name.split(".") for name in names]
-    differing = [n for n in range(len(parts[0])) if len({part[n] for part in parts if n < len(part)}) > 1]
-    if len({len(part) for part in parts}) == 1 and len(differing) == 1:
-        numbers = [part[differing[0]] for part in parts]
-        if all(re.fullmatch(r"\d+", number) for number in numbers):
-            inner = "{" + _ranges([int(number) for number in numbers]) + "}"
-            return ".".join(inner if n == differing[0] else part for n, part in enumerate(parts[0])) + count
+    parts = [re.split(r"(\d+)", name) for name in names]
+    if len({len(part) for part in parts}) == 1:
+        differing = [n for n in range(len(parts[0])) if len({part[n] for part in parts}) > 1]
+        if len(differing) == 1 and parts[0][differing[0]].isdigit():
+            inner = "{" + _ranges([int(part[differing[0]]) for part in parts]) + "}"
+            return "".join(inner if n == differing[0] else part for n, part in enumerate(parts[0])) + count
     return f"{names[0]} … {names[-1]}{count}"
 
 

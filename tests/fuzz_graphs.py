@@ -87,6 +87,8 @@ class Program:
     """No cast to a smaller dtype on the way."""
     plain: bool = True
     """Nothing was drawn that keeps the attention from being found and fused."""
+    negative: bool = False
+    """No softmax of the program is attention."""
 
     @property
     def anchors(self) -> int:

@@ -48,6 +48,8 @@ def _write(w: Writer, *, wild: bool) -> Program:
     if wild and w.chance(25):
         a = w.pick(*ops.ODD_WEIGHTS)(w, a)
     out = _values(w, a, v, s, keys, twist)
+    if w.program.anchors == 1 and w.size(keys) > 1:
+        w.program.negative = twist in ("learned_keys", "learned_values", "elementwise", "no_values") or "negative" in w.program.tags
     w.program.returns = [out.name, *_also_returned(w, a, s, twist)]
     return w.program
 
@@ -135,6 +137,7 @@ def _weights(w: Writer, s: Labelled, keys: tuple[str, ...], twist: str) -> tuple
     axis = s.at(*keys)
     if twist == "axis":
         axis = w.number(0, len(s.dims) - 1)
+        w.tag(*["negative"] * (s.dims[axis] != keys and w.size(s.dims[axis]) > 1))
     if twist == "sink" and len(keys) == 1:
         w.sizes["sink"] = w.size(keys) + 1
         dims = tuple(("sink",) if d == keys else d for d in s.dims)
@@ -157,7 +160,9 @@ def _values(w: Writer, a: Labelled, v: Labelled, s: Labelled, keys: tuple[str, .
     square = "i" in a.labels and "j" in a.labels and w.sizes["i"] == w.sizes["j"]
     if twist == "swapped" and square:  # sums over the queries
         a = w.renamed(a, names)
+        w.tag("negative")
     if twist == "squared" and square:  # weights times weights
+        w.tag("negative")
         other = w.renamed(a, {"i": "j", "j": "i2"})
         w.sizes["i2"] = w.sizes["i"]
         return ops.product(w, a, other, ("j",))

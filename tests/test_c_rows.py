@@ -1,4 +1,4 @@
-"""The row kernel of kvt::topk_softmax, and through it the selection, on every kind of row that is hard to select from."""
+"""The row kernel of kvt::topk_softmax, and through it the selection, on every kind of row that is hard to select."""
 
 from __future__ import annotations
 
@@ -104,4 +104,5 @@ def test_dtypes_and_dimensions(dtype: torch.dtype, dim: int) -> None:
     (mine,) = torch.autograd.grad(result, scores, grad)
     w = result.detach().double()
     expected = w * (grad.double() - (w * grad.double()).sum(dim, keepdim=True))
-    torch.testing.assert_close(mine.double(), expected, rtol=0, atol=4 * torch.finfo(dtype).eps * float(expected.abs().max()))
+    budget = 4 * torch.finfo(dtype).eps * float(expected.abs().max())
+    torch.testing.assert_close(mine.double(), expected, rtol=0, atol=budget)

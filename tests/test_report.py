@@ -192,6 +192,8 @@ class TestTable:
         (["a.0.0", "a.1.1"], "a.0.0 … a.1.1 ×2"),
         (["a.0", "a.1.x"], "a.0 … a.1.x ×2"),
         (["a", "a"], "a ×2"),
+        (["layer_0.x", "layer_1.x"], "layer_{0..1}.x ×2"),
+        (["layer.x", "layer.y"], "layer.x … layer.y ×2"),
     ],
     ids=str,
 )

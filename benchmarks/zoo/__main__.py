@@ -54,7 +54,9 @@ def main() -> int:
 def judge_all(entries: Sequence[Entry], options: argparse.Namespace, console: Console) -> None:
     """Fills the log."""
     known = {} if options.again else read(options.log)
-    waiting = [entry for entry in entries if entry.id not in known]
+    deep = {id for id, record in known.items() if record.get("deep")}
+    waiting = [e for e in entries if e.id not in known or (e.gradients and not options.shallow and e.id not in deep)]
+    waiting.sort(key=lambda entry: not entry.gradients)  # one of every family first: surprises come early
     source = fingerprint()
 
     def work(number: int, result: dict[str, Any]) -> None:
@@ -69,7 +71,7 @@ def judge_all(entries: Sequence[Entry], options: argparse.Namespace, console: Co
     with options.log.open("a") as log:
         done = each_in_a_process(work, range(len(waiting)), jobs=options.jobs, timeout=options.timeout)
         for count, (number, result) in enumerate(done, 1):
-            record = {"id": waiting[number].id, "source": source, **result}
+            record = {"id": waiting[number].id, "source": source, "deep": not options.shallow, **result}
             log.write(json.dumps(record) + "\n")
             log.flush()
             console.print(table.line(count, len(waiting), waiting[number], verdict_of(record)), soft_wrap=True)

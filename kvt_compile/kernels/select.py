@@ -46,8 +46,13 @@ def softmax(t: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def weights_again(t: Tensor, logsumexp: Tensor, threshold: Tensor) -> Tensor:
-    """Backward: t `[..., Nk]` and what the forward saved of its rows `[..., 1]` -> weights."""
-    return kept_scores(t, threshold).sub_(_finite(logsumexp)).exp_()
+    """Backward: t `[..., Nk]` and what the forward saved of its rows `[..., 1]` -> weights.
+
+    Divided by their own sum: logsumexp rounds at its own size, and beside a mask of -1e9 nothing is left of log(n).
+    """
+    p = kept_scores(t, threshold).sub_(_finite(logsumexp)).exp_()
+    total = p.sum(-1, keepdim=True)
+    return p.div_(total.masked_fill_(total == 0.0, 1.0))
 
 
 def _finite(rows: Tensor) -> Tensor:

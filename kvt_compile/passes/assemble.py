@@ -46,6 +46,9 @@ class Reading:
     value: tuple[Value, Coords]
     features: Coord
     out: Coords
+    score_dtype: torch.dtype | None
+    """Of the product of queries and keys (autocast may have lowered it)."""
+    out_dtype: torch.dtype | None
     scores: sympy.Expr
     """Over the leaf symbols, `s` for the product."""
     weights: sympy.Expr
@@ -66,12 +69,16 @@ class Assembled:
     captured: tuple[Leaf, ...]
     sizes: tuple[tuple[Atom, ...], ...]
     has_dropout: bool
+    sources: tuple[Value, ...]
+    """q, k and v as the model passed them to the products."""
 
 
 def assemble(reading: Reading, facts: Facts) -> Assembled:
     """Names the axes and prints the expressions.  Raises Miss when the pieces do not make an attention."""
     space = reading.space
-    q_dtype, v_dtype = _dtype(reading.query[0]), _dtype(reading.value[0])
+    q_dtype, v_dtype = reading.score_dtype, reading.out_dtype
+    if q_dtype is None or v_dtype is None or not q_dtype.is_floating_point or not v_dtype.is_floating_point:
+        raise Miss("axes", reading.anchor, "queries, keys or values are not floating-point tensors")
     factor: sympy.Expr = sympy.Integer(1)
     peeled: list[tuple[Value, Coords]] = []
     reader = Reader(space, lambda v: False, facts.cost, leaves=list(reading.leaves), positions=reading.positions)
@@ -94,12 +101,8 @@ def assemble(reading: Reading, facts: Facts) -> Assembled:
         axis, groups,
         Operand(q, q_at, q_dtype), Operand(k, k_at, q_dtype), Operand(v, v_at, v_dtype),
         score, weight, tuple(printed.captured), tuple(printed.sizes), has_dropout,
+        (reading.query[0], reading.key[0], reading.value[0]),
     )  # fmt: skip
-
-
-def _dtype(value: Value) -> torch.dtype:
-    assert value.dtype is not None
-    return value.dtype
 
 
 def peel(

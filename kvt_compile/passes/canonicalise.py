@@ -115,6 +115,8 @@ def _builtin_call(node: fx.Node) -> Call | None:
     if node.op == "call_function" and node.target is operator.getitem:
         return Call("getitem", tuple(node.args), {})
     if node.op == "call_function" and node.target is getattr and len(node.args) >= 2:
+        if node.args[1] == "values" and isinstance(node.args[0], fx.Node):  # of torch.max(x, dim), say
+            return Call("getitem", (node.args[0], 0), {})
         return Call(str(node.args[1]), node.args[:1], {})
     return None
 

@@ -19,8 +19,10 @@ from .values import Dim, Value, meta_value
 def place(node: fx.Node) -> Where:
     """Module path, file and line a node came from, as far as the capture recorded them."""
     stack = node.meta.get("nn_module_stack") or {}
-    paths = [entry[0] for entry in stack.values() if isinstance(entry, tuple)]
-    path = re.sub(r"\bL\[['\"](?:self|fn)['\"]\]\.?", "", str(paths[-1])) if paths else ""
+    entries = [entry for entry in stack.values() if isinstance(entry, tuple)]
+    while entries and "Softmax" in getattr(entries[-1][-1], "__name__", str(entries[-1][-1])):
+        entries.pop()  # an nn.Softmax is part of the attention, not its name
+    path = re.sub(r"\bL\[['\"](?:self|fn)['\"]\]\.?", "", str(entries[-1][0])) if entries else ""
     path = re.sub(r"^L__self___?|^self\.", "", path)
     path = re.sub(r"\._modules\[['\"]([^'\"]+)['\"]\]", r".\1", path).lstrip(".")
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or node.stack_trace or "")
@@ -67,7 +69,8 @@ def describe_fused(
         node, assembled.q, assembled.k, assembled.v, groups,
         tuple(c.digits for c in space.resolve_all(out)),
         language.to_text(assembled.score), language.to_text(assembled.weight),
-        tuple(leaf.value for leaf in assembled.captured), assembled.sizes, dropout, dropout_module, interior,
+        tuple(leaf.value for leaf in assembled.captured), assembled.sizes, dropout, dropout_module,
+        assembled.sources, interior,
     )  # fmt: skip
     batch, heads, kv_heads, queries, keys, head_dim, value_dim = _sizes(
         groups.batch, (*groups.kv_heads, *groups.group), groups.kv_heads, groups.queries, groups.keys,

@@ -252,6 +252,7 @@ class _Attempt:
             self.space, self.anchor,
             tuple(c for d, c in enumerate(self.coords) if d != self.dim), self.coords[self.dim],
             self.query, self.key, self.value, self.features, self.out,
+            self.leaf_of_product.value.dtype, self.product.dtype,
             self.scores.xreplace({self.leaf_of_product.symbol: language.s}),
             *self._weights(),
         )  # fmt: skip
@@ -366,7 +367,8 @@ def _sdpa_site(graph: CanonicalGraph, facts: Facts, anchor: Value) -> AttentionS
             raise Miss("provenance", anchor, _LEARNED.format(name))
     scores, reader = _sdpa_scores(space, facts, anchor, mask, (*batch, rows, keys))
     reading = Reading(
-        space, anchor, (*batch, rows), keys, q, k, v, features, (*batch, rows, out), scores,
+        space, anchor, (*batch, rows), keys, q, k, v, features, (*batch, rows, out),
+        anchor.dtype, anchor.dtype, scores,
         language.p, tuple(reader.leaves), reader.positions,
     )  # fmt: skip
     assembled = assemble(reading, facts)

@@ -332,9 +332,14 @@ def _softmax_by_hand(b: Builder, x: Any, total: Any) -> Value | None:
     """exp(y) / exp(y).sum(dim, keepdim=True) -> softmax(y), and y - max(y) -> y inside it."""
     while isinstance(total, Value) and total.kind == "pointwise" and total.name == "identity":
         total = total.inputs[0]
-    if not (isinstance(total, Value) and total.kind == "reduce" and total.name == "sum" and total.attrs["keepdim"]):
+    reshaped = isinstance(total, Value) and total.kind == "layout" and total.name == "reshape"
+    rows = total.inputs[0] if reshaped else total
+    if not (isinstance(rows, Value) and rows.kind == "reduce" and rows.name == "sum" and rows.attrs["keepdim"] != reshaped):
         return None
-    dims = total.attrs["dims"]
+    dims = rows.attrs["dims"]
+    if not isinstance(x, Value) or total.shape != tuple(1 if d in dims else n for d, n in enumerate(x.shape)):
+        return None
+    total = rows
     if total.inputs[0] is not x or len(dims) != 1 or not (x.kind == "pointwise" and x.name == "exp"):
         return None
     return b.value("softmax", "softmax", (_without_row_maximum(x.inputs[0], dims),), dim=dims[0])

@@ -76,7 +76,7 @@ def _fuse(gm: fx.GraphModule, plan: Fused, topk: TopK, lowering: str, renamed: d
     out = emit.arrange(out, (g.batch, heads, g.queries, g.value_features), plan.out)
     out = emit.like(out, plan.node)
     _replace(gm.graph, plan.node, out, renamed)
-    _remove(gm.graph, [plan.node], plan.interior, [plan.q.value, plan.k.value, plan.v.value])
+    _remove(gm.graph, plan)
 
 
 def _dropout(gm: fx.GraphModule, plan: Fused, emit: Emitter, q: fx.Node) -> tuple[Any, Any]:
@@ -125,34 +125,25 @@ def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node, renamed: dict[fx.Node,
     renamed[old] = new
 
 
-def _remove(graph: fx.Graph, last: list[fx.Node], interior: frozenset[Value], operands: list[Value]) -> None:
+def _remove(graph: fx.Graph, plan: Fused) -> None:
     """Erases the region and then whatever only fed it.
 
     The region was proved closed, so its in-place writes have no reader left either; outside it only operations known
     to be free of side effects go.
     """
-    inside = {value.node for value in interior} | set(last)
-    order = {node: n for n, node in enumerate(graph.nodes)}
-    feeding: set[fx.Node] = set()
-    for node in sorted(inside, key=lambda n: order[n], reverse=True):
-        if not node.users:
-            feeding.update(node.all_input_nodes)
-            graph.erase_node(node)
-    pure = _pure_feeders([*interior, *operands])
-    queue = sorted(feeding - inside, key=lambda n: order[n], reverse=True)
-    while queue:
-        node = queue.pop(0)
-        if node in pure and not node.users:
-            inputs = node.all_input_nodes
-            graph.erase_node(node)
-            pure.discard(node)
-            queue = sorted({*queue, *inputs}, key=lambda n: order[n], reverse=True)
+
+    graph.erase_node(plan.node)
+    for values in (plan.interior, _pure_feeders(plan.sources)):
+        last_first = sorted(values, key=lambda value: value.index, reverse=True)
+        for node in dict.fromkeys(value.node for value in last_first):
+            if not node.users:
+                graph.erase_node(node)
 
 
-def _pure_feeders(values: list[Value]) -> set[fx.Node]:
-    """Nodes behind the region that only compute: pointwise and layout values no write has touched."""
-    pure: set[fx.Node] = set()
-    queue = [x for value in values for x in value.operands]
+def _pure_feeders(sources: Iterable[Value]) -> set[Value]:
+    """Values behind the region that only compute: pointwise and layout values no write has touched."""
+    pure: set[Value] = set()
+    queue = list(sources)
     seen: set[Value] = set()
     while queue:
         value = queue.pop()
@@ -160,6 +151,6 @@ def _pure_feeders(values: list[Value]) -> set[fx.Node]:
             continue
         seen.add(value)
         if value.holder is value.node and value.expired is None:
-            pure.add(value.node)
+            pure.add(value)
         queue += value.operands
     return pure

@@ -87,6 +87,8 @@ class Fused:
     """n0, n1, ...: dynamic sizes the expressions need, each as the product of these atoms' sizes."""
     dropout: float
     dropout_module: str
+    sources: tuple[Value, ...]
+    """q, k and v as the model passed them to the products: dead too, unless somebody else reads them."""
     interior: frozenset[Value]
     """What lies between the two products: dead once the node is replaced."""
 

@@ -1,0 +1,318 @@
+"""k-NN attention on a CPU against torch's dense SDPA, eager KVT and its torch.compile: time, memory, build time.
+
+    python benchmarks/cpu_attention.py [--sections forward backward ...] [--threads 1 2] [--quick] [--json PATH]
+
+Every line is a ratio of medians measured in one run, the contestants taking turns, so that a busy machine slows all of
+them.  Targets stand beside the results; the JSON holds the milliseconds too, with CPU, torch version and date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import kvt_compile.kernels.ops  # noqa: F401 - registers the ops
+from kvt_compile.kernels.c import cache, source
+from kvt_compile.kernels.c.settings import Settings
+from kvt_compile.kernels.spec import KernelSpec
+
+SIZES = (197, 577, 1025, 4097)
+BATCH, HEADS, DIM = 1, 12, 64
+SCALE = repr(DIM**-0.5) + "*s"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One measured ratio: ours over theirs, smaller is better, except where it says times faster."""
+
+    section: str
+    what: str
+    threads: int
+    ratio: float
+    target: str
+    met: bool
+    ours_ms: float = 0.0
+    theirs_ms: float = 0.0
+
+
+def medians(seconds: float, *runs: Callable[[], object]) -> list[float]:
+    """Median milliseconds of each, taking turns until `seconds` have passed, at least five turns."""
+    for run in runs:
+        run()
+    times: list[list[float]] = [[] for _ in runs]
+    start = time.perf_counter()
+    while len(times[0]) < 5 or time.perf_counter() - start < seconds:
+        for run, kept in zip(runs, times, strict=True):
+            before = time.perf_counter()
+            run()
+            kept.append(1e3 * (time.perf_counter() - before))
+    return [statistics.median(x) for x in times]
+
+
+def knn(q: Tensor, k: Tensor, v: Tensor, topk: int) -> Tensor:
+    return torch.ops.kvt.attention(q, k, v, [], SCALE, "p", topk, [], 0.0, None, "c")[0]
+
+
+def eager_kvt(q: Tensor, k: Tensor, v: Tensor, topk: int) -> Tensor:
+    """The official algorithm (damo-cv/KVT): a mask of zeros, ones scattered where topk points, softmax of the rest."""
+    attn = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
+    mask = torch.zeros_like(attn)
+    index = torch.topk(attn, k=topk, dim=-1, largest=True)[1]
+    mask.scatter_(-1, index, 1.0)
+    attn = torch.where(mask > 0, attn, torch.full_like(attn, float("-inf")))
+    return torch.softmax(attn, dim=-1) @ v
+
+
+def inputs(n: int, dtype: torch.dtype, grad: bool = False) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(BATCH, HEADS, n, DIM).to(dtype).requires_grad_(grad) for _ in range(3)]
+
+
+def compare(
+    section: str, what: str, limit: float, seconds: float, ours: Callable[[], object], theirs: Callable[[], object]
+) -> Line:
+    mine, other = medians(seconds, ours, theirs)
+    ratio = mine / other
+    return Line(section, what, torch.get_num_threads(), ratio, f"<= {limit:.2f}", ratio <= limit, mine, other)
+
+
+def faster(
+    section: str, what: str, limit: float, seconds: float, ours: Callable[[], object], theirs: Callable[[], object]
+) -> Line:
+    mine, other = medians(seconds, ours, theirs)
+    return Line(
+        section, what, torch.get_num_threads(), other / mine, f">= {limit:.0f} x", other / mine >= limit, mine, other
+    )
+
+
+def forward(quick: bool) -> Iterator[Line]:
+    """k-NN against dense SDPA."""
+    for dtype, limit in ((torch.float32, 0.85), (torch.bfloat16, 0.50)):
+        for n in SIZES[: 3 if quick else 4]:
+            q, k, v = inputs(n, dtype)
+            name = f"{dtype_name(dtype)} N={n} k=N/2 / SDPA"
+            yield compare("forward", name, limit, 2, lambda: knn(q, k, v, n // 2), lambda: sdpa(q, k, v))  # noqa: B023
+    for n in SIZES[: 3 if quick else 4]:
+        q, k, v = inputs(n, torch.float32)
+        yield compare(
+            "forward", f"float32 N={n} k=N/8 / SDPA", 0.70, 2, lambda: knn(q, k, v, n // 8), lambda: sdpa(q, k, v)
+        )  # noqa: B023
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def step(attention: Callable[[], Tensor], leaves: list[Tensor], grad: Tensor) -> Callable[[], object]:
+    return lambda: torch.autograd.grad(attention(), leaves, grad)
+
+
+def backward(quick: bool) -> Iterator[Line]:
+    """Forward and backward, against dense SDPA."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for n in (197, 1025):
+            q, k, v = leaves = inputs(n, dtype, grad=True)
+            grad = torch.randn_like(q)
+            ours = step(lambda: knn(q, k, v, n // 2), leaves, grad)  # noqa: B023
+            theirs = step(lambda: sdpa(q, k, v), leaves, grad)  # noqa: B023
+            yield compare("backward", f"{dtype_name(dtype)} N={n} k=N/2 fwd+bwd / SDPA", 1.0, 3, ours, theirs)
+
+
+def eager(quick: bool) -> Iterator[Line]:
+    """Against the official algorithm in eager mode, and compiled by torch."""
+    for n in SIZES[: 2 if quick else 3]:
+        q, k, v = inputs(n, torch.float32)
+        yield faster("eager", f"float32 N={n} forward, times faster than eager KVT", 12, 2,
+                     lambda: knn(q, k, v, n // 2), lambda: eager_kvt(q, k, v, n // 2))  # noqa: B023  # fmt: skip
+        q, k, v = leaves = inputs(n, torch.float32, grad=True)
+        grad = torch.randn_like(q)
+        yield faster("eager", f"float32 N={n} fwd+bwd, times faster than eager KVT", 8, 2,
+                     step(lambda: knn(q, k, v, n // 2), leaves, grad),  # noqa: B023
+                     step(lambda: eager_kvt(q, k, v, n // 2), leaves, grad))  # noqa: B023  # fmt: skip
+    for n in SIZES[: 1 if quick else 3]:
+        q, k, v = inputs(n, torch.float32)
+        torch.compiler.reset()
+        compiled = torch.compile(eager_kvt)
+        yield faster("eager", f"float32 N={n} forward, times faster than torch.compile(eager KVT)", 8, 2,
+                     lambda: knn(q, k, v, n // 2), lambda: compiled(q, k, v, n // 2))  # noqa: B023  # fmt: skip
+
+
+def swin(quick: bool) -> Iterator[Line]:
+    """Window attention with relative position bias and shifted-window mask."""
+    windows, batch, heads, n, dim = 64, 1, 3, 49, 32
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(windows * batch, heads, n, dim) for _ in range(3))
+    bias = torch.randn(heads, n, n)
+    mask = torch.where(torch.rand(windows, n, n) > 0.7, -100.0, 0.0)
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        attn = (q * dim**-0.5) @ k.transpose(-2, -1) + bias
+        attn = attn.view(batch, windows, heads, n, n) + mask.unsqueeze(1).unsqueeze(0)
+        return attn.view(-1, heads, n, n).softmax(-1) @ v
+
+    def ours() -> Tensor:
+        score = f"{dim**-0.5!r}*s + c0[h, i, j] + c1[b % {windows}, i, j]"
+        return torch.ops.kvt.attention(q, k, v, [bias, mask], score, "p", 25, [], 0.0, None, "c")[0]
+
+    yield compare("swin", "N=49 k=25 bias and mask / dense eager", 1.0, 2, ours, lambda: dense(q, k, v))
+    torch.compiler.reset()
+    compiled = torch.compile(dense)
+    yield compare("swin", "N=49 k=25 bias and mask / dense Inductor", 1.0, 2, ours, lambda: compiled(q, k, v))
+
+
+MEMORY = """
+import sys, torch, kvt_compile.kernels.ops
+sys.path.insert(0, sys.argv[4])
+from cpu_attention import eager_kvt, inputs, knn, sdpa
+from pathlib import Path
+which, n, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+torch.set_num_threads(threads)
+run = {"ours": lambda q, k, v: knn(q, k, v, n // 2), "sdpa": sdpa, "eager": lambda q, k, v: eager_kvt(q, k, v, n // 2)}[which]
+run(*inputs(64, torch.float32)) if which != "ours" else knn(*inputs(64, torch.float32), 32)
+q, k, v = inputs(n, torch.float32)
+field = lambda name: next(int(x.split()[1]) for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
+Path("/proc/self/clear_refs").write_text("5")
+before = field("VmRSS")
+run(q, k, v)
+print(field("VmHWM") - before)
+"""
+
+
+def memory(quick: bool) -> Iterator[Line]:
+    """Peak memory of one forward beyond its inputs, each in a fresh process (kB from /proc, shown as ms columns)."""
+    for n in (1025,) if quick else (4097, 16385):
+        peaks = {}
+        for which in ("ours", "sdpa"):
+            command = [
+                sys.executable,
+                "-c",
+                MEMORY,
+                which,
+                str(n),
+                str(torch.get_num_threads()),
+                str(Path(__file__).parent),
+            ]
+            peaks[which] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        ratio = peaks["ours"] / peaks["sdpa"]
+        yield Line("memory", f"float32 N={n} peak extra memory (kB) / SDPA", torch.get_num_threads(), ratio, "<= 1.20",
+                   ratio <= 1.2, peaks["ours"], peaks["sdpa"])  # fmt: skip
+
+
+def build(quick: bool) -> Iterator[Line]:
+    """Processor time to generate and build a kernel, forward and backward."""
+    import tempfile
+
+    best = 1e9
+    for _ in range(3):
+        source.cache_clear()
+        with tempfile.TemporaryDirectory() as folder:
+            before, start = os.times(), time.process_time()
+            cache.load(source(KernelSpec("float32", "float32", DIM, DIM, score=SCALE)), Settings(Path(folder)))
+            after = os.times()
+        children = after.children_user + after.children_system - before.children_user - before.children_system
+        best = min(best, time.process_time() - start + children)
+    yield Line("build", "seconds to generate and build one kernel", 1, best, "<= 1.00", best <= 1.0, 1e3 * best, 0.0)
+
+
+def model(quick: bool) -> Iterator[Line]:
+    """DeiT-S, batch 8: backend="kvt" against dense backend="inductor"."""
+    import timm
+
+    images = torch.randn(8, 3, 224, 224)
+    nets = {}
+    for backend in ("kvt", "inductor"):
+        torch.manual_seed(0)
+        nets[backend] = timm.create_model("deit_small_patch16_224").eval()
+        nets[backend + " compiled"] = torch.compile(nets[backend], backend=backend)
+
+    def infer(backend: str) -> Callable[[], object]:
+        def run() -> object:
+            with torch.no_grad():
+                return nets[backend + " compiled"](images)
+
+        return run
+
+    def train(backend: str) -> Callable[[], object]:
+        def run() -> None:
+            nets[backend + " compiled"](images).square().mean().backward()
+
+        return run
+
+    yield compare("model", "DeiT-S batch 8 inference / Inductor dense", 1.0, 5, infer("kvt"), infer("inductor"))
+    yield compare("model", "DeiT-S batch 8 training step / Inductor dense", 1.0, 5, train("kvt"), train("inductor"))
+
+
+SECTIONS = {x.__name__: x for x in (forward, backward, eager, swin, memory, build, model)}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            features = next(x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("flags")).split()
+            best = next((x for x in ("avx512f", "avx2", "sse2") if x in features), "")
+            return f"{line.split(':')[1].strip()}, {os.cpu_count()} cores, {best}"
+    return platform.processor()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--quick", action="store_true", help="smaller sizes")
+    parser.add_argument("--json", type=Path, help="write or update this file: lines of the same section are replaced")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", category=UserWarning)
+    lines: list[Line] = []
+    console = Console(width=120)
+    for name in arguments.sections:
+        for threads in arguments.threads if name != "build" else [1]:
+            torch.set_num_threads(threads)
+            for line in SECTIONS[name](arguments.quick):
+                lines.append(line)
+                console.print(f"{line.what}, {threads} threads: {line.ratio:.2f} ({line.target})", style="dim")
+    table = Table(title=f"{cpu_name()}, torch {torch.__version__}, {date.today()}")
+    for column in ("section", "what", "threads", "result", "target", "met", "ours ms", "theirs ms"):
+        table.add_column(column)
+    for x in lines:
+        table.add_row(x.section, x.what, str(x.threads), f"{x.ratio:.2f}", x.target, "yes" if x.met else "NO",
+                      f"{x.ours_ms:.2f}", f"{x.theirs_ms:.2f}")  # fmt: skip
+    console.print(table)
+    if arguments.json:
+        write(arguments.json, lines, arguments.threads)
+
+
+def write(path: Path, lines: list[Line], threads: list[int]) -> None:
+    """Lines measured now replace those of the same section and threads; the others stay."""
+    old = json.loads(path.read_text())["lines"] if path.exists() else []
+    now = {(x.section, x.threads) for x in lines}
+    kept = [x for x in old if (x["section"], x["threads"]) not in now]
+    load = os.getloadavg()[0]
+    new = [asdict(x) | {"date": str(date.today()), "load": round(load, 1)} for x in lines]
+    result = {"cpu": cpu_name(), "torch": torch.__version__, "lines": kept + new}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
