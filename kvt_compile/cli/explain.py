@@ -42,7 +42,7 @@ def explain(
         bool, typer.Option("--force-rewrite", help="Rewrite also where K keeps every key.")
     ] = False,
     lowering: Annotated[str, typer.Option(metavar="NAME", help="How sites are computed.")] = "auto",
-    batch: Annotated[int | None, typer.Option(min=1, help="Examples in the batch.", show_default="1")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Examples in the batch.", show_default="2")] = None,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Side of the images.", show_default="the model's own")
     ] = None,

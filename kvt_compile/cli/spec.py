@@ -25,6 +25,8 @@ from kvt_compile.cli.errors import UserError, did_you_mean, in_one_line
 from kvt_compile.cli.files import run_file, where
 
 Attention = Literal["eager", "sdpa"]
+DEFAULT_BATCH = 2
+"""With one example the batch could not be told from what is folded into it: Swin's `mask[b % 4, i, j]` needs two."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Wanted:
     """How a named model is to be built; a factory decides all of it by itself."""
 
     batch: int | None = None
-    """Examples in the batch; None: 1."""
+    """Examples in the batch; None: DEFAULT_BATCH."""
     image_size: int | None = None
     """Side of the images; None: what the model was made for."""
     attention: Attention | None = None
@@ -107,7 +109,7 @@ def from_timm(name: str, wanted: Wanted) -> Subject:
     channels, height, width = timm.data.resolve_model_data_config(model)["input_size"]
     if wanted.image_size:
         height = width = wanted.image_size
-    return Subject(model, (torch.randn(wanted.batch or 1, channels, height, width),))
+    return Subject(model, (torch.randn(wanted.batch or DEFAULT_BATCH, channels, height, width),))
 
 
 @contextmanager
@@ -131,7 +133,7 @@ def from_torchvision(name: str, wanted: Wanted) -> Subject:
     model = _build(name, partial(models.get_model, name), "image_size", wanted.image_size)
     size = wanted.image_size or (299 if name == "inception_v3" else 224)
     clip = (16,) if name in models.list_models(module=models.video) else ()
-    return Subject(model, (torch.randn(wanted.batch or 1, 3, *clip, size, size),))
+    return Subject(model, (torch.randn(wanted.batch or DEFAULT_BATCH, 3, *clip, size, size),))
 
 
 def _build(name: str, create: Callable[..., Any], size_argument: str, size: int | None) -> nn.Module:

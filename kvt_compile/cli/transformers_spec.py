@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kvt_compile.cli.errors import UserError, did_you_mean
-from kvt_compile.cli.spec import Subject, Wanted, failure, library
+from kvt_compile.cli.spec import DEFAULT_BATCH, Subject, Wanted, failure, library
 
 LARGE = 1_000_000_000
 """Parameters a default configuration may have before it is built with FEW_LAYERS layers."""
@@ -80,7 +80,7 @@ def _model(transformers: Any, config: Any, wanted: Wanted) -> nn.Module:
 
 def inputs(model: nn.Module, config: Any, wanted: Wanted) -> dict[str, Tensor]:
     """Random inputs for `model.forward`, by name."""
-    batch = wanted.batch or 1
+    batch = wanted.batch or DEFAULT_BATCH
     taken = inspect.signature(model.forward).parameters
     main = getattr(model, "main_input_name", "input_ids")
     vision, text = getattr(config, "vision_config", None), config.get_text_config()

@@ -100,10 +100,8 @@ def describe_kept(
     anchor: Value,
     plan: ScoresKept,
     axis: Axis,
-    key: tuple[Value, Coords],
-    query: tuple[Value, Coords],
-    value: tuple[Value, Coords],
-    scores: sympy.Expr,
+    head_dim: Dim,
+    value_dim: Dim,
     miss: Miss,
 ) -> AttentionSite:
     """A scores-kept site; its score tensor has any rank, so sizes are those of its last axes."""
@@ -114,9 +112,8 @@ def describe_kept(
     batch: Size = 1
     for size in shape:
         batch = batch * size if isinstance(batch, int) and isinstance(size, int) else f"{batch}*{size}"
-    width = size_text(value[0].shape[-1])
     return AttentionSite(
         place(anchor.node), anchor.node, "scores-kept", axis, batch, heads, heads, queries, keys,
-        size_text(key[0].shape[-1]), width, str(anchor.inputs[0].dtype).removeprefix("torch."),
+        size_text(head_dim), size_text(value_dim), str(anchor.inputs[0].dtype).removeprefix("torch."),
         anchor.inputs[0].node.name, "p", (), plan, miss.reason,
     )  # fmt: skip

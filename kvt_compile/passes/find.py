@@ -294,8 +294,9 @@ class _Attempt:
             return None
         keys = tuple(self.space.resolve(self.coords[self.dim]).digits)
         axis = kind_of_axis(self.space, *self.key, keys)
-        plan = ScoresKept(self.anchor.node, self.anchor.inputs[0], self.dim)
-        return describe_kept(self.anchor, plan, axis, self.key, self.query, self.value, self.scores, miss)
+        plan = ScoresKept(self.anchor.node, self.anchor.inputs[0], self.dim, self.anchor.expired is not None)
+        width = self.space.size(self.features) if self.features is not None else self.key[0].shape[-1]
+        return describe_kept(self.anchor, plan, axis, width, self.value[0].shape[-1], miss)
 
 
 def _descendants(anchor: Value, stop: Value) -> set[Value]:

@@ -116,6 +116,8 @@ def _keep_scores(graph: fx.Graph, plan: ScoresKept, topk: TopK, lowering: str, r
     new = emit.call(
         torch.ops.kvt.topk_softmax.default, scores, plan.dim, _keys_to_keep(emit, topk, keys), dtype, lowering
     )
+    if plan.written:
+        new = emit.call(aten.clone.default, new)
     _replace(graph, plan.node, new, renamed)
     graph.erase_node(plan.node)
 

@@ -100,6 +100,8 @@ class ScoresKept:
     node: fx.Node
     scores: Value
     dim: int
+    written: bool
+    """Whether the model writes to the weights afterwards: the op keeps its own result for the backward."""
 
 
 Plan = Fused | ScoresKept
