@@ -27,6 +27,9 @@ from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
 
 Arguments = dict[str, int | float]
 Plan = dict[str, int]
+TASKS = 12
+"""A backward with fewer (batch, head) pairs also splits the queries, at the price of partial sums of dk and dv.  Shapes
+alone decide, so that results do not depend on the number of threads."""
 
 
 class Kernel:
@@ -121,12 +124,10 @@ def backward(
 def _backward_plan(
     spec: KernelSpec, batch: int, kv_heads: int, queries: int, small: bool
 ) -> tuple[tuple[str, int], ...]:
-    # 16 tasks keep 16 threads busy; more would cost memory for partial sums.  Shapes alone decide, so that results do
-    # not depend on the number of threads.
     captured_grad = any(spec.needs_grad[3:])
     split = frozenset("bhi") if small or not captured_grad else separated_axes(spec, spec.needs_grad)
     tasks = (batch if "b" in split else 1) * (kv_heads if "h" in split else 1)
-    chunks = max(1, min(-(-16 // tasks), -(-queries // 64))) if "i" in split else 1
+    chunks = max(1, min(-(-TASKS // tasks), -(-queries // 64))) if "i" in split else 1
     plan = {
         "chunks": chunks,
         "split_b": int("b" in split),
@@ -146,7 +147,7 @@ def backward_plan(
     batch, _, queries, dim = q_shape
     heads, keys = k_shape[1:3]
     gradients = sum(n for n, need in zip(captured_sizes, spec.needs_grad[3:], strict=True) if need)
-    copies = batch * heads * max(1, min(-(-16 // (batch * heads)), -(-queries // 64)))
+    copies = batch * heads * max(1, min(-(-TASKS // (batch * heads)), -(-queries // 64)))
     small = gradients * copies <= max(batch * heads * (queries + keys) * dim, 1 << 16)
     return dict(_backward_plan(spec, batch, heads, queries, small))
 
