@@ -70,8 +70,13 @@ def timm_swin(fused: bool) -> Built:
     set_fused_attn(fused)
     try:
         model = timm.create_model(
-            "swin_tiny_patch4_window7_224", img_size=56, depths=(2,), num_heads=(3,), embed_dim=24, num_classes=10,
-            drop_path_rate=0.0
+            "swin_tiny_patch4_window7_224",
+            img_size=56,
+            depths=(2,),
+            num_heads=(3,),
+            embed_dim=24,
+            num_classes=10,
+            drop_path_rate=0.0,
         )
     finally:
         set_fused_attn(True)

@@ -89,7 +89,9 @@ def test_all_keys_equal_dense(spec: Model, train: bool) -> None:
         assert error(mine, exact) <= budget, f"{kind} are off by more than the dense model's own rounding allows"
 
 
-@pytest.mark.parametrize("spec", [m for m in MODELS if m.id.startswith(("timm-vit", "timm-swin-e", "hf-bert"))], ids=str)
+@pytest.mark.parametrize(
+    "spec", [m for m in MODELS if m.id.startswith(("timm-vit", "timm-swin-e", "hf-bert"))], ids=str
+)
 def test_all_keys_equal_dense_under_bfloat16_autocast(spec: Model) -> None:
     model, args, kwargs = spec(True)
     exact = run(model, model, args, kwargs)

@@ -18,14 +18,15 @@ FORCED: dict[str, Any] = {"topk": 1.0, "force_rewrite": True}
 
 
 class Branching(nn.Module):
-    """A model symbolic_trace cannot follow."""
+    """Control flow that symbolic_trace cannot follow; on sizes, which torch.export can, or on data, which it cannot."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_data: bool) -> None:
         super().__init__()
-        self.net = Net()
+        self.net, self.on_data = Net(), on_data
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x) if x.shape[1] % 2 == 0 and bool(torch.ones(1).sum() > 0) else self.net(-x)
+        even = bool(x.sum() > 0) if self.on_data else x.shape[1] % 2 == 0
+        return self.net(x) if even else self.net(-x)
 
 
 def test_a_module_keeps_its_parameters_and_its_batch_may_change() -> None:
@@ -80,13 +81,15 @@ def test_a_program_whose_attention_is_its_output_keeps_its_signature() -> None:
 
 
 def test_what_cannot_be_traced_symbolically_goes_through_export() -> None:
-    model, x = Branching(), torch.randn(2, 10, 32)
-    try:
-        result = kvt_compile.rewrite(model, x, topk=4)
-    except kvt_compile.CaptureError as error:
-        assert "torch.compile" in str(error)
-    else:
-        torch.testing.assert_close(result.module(x), model.net.by_hand(x, 4), rtol=1e-4, atol=1e-5)
+    model, x = Branching(on_data=False), torch.randn(2, 10, 32)
+    result = kvt_compile.rewrite(model, x, topk=4)
+    assert result.program is not None
+    torch.testing.assert_close(result.module(x), model.net.by_hand(x, 4), rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_captured_says_so_and_what_to_do() -> None:
+    with pytest.raises(kvt_compile.CaptureError, match=r"torch\.compile"):
+        kvt_compile.rewrite(Branching(on_data=True), torch.randn(2, 10, 32), topk=4)
 
 
 def test_training_a_rewritten_module_is_training_the_dense_one() -> None:
