@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 
 import sympy
+import torch
 from torch import fx
 
 from kvt_compile.kernels import score as language
@@ -14,6 +16,9 @@ from .assemble import Assembled, Miss, size_of
 from .coords import Atom, Coords, Space
 from .site import AttentionSite, Axis, Captured, Fused, Operand, ScoresKept, Size, Where
 from .values import Dim, Value, meta_value
+
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
 def place(node: fx.Node) -> Where:
@@ -26,7 +31,9 @@ def place(node: fx.Node) -> Where:
     path = re.sub(r"^L__self___?|^self\.", "", path)
     path = re.sub(r"\._modules\[['\"]([^'\"]+)['\"]\]", r".\1", path).lstrip(".")
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or node.stack_trace or "")
-    file, line = frames[-1] if frames else ("", "0")
+    # symbolic_trace records its own frames below the model's
+    model_frames = [frame for frame in frames if not frame[0].startswith(_TORCH)] or frames
+    file, line = model_frames[-1] if model_frames else ("", "0")
     return Where(path, file, int(line))
 
 

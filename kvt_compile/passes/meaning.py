@@ -266,6 +266,22 @@ def _cast(b: Builder, input: Value, *ignored: Any, **more: Any) -> Value | None:
     return None
 
 
+@meaning("copy")
+def _copy(b: Builder, input: Value, src: Value) -> Value | None:
+    """x.copy_(src): from now on x holds src."""
+    return b.pointwise("identity", lambda x: x, src) if is_float(input) == is_float(src) else None
+
+
+@meaning("fill")
+def _fill(b: Builder, input: Value, value: Any) -> Value | None:
+    return b.pointwise("fill", lambda x: x, value)
+
+
+@meaning("zero")
+def _zero(b: Builder, input: Value) -> Value | None:
+    return _fill(b, input, 0.0)
+
+
 @meaning("dropout")
 def _dropout(b: Builder, input: Value, p: float = 0.5, training: bool = True, module: str = "") -> Value | None:
     if isinstance(p, fx.Node) or isinstance(training, fx.Node):

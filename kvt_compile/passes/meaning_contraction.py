@@ -57,6 +57,16 @@ def linear(b: Builder, input: Value, weight: Value, bias: Value | None = None) -
     return b.pointwise("add", lambda x, y: x + y, product, bias)
 
 
+@meaning("module_linear")
+def module_linear(b: Builder, input: Value, features: int, bias: bool) -> Value | None:
+    """An `nn.Linear` that the capture left whole: its parameters are in the module, not in the graph."""
+
+    def parameter(*shape: Dim) -> Value:
+        return Value("source", "parameter", b.node, shape, b.dtype, origin="parameter")
+
+    return linear(b, input, parameter(features, input.shape[-1]), parameter(features) if bias else None)
+
+
 @meaning("baddbmm", "addmm")
 def baddbmm(b: Builder, input: Value, batch1: Value, batch2: Value, *, beta: Any = 1, alpha: Any = 1) -> Value | None:
     product = matmul(b, batch1, batch2)

@@ -53,6 +53,17 @@ MODULES: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
     nn.SiLU: ("silu", ()),
     nn.Flatten: ("flatten", ("start_dim", "end_dim")),
     nn.Unflatten: ("unflatten", ("dim", "unflattened_size")),
+    # opaque, but by name: which of their axes are features matters to `provenance.py` and `passing.py`
+    nn.Conv1d: ("conv1d", ()),
+    nn.Conv2d: ("conv2d", ()),
+    nn.Conv3d: ("conv3d", ()),
+    nn.BatchNorm1d: ("batch_norm", ()),
+    nn.BatchNorm2d: ("batch_norm", ()),
+    nn.GroupNorm: ("group_norm", ()),
+    nn.LayerNorm: ("layer_norm", ()),
+    nn.MaxPool2d: ("max_pool2d", ()),
+    nn.AvgPool2d: ("avg_pool2d", ()),
+    nn.AdaptiveAvgPool2d: ("adaptive_avg_pool2d", ()),
 }
 
 # torch's parameter names that differ between spellings
@@ -145,5 +156,5 @@ def _module_call(module: nn.Module | None, args: tuple[Any, ...], target: str) -
         name, attributes = MODULES[type(module)]
         return Call(name, args, {key: getattr(module, key) for key in attributes})
     if type(module) is nn.Linear:
-        return Call("module_linear", args, {"features": module.out_features})
+        return Call("module_linear", args, {"features": module.out_features, "bias": module.bias is not None})
     return None
