@@ -1,6 +1,6 @@
 # Every target sets up its environment first (tools/python) and is quick about it when there is nothing to do.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test check format bench zoo fuzz clean
 
 ARGS ?=
 
@@ -29,6 +29,12 @@ bench:  ## run every benchmark, or the demo's timings while there is none
 	@set -e; for file in benchmarks/[!_]*.py; do \
 	  if [ -e "$$file" ]; then ./tools/python examples "$$file" $(ARGS); \
 	  else ./tools/python examples examples/quickstart.py --timings; fi; done
+
+zoo:  ## judge every model of the zoo and write docs/zoo.md (about an hour)
+	@./tools/python test -m benchmarks.zoo $(ARGS)
+
+fuzz:  ## random attention spellings for an hour (ARGS="--minutes 5" and the like)
+	@OMP_NUM_THREADS=1 ./tools/python test tests/fuzz_long.py --minutes 60 $(ARGS)
 
 clean:  ## remove the environment and everything generated
 	rm -rf .venv .setup build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,6 +1,6 @@
 """Ways to write attention, each beside a neighbour that is not attention.
 
-Every positive is found with the tier and the score expression it should have, equals the original at k = N in outputs and
+Every positive is found with the tier and the score it should have, equals the original at k = N in outputs and
 gradients, and equals the reference lowering at k = 3.  Every negative is left alone, with a reason.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 

@@ -79,7 +79,7 @@ def _cost(value: Value, operands: list[Value], size: float, facts: Facts) -> flo
     if value.kind == "layout":
         facts.work[value] = facts.work[operands[0]]
         return min(size, facts.cost[operands[0]])
-    if value.kind == "pointwise" and operands and value.name != "dropout":
+    if value.kind == "pointwise" and value.name != "dropout":
         work = sum(facts.work[x] for x in operands) + (value.name != "identity")
         cost = sum(facts.cost[x] for x in set(operands))
         if work <= _CHEAP and cost < size:

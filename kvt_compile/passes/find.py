@@ -60,6 +60,7 @@ def find(graph: CanonicalGraph) -> Found:
     return Found(tuple(sites), tuple(refusals))
 
 
+_ONE_KEY = "there is a single key, so there is nothing to select"
 _LEARNED = "the {} are a learned table that no layer was applied to, not tokens"
 _SOFTMAX_LIKE = frozenset({"softmax", "scaled_dot_product_attention", "flex_attention"})
 
@@ -80,6 +81,8 @@ class _Finder:
     # ---- a softmax between two products ----------------------------------------------------------------------------
 
     def softmax(self, anchor: Value) -> tuple[list[AttentionSite], Miss | None]:
+        if anchor.shape[anchor.attrs["dim"]] == 1:
+            return [], Miss("values", anchor, _ONE_KEY)
         consumers, others = self._consumers(anchor)
         if not consumers:
             return [], Miss("values", anchor, "its weights are not multiplied with values by a matrix product")
@@ -329,9 +332,12 @@ def closed_interior(
         if outside or value in outputs:
             reader = outside[0].node.name if outside else "the model's output"
             raise Miss("closed", value, f"{value.node.name} is also read by {reader}")
+    erased = {value.node for value in interior}
     for leaf in leaves:
         if leaf.expired is not None and leaf.expired <= last.index:
             raise Miss("closed", leaf, f"{leaf.node.name} is overwritten before the product with the values")
+        if leaf.holder is not leaf.node and leaf.node in erased:  # held by what a write of the region wrote to
+            raise Miss("closed", leaf, f"{leaf.node.name} writes to the scores what the scores are made of")
     return frozenset(interior)
 
 
@@ -346,7 +352,7 @@ def _sdpa_site(graph: CanonicalGraph, facts: Facts, anchor: Value) -> AttentionS
     rows, keys = space.fresh("i", query.shape[-2]), space.fresh("j", key.shape[-2])
     features, out = space.fresh("d", query.shape[-1]), space.fresh("e", value.shape[-1])
     if not keys.digits:
-        raise Miss("axes", anchor, "there is a single key, so there is nothing to select")
+        raise Miss("axes", anchor, _ONE_KEY)
 
     def operand(x: Value, *last: Coord) -> tuple[Value, Coords]:
         coords: list[Coord] = []

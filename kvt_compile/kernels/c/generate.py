@@ -31,7 +31,7 @@ _ENVIRONMENT = jinja2.Environment(
     autoescape=False,
 )
 QUICK_PASSES = 10
-"""Interpolating passes before a tile is finished carefully (measured, 16 rows of normal scores: 7.8 at N = 49, 8.4 at 1025)."""
+"""Interpolating passes before a tile is finished carefully; 16 rows of normal scores take 7.8 to 8.4 (measured)."""
 
 
 @lru_cache(maxsize=256)
