@@ -1,3 +1,4 @@
+# ruff: noqa: B023 - every lambda is called before its loop goes on
 """k-NN attention on a CPU against torch's dense SDPA, eager KVT and its torch.compile: time, memory, build time.
 
     python benchmarks/cpu_attention.py [--sections forward backward ...] [--threads 1 2] [--quick] [--json PATH]
@@ -108,12 +109,12 @@ def forward(quick: bool) -> Iterator[Line]:
         for n in SIZES[: 3 if quick else 4]:
             q, k, v = inputs(n, dtype)
             name = f"{dtype_name(dtype)} N={n} k=N/2 / SDPA"
-            yield compare("forward", name, limit, 2, lambda: knn(q, k, v, n // 2), lambda: sdpa(q, k, v))  # noqa: B023
+            yield compare("forward", name, limit, 2, lambda: knn(q, k, v, n // 2), lambda: sdpa(q, k, v))
     for n in SIZES[: 3 if quick else 4]:
         q, k, v = inputs(n, torch.float32)
         yield compare(
             "forward", f"float32 N={n} k=N/8 / SDPA", 0.70, 2, lambda: knn(q, k, v, n // 8), lambda: sdpa(q, k, v)
-        )  # noqa: B023
+        )
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -130,8 +131,8 @@ def backward(quick: bool) -> Iterator[Line]:
         for n in (197, 1025):
             q, k, v = leaves = inputs(n, dtype, grad=True)
             grad = torch.randn_like(q)
-            ours = step(lambda: knn(q, k, v, n // 2), leaves, grad)  # noqa: B023
-            theirs = step(lambda: sdpa(q, k, v), leaves, grad)  # noqa: B023
+            ours = step(lambda: knn(q, k, v, n // 2), leaves, grad)
+            theirs = step(lambda: sdpa(q, k, v), leaves, grad)
             yield compare("backward", f"{dtype_name(dtype)} N={n} k=N/2 fwd+bwd / SDPA", 1.0, 3, ours, theirs)
 
 
@@ -140,18 +141,18 @@ def eager(quick: bool) -> Iterator[Line]:
     for n in SIZES[: 2 if quick else 3]:
         q, k, v = inputs(n, torch.float32)
         yield faster("eager", f"float32 N={n} forward, times faster than eager KVT", 12, 2,
-                     lambda: knn(q, k, v, n // 2), lambda: eager_kvt(q, k, v, n // 2))  # noqa: B023  # fmt: skip
+                     lambda: knn(q, k, v, n // 2), lambda: eager_kvt(q, k, v, n // 2))  # fmt: skip
         q, k, v = leaves = inputs(n, torch.float32, grad=True)
         grad = torch.randn_like(q)
         yield faster("eager", f"float32 N={n} fwd+bwd, times faster than eager KVT", 8, 2,
-                     step(lambda: knn(q, k, v, n // 2), leaves, grad),  # noqa: B023
-                     step(lambda: eager_kvt(q, k, v, n // 2), leaves, grad))  # noqa: B023  # fmt: skip
+                     step(lambda: knn(q, k, v, n // 2), leaves, grad),
+                     step(lambda: eager_kvt(q, k, v, n // 2), leaves, grad))  # fmt: skip
     for n in SIZES[: 1 if quick else 3]:
         q, k, v = inputs(n, torch.float32)
         torch.compiler.reset()
         compiled = torch.compile(eager_kvt)
         yield faster("eager", f"float32 N={n} forward, times faster than torch.compile(eager KVT)", 8, 2,
-                     lambda: knn(q, k, v, n // 2), lambda: compiled(q, k, v, n // 2))  # noqa: B023  # fmt: skip
+                     lambda: knn(q, k, v, n // 2), lambda: compiled(q, k, v, n // 2))  # fmt: skip
 
 
 def swin(quick: bool) -> Iterator[Line]:
@@ -180,14 +181,17 @@ def swin(quick: bool) -> Iterator[Line]:
 MEMORY = """
 import sys, torch, kvt_compile.kernels.ops
 sys.path.insert(0, sys.argv[4])
-from cpu_attention import eager_kvt, inputs, knn, sdpa
+from cpu_attention import inputs, knn, sdpa
 from pathlib import Path
 which, n, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(threads)
-run = {"ours": lambda q, k, v: knn(q, k, v, n // 2), "sdpa": sdpa, "eager": lambda q, k, v: eager_kvt(q, k, v, n // 2)}[which]
-run(*inputs(64, torch.float32)) if which != "ours" else knn(*inputs(64, torch.float32), 32)
+run = {"ours": lambda q, k, v: knn(q, k, v, q.shape[2] // 2), "sdpa": sdpa}[which]
+run(*inputs(64, torch.float32))
 q, k, v = inputs(n, torch.float32)
-field = lambda name: next(int(x.split()[1]) for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
+def field(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith(name))
+
 Path("/proc/self/clear_refs").write_text("5")
 before = field("VmRSS")
 run(q, k, v)

@@ -255,7 +255,10 @@ def _mutates(node: fx.Node) -> bool:
         return node.target._schema.is_mutable
     name = getattr(node.target, "__name__", "")
     return bool(node.kwargs.get("out") is not None or node.kwargs.get("inplace")) or (
-        node.op == "call_function" and name.endswith("_") and not name.endswith("__") and name != "and_"
+        node.op == "call_function"
+        and name.endswith("_")
+        and not name.endswith("__")
+        and name not in ("and_", "or_", "not_")  # of the operator module: named so because the words are taken
     )
 
 
