@@ -93,7 +93,8 @@ def measure(nodes: int, repeats: int) -> Measured:
     run_passes(copied, Policy())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert result is not None and result.changed
+    assert result is not None
+    assert result.changed
     return Measured(count, len(result.decisions), seconds, peak / 2**20)
 
 

@@ -100,7 +100,7 @@ class Program:
         choices = iter(knn)
         for line in self.lines:
             body.append(line.knn if line.knn and next(choices, False) else line.dense)
-        text = "\n".join(body + [f"return {', '.join(self.returns)}"])
+        text = "\n".join([*body, f"return {', '.join(self.returns)}"])
         indented = "\n".join(f"    {x}" for x in text.splitlines())
         return f"def forward({', '.join(['self', *self.inputs])}):\n{indented}\n"
 
@@ -300,7 +300,9 @@ class Writer:
         """The same tensor, its labels read as others of the same size."""
         return Labelled(x.name, tuple(tuple(names.get(y, y) for y in dim) for dim in x.dims))
 
-    def broadcastable(self, labels: Iterable[str], like: Labelled, *, origin: str, value: Tensor | None = None) -> Labelled:
+    def broadcastable(
+        self, labels: Iterable[str], like: Labelled, *, origin: str, value: Tensor | None = None
+    ) -> Labelled:
         """A tensor over some labels of `like`, shaped so that it broadcasts against it."""
         kept = set(labels)
         dims = tuple(tuple(y for y in dim if y in kept) for dim in like.dims)

@@ -6,186 +6,12 @@ legitimately keep the attention from being fused or found; everything else has t
 
 from __future__ import annotations
 
-import string
 from collections.abc import Callable
 
 import torch
-
-from fuzz_graphs import Dims, Labelled, Writer
+from fuzz_graphs import Labelled, Writer
 
 Step = Callable[[Writer, Labelled], Labelled]
-
-# ---- operands -----------------------------------------------------------------------------------------------------------
-
-
-def operand(w: Writer, labels: tuple[str, ...], width: str) -> Labelled:
-    """Queries, keys or values over these labels; `width` is the feature label."""
-    match w.pick("input", "linear", "linear", "computed"):
-        case "input":
-            return w.tensor(w.shuffled(labels), origin="input")
-        case "linear":
-            return projection(w, labels, width)
-        case _:
-            x = w.tensor(w.shuffled(labels), origin="input")
-            return w.let(w.pick(f"torch.sin({x.name})", f"{x.name} * 1.5", f"F.gelu({x.name})", f"{x.name} + 0.1"), x.dims)
-
-
-def projection(w: Writer, labels: tuple[str, ...], width: str) -> Labelled:
-    """x W^T + b, heads and features coming out of the weight's rows."""
-    made = tuple(y for y in labels if y in ("h", "g", width))
-    w.sizes.setdefault("c", 3)
-    outer = w.shuffled([y for y in labels if y not in made])
-    x = w.tensor((*outer, ("c",)), origin="input")
-    made = tuple(w.order(made)) if w.chance(20) else made
-    weight = w.tensor((made, ("c",)), origin="parameter")
-    bias = f", {w.tensor((made,), origin='parameter').name}" if w.chance(50) else ""
-    if w.chance(20):
-        return w.let(f"{x.name} @ {weight.name}.t()", (*outer, made))
-    return w.let(f"F.linear({x.name}, {weight.name}{bias})", (*outer, made))
-
-
-def joint(w: Writer, labels: tuple[str, ...], tokens: tuple[str, ...]) -> tuple[Labelled, Labelled, Labelled]:
-    """q, k and v from one linear layer: (labels with "t" for the token axis, "d" for the features), split in three."""
-    w.sizes.setdefault("c", 3)
-    w.sizes["three"] = 3
-    outer: Dims = (*((y,) for y in labels if y == "b" or y == "w"), *((y,) for y in tokens))
-    made = ("three", *(y for y in labels if y == "h"), "d")
-    x = w.tensor((*outer, ("c",)), origin="input")
-    weight = w.tensor((made, ("c",)), origin="parameter")
-    y = w.let(f"F.linear({x.name}, {weight.name})", (*outer, made))
-    if w.chance(50):
-        opened = w.reshaped(y, (*outer, *((z,) for z in made)))
-        at = opened.at("three")
-        rest = tuple(d for d in opened.dims if d != ("three",))
-        if w.chance(60):
-            opened = w.permuted(opened, [at, *(n for n in range(len(opened.dims)) if n != at)])
-            at = 0
-        names = [f"q{len(w.program.lines)}", f"k{len(w.program.lines)}", f"v{len(w.program.lines)}"]
-        if at == 0 and w.chance(30):
-            for n, name in enumerate(names):
-                w.run(f"{name} = {opened.name}[{n}]")
-        else:
-            w.run(f"{', '.join(names)} = {opened.name}.unbind({at})")
-        return tuple(Labelled(name, rest) for name in names)  # type: ignore[return-value]
-    rest = (*outer, made[1:])
-    width = w.size(made[1:])
-    names = [f"q{len(w.program.lines)}", f"k{len(w.program.lines)}", f"v{len(w.program.lines)}"]
-    form = w.pick(f"{y.name}.chunk(3, dim=-1)", f"{y.name}.split({width}, -1)", f"torch.split({y.name}, [{width}] * 3, dim=-1)")
-    w.run(f"{', '.join(names)} = {form}")
-    return tuple(Labelled(name, rest) for name in names)  # type: ignore[return-value]
-
-
-def prepared(w: Writer, x: Labelled, width: str) -> Labelled:
-    """What models do to queries and keys before the product: scale, normalise, rotate."""
-    choice = w.pick("", "", "scale", "scale", "tensor", "normalize", "norm", "rotary", "inplace", "cast")
-    w.tag(f"q:{choice}" if choice else "q")
-    match choice:
-        case "scale":
-            return w.let(w.pick(f"{x.name} * 0.5", f"{x.name} / 1.7", f"0.3 * {x.name}", f"{x.name}.mul(0.7)"), x.dims)
-        case "tensor":
-            y = w.tensor((), origin=w.pick("parameter", "buffer"))
-            return w.let(w.pick(f"{x.name} * {y.name}", f"{y.name} * {x.name}"), x.dims)
-        case "normalize" | "norm" | "rotary":
-            x = w.arranged(x, (*((y,) for y in x.labels if y != width), (width,)))
-            if choice == "normalize":
-                return w.let(f"F.normalize({x.name}, dim=-1)", x.dims)
-            if choice == "norm":
-                return w.let(f"F.layer_norm({x.name}, ({w.sizes[width]},))", x.dims)
-            if w.sizes[width] % 2 == 0:
-                half = w.sizes[width] // 2
-                return w.let(
-                    f"{x.name} * 0.6 + torch.cat([-{x.name}[..., {half}:], {x.name}[..., :{half}]], -1) * 0.8", x.dims
-                )
-            return x
-        case "inplace":
-            if x.name.startswith("x"):
-                x = w.let(f"{x.name} * 1.0", x.dims)
-            w.run(f"{x.name}.mul_(0.5)")
-            return x
-        case "cast":
-            w.program.exact = False
-            return w.let(f"{x.name}.float().double()", x.dims)
-    return x
-
-
-def grouped(w: Writer, k: Labelled, heads: str, group: str) -> Labelled:
-    """Grouped-query attention: each key head repeated for its query heads."""
-    k = w.split(k)
-    at = k.at(heads)
-    dims = (*k.dims[:at], (heads, group), *k.dims[at + 1 :])
-    if w.chance(50):
-        return w.let(f"{k.name}.repeat_interleave({w.sizes[group]}, dim={at})", dims)
-    opened = (*k.dims[: at + 1], (group,), *k.dims[at + 1 :])
-    y = w.let(f"{k.name}.unsqueeze({at + 1}).expand({w.sizes_of(opened)})", opened)
-    return w.reshaped(y, dims)
-
-
-# ---- products -----------------------------------------------------------------------------------------------------------
-
-
-def product(w: Writer, left: Labelled, right: Labelled, summed: tuple[str, ...], *, added: bool = False) -> Labelled:
-    """Sums left * right over labels both have; everything else stays.  `added`: a tensor may be added by the way."""
-    both = [y for y in left.labels if y in right.labels and y not in summed]
-    mine = [y for y in left.labels if y not in right.labels]
-    other = [y for y in right.labels if y not in left.labels]
-    forms = ["matmul", "matmul", "einsum", "einsum", "mulsum", "matmul_swapped"]
-    if both:
-        forms += ["bmm", "baddbmm" if added else "bmm"]
-    elif w.chance(50):
-        forms = ["linear"]
-    form = w.pick(*forms)
-    w.tag(form)
-    if form == "einsum":
-        return _einsum(w, left, right, summed)
-    both = w.order(both)
-    batch: Dims = (tuple(both),) if form in ("bmm", "baddbmm") else _merged(w, both)
-    if form == "matmul_swapped":
-        left, right, mine, other = right, left, other, mine
-    rows, columns = tuple(mine), tuple(other)
-    # without a rows label the dimension is there with size 1
-    x = _as(w, left, batch, rows, summed)
-    y = _as(w, right, batch, columns, summed)
-    out = (*batch, rows, columns)
-    if form == "mulsum":
-        return w.let(f"({x.name}.unsqueeze(-2) * {y.name}.unsqueeze(-3)).sum({w.pick('-1', 'dim=-1')})", out)
-    if form == "linear":
-        return w.let(f"F.linear({x.name}, {y.name})", out)
-    if w.chance(70):
-        turned = w.pick(f"{y.name}.transpose(-1, -2)", f"{y.name}.mT", f"{y.name}.transpose(-2, -1)")
-    else:
-        turned = _as(w, right, batch, summed, columns).name
-    match form:
-        case "bmm":
-            return w.let(f"torch.bmm({x.name}, {turned})", out)
-        case "baddbmm":
-            added = w.tensor(w.pick(out, ((), rows, columns), ((), (), columns)), origin=w.pick("input", "parameter"))
-            alpha = w.pick("", ", alpha=0.5", ", beta=0.7, alpha=0.5", ", beta=0")
-            return w.let(f"torch.baddbmm({added.name}, {x.name}, {turned}{alpha})", out)
-    return w.let(w.pick(f"{x.name} @ {turned}", f"torch.matmul({x.name}, {turned})", f"{x.name}.matmul({turned})"), out)
-
-
-def _merged(w: Writer, labels: list[str]) -> Dims:
-    if len(labels) > 1 and w.chance(40):
-        return (tuple(labels),)
-    return tuple((y,) for y in labels)
-
-
-def _as(w: Writer, x: Labelled, batch: Dims, rows: tuple[str, ...], last: tuple[str, ...]) -> Labelled:
-    return w.arranged(x, (*batch, rows, last))
-
-
-def _einsum(w: Writer, left: Labelled, right: Labelled, summed: tuple[str, ...]) -> Labelled:
-    left, right = (w.arranged(x, w.shuffled(x.labels, alone=((y,) for y in x.labels))) for x in (left, right))
-    letters = dict(zip(dict.fromkeys((*left.labels, *right.labels)), w.order(string.ascii_letters[:12]), strict=False))
-    dims = tuple((y,) for y in w.order(y for y in letters if y not in summed))
-
-    def term(dims: Dims) -> str:
-        return "".join(letters[d[0]] for d in dims)
-
-    return w.let(
-        f"torch.einsum('{term(left.dims)},{term(right.dims)}->{term(dims)}', {left.name}, {right.name})", dims
-    )
-
 
 # ---- scores -------------------------------------------------------------------------------------------------------------
 
@@ -213,7 +39,10 @@ def scale(w: Writer, s: Labelled) -> Labelled:
             return w.let(w.pick(f"{s.name} * {y.name}", f"{y.name} * {s.name}"), s.dims)
         case "function":
             y = w.broadcastable(subset(w, s), s, origin="parameter")
-            return w.let(w.pick(f"{s.name} * torch.clamp({y.name}, max=0.5).exp()", f"{s.name} * torch.sigmoid({y.name})"), s.dims)
+            return w.let(
+                w.pick(f"{s.name} * torch.clamp({y.name}, max=0.5).exp()", f"{s.name} * torch.sigmoid({y.name})"),
+                s.dims,
+            )
         case "inplace":
             w.run(w.pick(f"{s.name}.mul_(0.6)", f"{s.name}.div_(1.4)", f"{s.name} *= 0.9", f"{s.name} /= 1.3"))
             return s
@@ -231,7 +60,14 @@ def bias(w: Writer, s: Labelled) -> Labelled:
     forms = [f"{s.name} + {text}", f"{text} + {s.name}", f"{s.name} - {text}", f"torch.add({s.name}, {text}, alpha=0.5)",
              f"{s.name}.add({text})", f"torch.sub({s.name}, {text})"]  # fmt: skip
     if w.chance(25):
-        w.run(w.pick(f"{s.name} += {text}", f"{s.name}.add_({text})", f"{s.name} -= {text}", f"{s.name}.add_({text}, alpha=2)"))
+        w.run(
+            w.pick(
+                f"{s.name} += {text}",
+                f"{s.name}.add_({text})",
+                f"{s.name} -= {text}",
+                f"{s.name}.add_({text}, alpha=2)",
+            )
+        )
         return s
     return w.let(w.pick(*forms), s.dims)
 
@@ -291,7 +127,10 @@ def mask(w: Writer, s: Labelled) -> Labelled:
         case "masked_fill":
             return w.let(f"{s.name}.masked_fill({y.name}, {value})", s.dims)
         case "where":
-            return w.let(w.pick(f"torch.where({y.name}, {value}, {s.name})", f"torch.where(~{y.name}, {s.name}, {value})"), s.dims)
+            return w.let(
+                w.pick(f"torch.where({y.name}, {value}, {s.name})", f"torch.where(~{y.name}, {s.name}, {value})"),
+                s.dims,
+            )
         case "inplace":
             w.run(f"{s.name}.masked_fill_({y.name}, {value})")
             return s
@@ -392,7 +231,11 @@ def view_write(w: Writer, s: Labelled) -> Labelled:
             return w.pick(s, other)
         case _:
             other = w.permuted(s, w.order(range(len(s.dims))))
-            w.run(w.pick(f"{s.name}.mul_(0.5)", f"{s.name} -= 0.3", f"{s.name}[:, 0] = 0.7", f"{s.name}.clamp_(-1.0, 1.0)"))
+            w.run(
+                w.pick(
+                    f"{s.name}.mul_(0.5)", f"{s.name} -= 0.3", f"{s.name}[:, 0] = 0.7", f"{s.name}.clamp_(-1.0, 1.0)"
+                )
+            )
             return w.pick(other, s)
     if w.chance(40):
         slice_write(w, other)
@@ -429,7 +272,14 @@ def odd_write(w: Writer, s: Labelled) -> Labelled:
                 w.run(f"{y.name}.mul_(2.0)")
         case "expanded":
             full = w.let(w.pick(f"torch.zeros_like({s.name})", f"{s.name}.new_zeros(({w.sizes_of(s.dims)},))"), s.dims)
-            w.run(w.pick(f"{full.name}[...] = {s.name}", f"{full.name} += {s.name}", f"{full.name}.copy_({s.name})", f"{full.name}[:] = {s.name}"))
+            w.run(
+                w.pick(
+                    f"{full.name}[...] = {s.name}",
+                    f"{full.name} += {s.name}",
+                    f"{full.name}.copy_({s.name})",
+                    f"{full.name}[:] = {s.name}",
+                )
+            )
             return full
         case "set":
             y = w.let(f"{s.name}.detach()", s.dims)
@@ -455,20 +305,27 @@ def mixed(w: Writer, s: Labelled) -> Labelled:
     """An operation between the products that mixes elements."""
     w.tag("mixed", plain=False)
     last = w.size(s.dims[-1]) if s.dims else 1
-    match w.pick("linear", "cumsum", "norm", "mean", "amax", "roll", "softmax", "conv", "norm2", "sort", "pool", "flip"):
+    match w.pick(
+        "linear", "cumsum", "norm", "mean", "amax", "roll", "softmax", "conv", "norm2", "sort", "pool", "flip"
+    ):
         case "linear":  # talking heads: a linear map over one axis
             label = w.pick(*s.labels) if s.labels else None
             if label is None:
                 return s
             s = w.arranged(s, (*((y,) for y in s.labels if y != label), (label,)))
-            weight = w.tensor(((label,), (label,)), origin="parameter", value=w.random(((label,), (label,))).to(w.value(s).dtype))
+            weight = w.tensor(
+                ((label,), (label,)), origin="parameter", value=w.random(((label,), (label,))).to(w.value(s).dtype)
+            )
             return w.let(w.pick(f"F.linear({s.name}, {weight.name})", f"{s.name} @ {weight.name}"), s.dims)
         case "cumsum":
             return w.let(f"{s.name}.cumsum(-1)", s.dims)
         case "norm":
             return w.let(f"F.layer_norm({s.name}, ({last},))", s.dims)
         case "mean":
-            return w.let(w.pick(f"{s.name} - {s.name}.mean(-1, keepdim=True)", f"{s.name} + {s.name}.mean(0, keepdim=True)"), s.dims)
+            return w.let(
+                w.pick(f"{s.name} - {s.name}.mean(-1, keepdim=True)", f"{s.name} + {s.name}.mean(0, keepdim=True)"),
+                s.dims,
+            )
         case "amax":
             return w.let(w.pick(f"{s.name} - {s.name}.amax(-1, keepdim=True)", f"{s.name} - {s.name}.amax(0, keepdim=True)",
                                 f"{s.name} * {s.name}.amax()"), s.dims)  # fmt: skip
@@ -482,7 +339,9 @@ def mixed(w: Writer, s: Labelled) -> Labelled:
             if len(s.dims) != 4:
                 return s
             channels = w.size(s.dims[1])
-            weight = torch.randn(channels, channels, 1, 1, generator=w._random, dtype=torch.float64).to(w.value(s).dtype)
+            weight = torch.randn(channels, channels, 1, 1, generator=w._random, dtype=torch.float64).to(
+                w.value(s).dtype
+            )
             w._count += 1
             name = f"w{w._count}"
             w.program.parameters[name] = weight
@@ -509,7 +368,9 @@ def softmax(w: Writer, s: Labelled, axis: int) -> Labelled:
                       f"{x}.softmax(dim={d})", f"torch.nn.functional.softmax({x}, {d})", f"torch.softmax({x}, {d})")  # fmt: skip
         return w.let(text, s.dims, prefix="a", knn=f"knn({x}, {d})")
     if choice == "float64":
-        return w.let(f"{x}.softmax(dim={d}, dtype=torch.float64)", s.dims, prefix="a", knn=f"knn({x}, {d}, torch.float64)")
+        return w.let(
+            f"{x}.softmax(dim={d}, dtype=torch.float64)", s.dims, prefix="a", knn=f"knn({x}, {d}, torch.float64)"
+        )
     if choice == "float32":
         w.program.exact = False
         dtype = s_dtype(w, s)
@@ -524,7 +385,9 @@ def softmax(w: Writer, s: Labelled, axis: int) -> Labelled:
                      f"({x} - {x}.max(dim={d}, keepdim=True).values)", f"({x} - {x}.amax({d}, keepdim=True).detach())")  # fmt: skip
     w._count += 1
     e, a = f"e{w._count}", f"a{w._count}"
-    total = w.pick(f"{e}.sum({d}, keepdim=True)", f"torch.sum({e}, dim={d}, keepdim=True)", f"{e}.sum({d}).unsqueeze({d})")
+    total = w.pick(
+        f"{e}.sum({d}, keepdim=True)", f"torch.sum({e}, dim={d}, keepdim=True)", f"{e}.sum({d}).unsqueeze({d})"
+    )
     divided = w.pick(f"{e} / {total}", f"{e}.div({total})", f"torch.div({e}, {total})")
     w.run(f"{e} = {w.pick(f'torch.exp({shifted})', f'{shifted}.exp()')}\n{a} = {divided}", f"{a} = knn({x}, {d})")
     return Labelled(a, s.dims)
@@ -537,7 +400,10 @@ def dropout(w: Writer, a: Labelled) -> Labelled:
 
 def gate(w: Writer, a: Labelled) -> Labelled:
     y = w.broadcastable(subset(w, a), a, origin=w.pick("parameter", "input"))
-    return w.let(w.pick(f"{a.name} * {y.name}", f"{a.name} * torch.sigmoid({y.name})", f"{a.name} * 0.9", f"{a.name} / 1.5"), a.dims)
+    return w.let(
+        w.pick(f"{a.name} * {y.name}", f"{a.name} * torch.sigmoid({y.name})", f"{a.name} * 0.9", f"{a.name} / 1.5"),
+        a.dims,
+    )
 
 
 def weight_write(w: Writer, a: Labelled) -> Labelled:

@@ -1,7 +1,8 @@
 """The strategies: programs that are attention in some spelling, and programs that only nearly are.
 
-    positives()   softmax(f(Q K^T)) V, whatever the spelling: has to be found
-    anything()    the same with one or more things wrong: refused, kept or rewritten, but never with another meaning
+positives()   softmax(f(Q K^T)) V, whatever the spelling: has to be found
+writes()      the same with in-place writes on the way, through slices and views
+anything()    the same with one or more things wrong: refused, kept or rewritten, but never with another meaning
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hypothesis import strategies as st
-
 import fuzz_ops as ops
+import fuzz_products as products
+import torch
 from fuzz_graphs import Labelled, Program, Writer
+from hypothesis import strategies as st
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
@@ -23,39 +25,70 @@ def positives(draw: Draw) -> Program:
 
 
 @st.composite
+def writes(draw: Draw) -> Program:
+    return _write(Writer(draw), writing=60)
+
+
+@st.composite
 def anything(draw: Draw) -> Program:
-    return _write(Writer(draw), wild=True)
+    return _write(Writer(draw), wild=True, writing=25)
 
 
-def _write(w: Writer, *, wild: bool) -> Program:
+def _write(w: Writer, *, wild: bool = False, writing: int = 0) -> Program:
     batch, queries, keys = _sizes(w)
     q, k, v = _operands(w, batch, queries, keys)
+    w.tag(plain=w.size(keys) > 1 and w.sizes["d"] > 1)
     twist = w.pick(*_TWISTS) if wild else ""
     w.tag(*([f"twist:{twist}"] if twist else []), plain=not twist)
+    if not twist and w.chance(12):
+        out = products.sdpa(w, q, k, v, keys)
+        w.program.returns = [out.name]
+        return w.program
     if twist == "learned_keys":
         k = w.tensor(w.shuffled((*keys, "d")), origin="parameter")
     if twist == "learned_values":
         v = w.tensor(w.shuffled((*keys, "e")), origin="parameter")
-    w.tag(plain=w.size(keys) > 1 and w.sizes["d"] > 1)
-    s = ops.product(w, ops.prepared(w, q, "d"), ops.prepared(w, k, "d"), ("d",), added=True)
-    s = _scores(w, s, q, keys, wild=wild)
+    s = products.product(w, products.prepared(w, q, "d"), products.prepared(w, k, "d"), ("d",), added=True)
+    s = _scores(w, s, q, keys, writing, (*ops.WRITES, ops.mixed) if wild else ops.WRITES)
     if twist == "two_products":
-        other = ops.product(w, q, k, ("d",))
+        other = products.product(w, q, k, ("d",))
         s = w.let(f"{s.name} + {w.arranged(other, s.dims).name}", s.dims)
-    a, s, axis = _weights(w, s, keys, twist)
+    a, s = _weights(w, s, keys, twist)
     if w.chance(50):
         a = _steps(w, a, ops.WEIGHTS, w.number(1, 2))
     if wild and w.chance(25):
         a = w.pick(*ops.ODD_WEIGHTS)(w, a)
     out = _values(w, a, v, s, keys, twist)
+    if not twist and w.value(out).dtype == torch.float64 and w.chance(8):
+        out = _again(w, out, tuple(y for y in batch if y in out.labels), keys)
     if w.program.anchors == 1 and w.size(keys) > 1:
-        w.program.negative = twist in ("learned_keys", "learned_values", "elementwise", "no_values") or "negative" in w.program.tags
+        never = ("learned_keys", "learned_values", "elementwise", "no_values")
+        w.program.negative = twist in never or "negative" in w.program.tags
     w.program.returns = [out.name, *_also_returned(w, a, s, twist)]
     return w.program
 
 
+def _again(w: Writer, out: Labelled, batch: tuple[str, ...], keys: tuple[str, ...]) -> Labelled:
+    """A second attention whose queries are the first one's result."""
+    w.tag("again")
+    w.sizes["f"] = 2
+    k, v = products.operand(w, (*batch, *keys, "e"), "e"), products.operand(w, (*batch, *keys, "f"), "f")
+    s = ops.scale(w, products.product(w, out, k, ("e",)))
+    a, _ = _weights(w, s, keys, "")
+    if w.value(a).dtype != torch.float64:
+        a = w.let(f"{a.name}.double()", a.dims)
+    return products.product(w, a, v, keys)
+
+
 def _sizes(w: Writer) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    w.sizes |= {"b": w.pick(2, 1, 3), "w": 2, "h": w.pick(2, 3, 1), "g": 2, "d": w.pick(2, 4, 1, 3), "e": w.pick(2, 3, 1)}
+    w.sizes |= {
+        "b": w.pick(2, 1, 3),
+        "w": 2,
+        "h": w.pick(2, 3, 1),
+        "g": 2,
+        "d": w.pick(2, 4, 1, 3),
+        "e": w.pick(2, 3, 1),
+    }
     batch = ("b",) if w.chance(90) else ()
     if w.chance(15):
         batch += ("w",)
@@ -78,16 +111,16 @@ def _operands(
             w.sizes[y] = w.sizes[x]
         w.sizes["e"] = w.sizes["d"]
         names = dict(zip(queries, keys, strict=True))
-        q, k, v = ops.joint(w, batch, queries)
+        q, k, v = products.joint(w, batch, queries)
         return q, w.renamed(k, names), w.renamed(v, {**names, "d": "e"})
     shared = tuple(y for y in batch if not (y == "h" and w.chance(10)))  # keys with a single head
     grouped = w.chance(15) and "h" in shared
-    q = ops.operand(w, (*batch, *(("g",) if grouped else ()), *queries, "d"), "d")
-    k = ops.operand(w, (*shared, *keys, "d"), "d")
-    v = ops.operand(w, (*shared, *keys, "e"), "e")
+    q = products.operand(w, (*batch, *(("g",) if grouped else ()), *queries, "d"), "d")
+    k = products.operand(w, (*shared, *keys, "d"), "d")
+    v = products.operand(w, (*shared, *keys, "e"), "e")
     if grouped and w.chance(70):
         w.tag("gqa")
-        k, v = ops.grouped(w, k, "h", "g"), ops.grouped(w, v, "h", "g")
+        k, v = products.grouped(w, k, "h", "g"), products.grouped(w, v, "h", "g")
     return q, k, v
 
 
@@ -99,13 +132,15 @@ def _steps(w: Writer, x: Labelled, steps: tuple[ops.Step, ...], count: int) -> L
     return x
 
 
-def _scores(w: Writer, s: Labelled, q: Labelled, keys: tuple[str, ...], *, wild: bool) -> Labelled:
-    for _ in range(w.number(0, 4)):
+def _scores(
+    w: Writer, s: Labelled, q: Labelled, keys: tuple[str, ...], often: int, odd: tuple[ops.Step, ...]
+) -> Labelled:
+    for _ in range(w.number(1 if odd is ops.WRITES and often else 0, 4)):
         s = _steps(w, s, ops.SCORES, 1)
         if w.chance(8):
             s = _relative(w, s, q, keys)
-        if wild and w.chance(25):
-            s = w.pick(*ops.WRITES, ops.mixed)(w, s)
+        if often and w.chance(often):
+            s = w.pick(*odd)(w, s)
     return s
 
 
@@ -114,7 +149,7 @@ def _relative(w: Writer, s: Labelled, q: Labelled, keys: tuple[str, ...]) -> Lab
     w.tag("relative")
     some = keys if w.chance(50) else keys[-1:]
     table = w.tensor(tuple((y,) for y in (*some, "d")), origin="parameter")
-    bias = ops.product(w, q, table, ("d",))
+    bias = products.product(w, q, table, ("d",))
     present = [y for y in s.labels if y in bias.labels]
     dims = tuple(tuple(y for y in dim if y in present) for dim in w.split(s).dims)
     opened = w.split(s)
@@ -131,8 +166,8 @@ _TWISTS = (
 """What makes a program only nearly attention, or attention in an unusual shape."""
 
 
-def _weights(w: Writer, s: Labelled, keys: tuple[str, ...], twist: str) -> tuple[Labelled, Labelled, int]:
-    """(weights, the scores they were made of, softmax axis)."""
+def _weights(w: Writer, s: Labelled, keys: tuple[str, ...], twist: str) -> tuple[Labelled, Labelled]:
+    """(weights, the scores they were made of)."""
     s = w.arranged(s, w.shuffled(s.labels, alone=[keys]))
     axis = s.at(*keys)
     if twist == "axis":
@@ -142,17 +177,21 @@ def _weights(w: Writer, s: Labelled, keys: tuple[str, ...], twist: str) -> tuple
         w.sizes["sink"] = w.size(keys) + 1
         dims = tuple(("sink",) if d == keys else d for d in s.dims)
         ones = tuple(() if d == keys else d for d in s.dims)
-        column = w.tensor(tuple(() for _ in s.dims), origin="parameter", value=w.random(()).to(w.value(s).dtype).reshape([1] * len(s.dims)))
+        column = w.tensor(
+            tuple(() for _ in s.dims),
+            origin="parameter",
+            value=w.random(()).to(w.value(s).dtype).reshape([1] * len(s.dims)),
+        )
         wide = w.let(f"torch.cat([{s.name}, {column.name}.expand({w.sizes_of(ones)})], dim={axis})", dims)
         a = ops.softmax(w, wide, axis)
         at = ", ".join([":"] * axis + [":-1"])
-        return w.let(f"{a.name}[{at}]", s.dims), s, axis
+        return w.let(f"{a.name}[{at}]", s.dims), s
     a = ops.softmax(w, s, axis)
     if twist in ("differential", "two_softmaxes"):
         other = ops.softmax(w, ops.scale(w, w.let(f"{s.name} * 1.0", s.dims)), axis)
         lam = w.tensor((), origin="parameter")
         a = w.let(f"{a.name} - {lam.name} * {other.name}", a.dims)
-    return a, s, axis
+    return a, s
 
 
 def _values(w: Writer, a: Labelled, v: Labelled, s: Labelled, keys: tuple[str, ...], twist: str) -> Labelled:
@@ -165,7 +204,7 @@ def _values(w: Writer, a: Labelled, v: Labelled, s: Labelled, keys: tuple[str, .
         w.tag("negative")
         other = w.renamed(a, {"i": "j", "j": "i2"})
         w.sizes["i2"] = w.sizes["i"]
-        return ops.product(w, a, other, ("j",))
+        return products.product(w, a, other, ("j",))
     if twist == "value_from_scores":
         v = w.renamed(w.split(s), {**{y: f"{y}2" for y in s.labels if y[0] == "i"}, **{y: y for y in keys}})
         w.sizes |= {f"{y}2": w.sizes[y] for y in s.labels if y[0] == "i"}
@@ -187,15 +226,15 @@ def _values(w: Writer, a: Labelled, v: Labelled, s: Labelled, keys: tuple[str, .
         w.run(w.pick(f"{v.name} = {v.name} * 1.0\n{v.name}.mul_(0.5)", f"{s.name}.mul_(0.0)"))
     if w.value(a).dtype != w.value(v).dtype:
         a = w.let(f"{a.name}.to({w.value(v).dtype})", a.dims)
-    out = ops.product(w, a, v, keys)
+    out = products.product(w, a, v, keys)
     if twist == "bidirectional" and square:
         other = ops.softmax(w, s, w.renamed(s, names).dims.index(("j",)) if ("j",) in w.renamed(s, names).dims else 0)
         back = w.renamed(other, names)
         if w.value(back).dtype == w.value(v).dtype:
-            more = w.arranged(ops.product(w, back, v, keys), out.dims)
+            more = w.arranged(products.product(w, back, v, keys), out.dims)
             out = w.let(f"{out.name} + {more.name}", out.dims)
     if twist == "two_values":
-        more = ops.product(w, a, w.let(f"{v.name} * 2.0", v.dims), keys)
+        more = products.product(w, a, w.let(f"{v.name} * 2.0", v.dims), keys)
         out = w.let(f"{out.name} + {w.arranged(more, out.dims).name}", out.dims)
     if w.chance(50):
         out = w.arranged(out, w.shuffled(out.labels))

@@ -1,6 +1,6 @@
 """A small model -> what the passes read of it, as index arithmetic, evaluated with plain torch indexing.
 
-    y = x.flatten(1)[:, 2:]   --read-->   "c0[b, (h + 2) // 4, (h + 2) % 4]"   --evaluate-->   a tensor to compare with y
+    y = x.flatten(1)[:, 2:]   --read-->   "c0[b, (h + 2) // 4, (h + 2) % 4]"   --evaluate-->   a tensor like y
 
 The evaluation shares nothing with the passes or the kernels but the text: Python's own `eval` on integer tensors.
 """
@@ -14,9 +14,9 @@ from typing import Any
 
 import sympy
 import torch
+from fuzz_check import traced
 from torch import Tensor, fx, nn
 
-from fuzz_check import traced
 from kvt_compile.kernels import score as language
 from kvt_compile.passes.canonicalise import canonicalise
 from kvt_compile.passes.coords import Axes, Coord, Space
@@ -86,7 +86,9 @@ class _Source:
 
     def __getitem__(self, index: Any) -> Tensor:
         listed = index if isinstance(index, tuple) else (index,)
-        return self._tensor[tuple(torch.as_tensor(n).clamp(0, size - 1) for n, size in zip(listed, self._tensor.shape, strict=True))]
+        return self._tensor[
+            tuple(torch.as_tensor(n).clamp(0, size - 1) for n, size in zip(listed, self._tensor.shape, strict=True))
+        ]
 
 
 _FUNCTIONS: dict[str, Any] = {

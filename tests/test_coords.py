@@ -12,11 +12,11 @@ import sympy
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from readings import assert_reads, module_of, value_of
 from torch import Tensor, nn
 
 from kvt_compile.kernels import score as language
 from kvt_compile.passes.coords import ZERO, Axes, Coord, Space
-from readings import assert_reads, module_of, value_of
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
@@ -69,7 +69,13 @@ def _options(x: Tensor, draw: Draw) -> list[str]:
     at = ", ".join([":"] * d)
     comma = ", " if at else ""
     options += [f".permute({list(order)})", f".transpose({d}, {-1})", f".movedim({d}, 0)", f".unsqueeze({d - rank})"]
-    options += [f"[{at}{comma}{a}:{b}]", f"[{at}{comma}{a}]", f"[{at}{comma}{a - size}]", f"[{at}{comma}::2]", f"[{at}{comma}{a}::3]"]
+    options += [
+        f"[{at}{comma}{a}:{b}]",
+        f"[{at}{comma}{a}]",
+        f"[{at}{comma}{a - size}]",
+        f"[{at}{comma}::2]",
+        f"[{at}{comma}{a}::3]",
+    ]
     options += [f".narrow({d}, {a}, {b - a})", f".select({d}, {a})", f"[..., {draw(st.integers(0, x.shape[-1] - 1))}:]"]
     options += [f".repeat_interleave(2, dim={d})", f".repeat({', '.join('2' if n == d else '1' for n in range(rank))})"]
     options += [f".chunk({min(size, 2)}, dim={d})[0]", f".split({b - a}, dim={d})[-1]", f".unbind({d})[{a}]"]
@@ -131,8 +137,8 @@ def _with_list(case: tuple[Chain, Tensor]) -> tuple[Chain, list[Tensor]]:
         ((1, 3), lambda x: x.expand(5, 3), "c0[0, h]"),
         ((3, 4), lambda x: x[:, 1:3].flatten(), "c0[b // 2, b % 2 + 1]"),
     ],
-    ids=["split", "merge", "transpose", "expand", "slice", "select", "repeat_interleave", "repeat", "swin mask", "shuffle",
-         "broadcast", "merge a slice"],
+    ids=["split", "merge", "transpose", "expand", "slice", "select", "repeat_interleave", "repeat", "swin mask",
+         "shuffle", "broadcast", "merge a slice"],
 )  # fmt: skip
 def test_text(shape: tuple[int, ...], function: Callable[[Tensor], Tensor], text: str) -> None:
     x = torch.arange(math.prod(shape)).reshape(shape)

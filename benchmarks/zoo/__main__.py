@@ -2,8 +2,8 @@
 
     python -m benchmarks.zoo [--only PATTERN] [--jobs N] [--timeout S] [--again] [--shallow] [--table] [--inductor]
 
-Verdicts go to a log as they come (build/zoo.jsonl), and what the log has is not judged again: an interrupted run goes on
-where it stopped.  --again judges the chosen models anew.  The two files are written when the log has every model.
+Verdicts go to a log as they come (build/zoo.jsonl), and what the log has is not judged again: an interrupted run goes
+on where it stopped.  --again judges the chosen models anew.  The two files are written when the log has every model.
 """
 
 from __future__ import annotations

@@ -42,7 +42,9 @@ class Entry:
     gradients: bool = False
     """The member of its family whose gradients are compared as well."""
     small: dict[str, Any] = field(default_factory=dict)
-    """Settings that make a large model small enough for that."""
+    """More settings that make a large model small enough for that."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the model's constructor."""
 
     @property
     def id(self) -> str:
@@ -63,8 +65,8 @@ def entries(only: str = "*") -> list[Entry]:
 
 def _load() -> Iterator[Entry]:
     for record in json.loads(FILE.read_text()):
-        yield Entry(**{**record, "sites": {k: _unfold(v) for k, v in record.get("sites", {}).items()},
-                       "others": _unfold(record.get("others", []))})  # fmt: skip
+        yield Entry(**{**record, "sites": {k: unfold(v) for k, v in record.get("sites", {}).items()},
+                       "others": unfold(record.get("others", []))})  # fmt: skip
 
 
 def save(all_entries: list[Entry]) -> None:
@@ -84,7 +86,7 @@ def save(all_entries: list[Entry]) -> None:
 
 _REQUIRED = ("library", "name", "attention", "family", "batch", "image")
 _DEFAULTS: dict[str, Any] = {
-    "sites": {}, "others": [], "inductor": None, "gradients": False, "small": {},
+    "sites": {}, "others": [], "inductor": None, "gradients": False, "small": {}, "settings": {},
 }  # fmt: skip
 
 
@@ -109,7 +111,7 @@ def _counted(paths: list[str]) -> Iterator[tuple[str, int]]:
 
 
 def _at_the_last_number(path: str) -> tuple[str, int, int, str]:
-    """"blocks.3.attn *2" -> ("blocks.", 3, 3, ".attn *2"): the innermost layer number is what counts up."""
+    """One path -> the run it starts: `blocks.3.attn *2` -> `blocks.`, 3, 3, `.attn *2`; the last number counts up."""
     found = [*re.finditer(r"(?<=\.)\d+(?=\.| |$)", path.partition(" ")[0])]
     if not found:
         return path, -1, -1, ""
@@ -117,7 +119,8 @@ def _at_the_last_number(path: str) -> tuple[str, int, int, str]:
     return path[: number.start()], int(number[0]), int(number[0]), path[number.end() :]
 
 
-def _unfold(folded: list[str]) -> list[str]:
+def unfold(folded: list[str]) -> list[str]:
+    """Module paths written out again."""
     paths: list[str] = []
     for text in folded:
         text, _, times = text.partition(" *")

@@ -1,7 +1,7 @@
 """Entry -> how many of its attentions Inductor's own matcher turns into scaled_dot_product_attention.
 
-The real compile_fx runs (AOTAutograd, decompositions, the joint-graph passes that hold the matcher); its last step, which
-generates code and takes minutes, is replaced by one that hands the graph back.
+The real compile_fx runs (AOTAutograd, decompositions, the joint-graph passes that hold the matcher); its last step,
+which generates code and takes minutes, is replaced by one that hands the graph back.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import fx
 
 from benchmarks.zoo.catalogue import Entry
@@ -28,7 +27,10 @@ def matched(entry: Entry) -> int:
         return compile_fx(gm, example_inputs, inner_compile=_as_it_is)
 
     counters.clear()
-    caches = torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False)
+    caches = (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    )
     with caches[0], caches[1], torch.no_grad():
         run(torch.compile(build(entry)[0], backend=backend), *build(entry)[1:])
     return int(counters["inductor"]["fuse_attention"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ from torch import nn
 
 from benchmarks.zoo.catalogue import Entry
 from benchmarks.zoo.compare import Check, compare, distance, doubled, gradients, quiet, run
-from benchmarks.zoo.models import build
+from benchmarks.zoo.models import Built, build
 from benchmarks.zoo.tally import tally
 from benchmarks.zoo.variants import Rewrites, Way
 
@@ -69,14 +69,16 @@ class Verdict:
         return said
 
 
-def judge(entry: Entry, *, deep: bool = True, verdict: Verdict | None = None) -> Verdict:
-    """Builds a model, finds, rewrites and compares; `deep` includes the comparisons made once per family.
+def judge(
+    entry: Entry, *, deep: bool = True, verdict: Verdict | None = None, make: Callable[..., Built] = build
+) -> Verdict:
+    """Builds a model (`make`), finds, rewrites and compares; `deep` includes the comparisons made once per family.
 
     What was learnt before something raised stays in `verdict`.
     """
     started = time.perf_counter()
     verdict = verdict or Verdict(entry.id)
-    model, args, kwargs = build(entry)
+    model, args, kwargs = make(entry)
     rewrites = Rewrites({"all": Way(1.0), "one": Way(1)})
     with many_graphs(), torch.no_grad():
         dense = run(model, args, kwargs)
@@ -98,7 +100,7 @@ def judge(entry: Entry, *, deep: bool = True, verdict: Verdict | None = None) ->
             verdict.checks["k < N"] = half(*wide)
     if deep and entry.gradients:
         del model, compiled, wide
-        verdict.checks["gradients"] = trained(entry)
+        verdict.checks["gradients"] = trained(entry, make)
     verdict.seconds = round(time.perf_counter() - started, 1)
     return verdict
 
@@ -114,9 +116,9 @@ def half(model: nn.Module, args: Any, kwargs: Any) -> Check:
     return {"error": distance(aten, reference), "budget": torch.finfo(torch.float32).eps}
 
 
-def trained(entry: Entry) -> Check:
+def trained(entry: Entry, make: Callable[..., Built] = build) -> Check:
     """Every gradient at k = N."""
-    model, args, kwargs = build(entry, **entry.small)
+    model, args, kwargs = make(entry, **entry.small)
     quiet(model.train())
     dense = gradients(copy.deepcopy(model), args, kwargs)
     same = copy.deepcopy(model)

@@ -1,7 +1,12 @@
-"""Entry -> the model, in evaluation mode with perturbed random weights, and inputs to run it on."""
+"""Entry -> the model, in evaluation mode with perturbed random weights, and inputs to run it on.
+
+What models initialise to 0 or 1e-6 (layer scales, gates, relative positions, the last norm of a branch) would hide
+whatever goes wrong behind it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -12,19 +17,41 @@ from benchmarks.zoo.catalogue import Entry
 Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 """model, args, kwargs"""
 SHAKE = 0.02
-"""How far parameters are moved: what models initialise to 0 or 1e-6 (layer scales, gates, relative positions, last
-weights of a branch) would hide whatever goes wrong behind it."""
+"""How far parameters are moved, and ..."""
+SCALE = 0.3
+"""... how large scales are made that are zero or tiny at first (layer scales, gates, the last norm of a branch)."""
 
 
 def build(entry: Entry, **settings: Any) -> Built:
-    """Builds a model of the zoo; the same numbers every time.  `settings` go to the model's constructor."""
+    """Builds a model of the zoo; the same numbers every time.  `settings` go to the constructor besides the entry's."""
     torch.manual_seed(0)
-    model, args, kwargs = _BUILDERS[entry.library](entry, settings)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                parameter.add_(torch.randn_like(parameter), alpha=SHAKE)
+    return opened(*_BUILDERS[entry.library](entry, entry.settings | settings))
+
+
+@torch.no_grad()
+def opened(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Built:
+    """Perturbs the parameters, so that nothing is shut off by a zero, and puts the model into evaluation mode."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            closed = parameter.dim() == 1 and not name.endswith("bias") and parameter.abs().max() < 0.1
+            parameter.add_(torch.randn_like(parameter), alpha=SCALE if closed else SHAKE)
+    settle(model, args, kwargs)
     return model.eval(), args, kwargs
+
+
+def settle(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Gives every batch norm the statistics of these inputs: with 0 and 1, as it starts, signals die out."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    if not norms:
+        return
+    model.eval()
+    for norm in norms:
+        norm.train().momentum = 1.0
+    with contextlib.suppress(ValueError):  # a single value per channel has no variance
+        model(*args, **kwargs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 def _timm(entry: Entry, settings: dict[str, Any]) -> Built:

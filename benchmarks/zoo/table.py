@@ -18,8 +18,8 @@ from benchmarks.zoo.judge import Verdict
 
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"
 PAGE = ROOT / "docs" / "zoo.md"
-COLUMNS = ("model", "true", "fused", "kept", "dense", "missed", "false", "unexplained", "left alone", "k = N: error / budget",
-           "Inductor")  # fmt: skip
+COLUMNS = ("model", "true", "fused", "kept", "dense", "missed", "false", "unexplained", "left alone",
+           "k = N: error / budget", "Inductor")  # fmt: skip
 Pair = tuple[Entry, Verdict]
 
 
@@ -125,7 +125,7 @@ def page(pairs: Sequence[Pair]) -> str:
 
 
 def _reasons(given: Iterable[tuple[Entry, str]]) -> str:
-    """Reason -> the families it was given in; numbers at the end of node names and counts do not make another reason."""
+    """Reason -> the families it was given in; the numbers in node names, and counts, make no other reason."""
     families: dict[str, dict[str, None]] = {}
     for entry, reason in given:
         general = re.sub(r"(?<=[a-z])_\d+\b| \*\d+$", "", reason)
@@ -140,14 +140,14 @@ Made by `make zoo`; do not edit. Every model below was built with random weights
 stays at zero, and captured by torch.compile. What is *true* of a model was counted on its eager run, from the data flow
 between its tensors (`benchmarks/zoo/expected.json`).
 
-- **true**: sites the model has; **fused**: one kernel from the two products to the output; **kept** (scores-kept): selection and softmax are one kernel, the rest
-  stays as the model wrote it; **dense**: attention over channels or over the batch, dense unless
-  `channel_attention` / `batch_attention` is `"rewrite"`.
+- **true**: sites the model has; **fused**: one kernel from the two products to the output; **kept** (scores-kept):
+  selection and softmax are one kernel, the rest stays as the model wrote it; **dense**: attention over channels or over
+  the batch, dense unless `channel_attention` / `batch_attention` is `"rewrite"`.
 - **missed**: true sites not found; **false**: found, but not attention or over another axis; **unexplained**: softmaxes
   about which nothing was said; **left alone**: the rest, each with a reason (below).
-- **k = N**: every site, also those left dense by default, rewritten and keeping all its keys, against the dense model in
-  float64, relative to the largest output; the budget is 8 times the dense model's own float32 error. Gradients and k < N
-  are compared for one model per family (`benchmarks/results/zoo.json`).
+- **k = N**: every site, also those left dense by default, rewritten and keeping all its keys, against the dense model
+  in float64, relative to the largest output; the budget is 8 times the dense model's own float32 error. Gradients and
+  k < N are compared for one model per family (`benchmarks/results/zoo.json`).
 - **Inductor**: how many sites torch 2.13's own attention patterns turn into SDPA on a CPU; - where it was not
   counted.
 """

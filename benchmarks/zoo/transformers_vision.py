@@ -78,7 +78,9 @@ def _maskformer() -> Any:
 
 
 def _grounding_dino() -> Any:
-    text = t.BertConfig(**SMALL | {"num_hidden_layers": 1}, vocab_size=120, intermediate_size=64, max_position_embeddings=64)
+    text = t.BertConfig(
+        **SMALL | {"num_hidden_layers": 1}, vocab_size=120, intermediate_size=64, max_position_embeddings=64
+    )
     return t.GroundingDinoConfig(
         **DETR, encoder_layers=1, decoder_layers=1, num_feature_levels=4, max_text_len=16,
         backbone_config=swin(2, 3, 4), text_config=text,
@@ -127,17 +129,21 @@ VISION: dict[str, Tiny] = {
     "donut_swin": Tiny("DonutSwinModel", lambda: t.DonutSwinConfig(**WINDOWS), images()),
     "swin2sr": Tiny(
         "Swin2SRModel",
-        lambda: t.Swin2SRConfig(image_size=32, embed_dim=16, depths=[2, 2], num_heads=[2, 2], window_size=4), images(32),
+        lambda: t.Swin2SRConfig(image_size=32, embed_dim=16, depths=[2, 2], num_heads=[2, 2], window_size=4),
+        images(32),
     ),
     "segformer": Tiny("SegformerModel", lambda: t.SegformerConfig(**PYRAMID), images()),
     "glpn": Tiny("GLPNModel", lambda: t.GLPNConfig(**PYRAMID), images()),
     "pvt": Tiny("PvtModel", lambda: t.PvtConfig(image_size=64, **PYRAMID), images()),
     "pvt_v2": Tiny("PvtV2Model", lambda: t.PvtV2Config(image_size=64, **PYRAMID), images()),
-    "cvt": Tiny("CvtModel", lambda: t.CvtConfig(embed_dim=[16, 32, 48], num_heads=[1, 2, 3], depth=[1, 2, 3]), images()),
+    "cvt": Tiny(
+        "CvtModel", lambda: t.CvtConfig(embed_dim=[16, 32, 48], num_heads=[1, 2, 3], depth=[1, 2, 3]), images()
+    ),
     "levit": Tiny(
         "LevitModel",
         lambda: t.LevitConfig(
-            image_size=128, hidden_sizes=[32, 48, 64], num_attention_heads=[2, 3, 4], depths=[1, 1, 1], key_dim=[8, 8, 8]
+            image_size=128, hidden_sizes=[32, 48, 64], num_attention_heads=[2, 3, 4], depths=[1, 1, 1],
+            key_dim=[8, 8, 8],
         ),
         images(128),
     ),
@@ -197,8 +203,8 @@ VISION: dict[str, Tiny] = {
     "rt_detr": Tiny(
         "RTDetrModel",
         lambda: t.RTDetrConfig(
-            **DETR | NO_TIMM, encoder_hidden_dim=32, encoder_in_channels=[16, 16, 32], decoder_layers=2, num_denoising=0,
-            decoder_in_channels=[32, 32, 32],
+            **DETR | NO_TIMM, encoder_hidden_dim=32, encoder_in_channels=[16, 16, 32], decoder_layers=2,
+            num_denoising=0, decoder_in_channels=[32, 32, 32],
             backbone_config=t.RTDetrResNetConfig(
                 embedding_size=8, hidden_sizes=[8, 16, 16, 32], depths=[1, 1, 1, 1], layer_type="basic",
                 out_features=["stage2", "stage3", "stage4"],

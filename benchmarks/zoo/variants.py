@@ -77,7 +77,7 @@ class Rewrites:
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """A graph to rewrite on its own, nested graphs (checkpoint and control-flow bodies) included; tensors are shared."""
+    """A graph to rewrite on its own, nested graphs (checkpoint, control flow) included; tensors are shared."""
     copied = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     copied.meta = dict(gm.meta)
     for name, child in gm.named_children():

@@ -1,0 +1,102 @@
+"""Random programs for as long as asked, a fresh seed each round: `python tests/fuzz_long.py --minutes 60 --seed 0`.
+
+Failures are shrunk, printed and appended to the log with the seed that found them; the exit status says whether there
+were any.  Beside the fast capture that the test suite uses, some rounds go through torch.compile's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import fuzz_programs
+from fuzz_check import check, traced, traced_with_fakes
+from fuzz_graphs import Program
+
+
+def through_dynamo(model: nn.Module, inputs: Sequence[Tensor]) -> fx.GraphModule:
+    """The graph torch.compile makes of the model."""
+    graphs: list[fx.GraphModule] = []
+
+    def keep(graph: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=keep, fullgraph=True)(*(x.clone() for x in inputs))
+    return graphs[0]
+
+
+CAPTURES = {"traced": (traced, 400), "fakes": (traced_with_fakes, 60), "dynamo": (through_dynamo, 25)}
+STRATEGIES = ("positives", "writes", "anything")
+
+
+def rounds(first: int, until: float, log: Path) -> int:
+    """Runs rounds of every strategy and capture until the clock says so; returns how many of them failed."""
+    number, failed = first, 0
+    counts: collections.Counter[str] = collections.Counter()
+    while time.monotonic() < until:
+        for strategy in STRATEGIES:
+            for name in ("traced", "traced", "fakes", "dynamo")[number % 2 :: 2]:
+                if time.monotonic() >= until:
+                    break
+                failed += not one_round(strategy, name, number, counts, log)
+        print(f"seed {number}: {sum(counts.values())} programs, {failed} failed rounds, {dict(counts)}", flush=True)
+        number += 1
+    return failed
+
+
+def one_round(strategy: str, name: str, number: int, counts: collections.Counter[str], log: Path) -> bool:
+    """One hypothesis run; True when nothing was found."""
+    capture, size = CAPTURES[name]
+
+    @seed(number)
+    @settings(
+        max_examples=size, deadline=None, database=None, phases=(Phase.generate, Phase.shrink), print_blob=False,
+        suppress_health_check=list(HealthCheck), verbosity=Verbosity.quiet,
+    )  # fmt: skip
+    @given(getattr(fuzz_programs, strategy)(), st.integers(1, 5))
+    def search(program: Program, topk: int) -> None:
+        counts[f"{strategy}/{name}"] += 1
+        check(program, topk, capture=capture, reference=topk == 2)
+
+    try:
+        search()
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        text = f"--- {strategy} through {name}, seed {number}\n{''.join(traceback.format_exception(error))}\n"
+        print(text, flush=True)
+        with log.open("a") as file:
+            file.write(text)
+        return False
+    return True
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=0, help="the first round's seed; the next rounds count up")
+    parser.add_argument("--log", type=Path, default=Path("fuzz.log"), help="where failures are appended")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    return min(rounds(arguments.seed, time.monotonic() + 60 * arguments.minutes, arguments.log), 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

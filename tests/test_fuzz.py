@@ -1,0 +1,52 @@
+"""Thousands of random attention programs: rewritten with the same meaning, or left alone with a reason."""
+
+from __future__ import annotations
+
+from fuzz_check import check, traced_with_fakes
+from fuzz_graphs import Program
+from fuzz_programs import anything, positives, writes
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+many = settings(suppress_health_check=list(HealthCheck), database=None)
+topk = st.integers(1, 4)
+
+
+@given(positives(), topk)
+@settings(many, max_examples=250)
+def test_attention_in_any_spelling(program: Program, k: int) -> None:
+    check(program, k, reference=k == 2)
+
+
+@given(writes(), topk)
+@settings(many, max_examples=200)
+def test_writes_are_followed_or_refused(program: Program, k: int) -> None:
+    check(program, k, reference=k == 2)
+
+
+@given(anything(), topk)
+@settings(many, max_examples=250)
+def test_near_attention_keeps_its_meaning(program: Program, k: int) -> None:
+    check(program, k, reference=k == 2)
+
+
+@given(positives() | writes(), topk)
+@settings(many, max_examples=25)
+def test_with_fake_tensors(program: Program, k: int) -> None:
+    check(program, k, capture=traced_with_fakes)
+
+
+def test_the_generator_makes_what_it_says() -> None:
+    """Most positives are attention that has to be fused, and every choice is made now and then."""
+    plain: list[bool] = []
+    tags: set[str] = set()
+
+    @given(positives() | anything())
+    @settings(many, max_examples=100, derandomize=True)
+    def collect(program: Program) -> None:
+        plain.append(program.plain)
+        tags.update(tag.partition(":")[0] for tag in program.tags)
+
+    collect()
+    assert sum(plain) > 20
+    assert {"matmul", "einsum", "mulsum", "bmm", "bias", "mask", "layout", "scale", "mixed"} <= tags
