@@ -37,13 +37,23 @@ class _Proxy(fx.Proxy):
     def __setitem__(self, item: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, item, value), {})
 
+    def __getattr__(self, name: str) -> Any:
+        return _Attribute(self, name)
+
+
+class _Attribute(fx.proxy.Attribute):
+    """`x.mT`, `x.max(0).values`: may be written to as well."""
+
+    __setitem__ = _Proxy.__setitem__
+
 
 def _augmented(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
 
 
 for _function in (operator.iadd, operator.isub, operator.imul, operator.itruediv):
-    setattr(_Proxy, f"__{_function.__name__}__", _augmented(_function))
+    for _class in (_Proxy, _Attribute):
+        setattr(_class, f"__{_function.__name__}__", _augmented(_function))
 
 
 class _Tracer(fx.Tracer):

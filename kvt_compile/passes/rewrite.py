@@ -118,6 +118,7 @@ def _keep_scores(graph: fx.Graph, plan: ScoresKept, topk: TopK, lowering: str, r
     )
     if plan.written:
         new = emit.call(aten.clone.default, new)
+    new = emit.like(new, plan.node)
     _replace(graph, plan.node, new, renamed)
     graph.erase_node(plan.node)
 
