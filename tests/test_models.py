@@ -89,11 +89,9 @@ def test_all_keys_equal_dense(spec: Model, train: bool) -> None:
         assert error(mine, exact) <= budget, f"{kind} are off by more than the dense model's own rounding allows"
 
 
-@pytest.mark.parametrize(
-    "spec", [m for m in MODELS if m.id.startswith(("timm-vit", "timm-swin-e", "hf-bert"))], ids=str
-)
-def test_all_keys_equal_dense_under_bfloat16_autocast(spec: Model) -> None:
-    model, args, kwargs = spec(True)
+@pytest.mark.parametrize("spec", MODELS, ids=str)
+def test_all_keys_equal_dense_under_bfloat16_autocast(spec: Model, train: bool) -> None:
+    model, args, kwargs = spec(train)
     exact = run(model, model, args, kwargs)
     results: list[PassResult] = []
     rewritten_model = copy.deepcopy(model)
