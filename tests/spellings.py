@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -148,6 +149,16 @@ def cases(chosen: Callable[[Spelling], bool]) -> Any:
     return pytest.mark.parametrize("spelling", [pytest.param(s, id=s.id) for s in TABLE.values() if chosen(s)])
 
 
+def from_file(*modules: ModuleType) -> Callable[[Spelling], bool]:
+    """Whether a spelling stands in one of these files."""
+    names = {module.__name__ for module in modules}
+    return lambda spelling: spelling.function.__module__ in names
+
+
+def spelling_of(name: str) -> Spelling:
+    return TABLE[name]
+
+
 # ---- the independent oracle ------------------------------------------------------------------------------------------
 
 
@@ -188,7 +199,7 @@ def knn_attention(fates: Sequence[str], topk: int) -> Iterator[None]:
     softmax = torch.Tensor.softmax
     inside = [False]
 
-    def replaced(scores: Tensor, dim: Any = None, *args: Any, dtype: torch.dtype | None = None, **more: Any) -> Tensor:
+    def replaced(scores: Tensor, dim: Any = -1, *args: Any, dtype: torch.dtype | None = None, **more: Any) -> Tensor:
         if inside[0]:
             return softmax(scores, dim, dtype=dtype)
         inside[0] = True
