@@ -58,8 +58,7 @@ def rewrite(gm: fx.GraphModule, decisions: Iterable[Decision], lowering: str = "
 
 def _fuse(gm: fx.GraphModule, plan: Fused, topk: TopK, lowering: str, renamed: dict[fx.Node, fx.Node]) -> None:
     emit = Emitter(gm.graph, plan.node, plan.node, renamed)
-    for operand in (plan.q, plan.k, plan.v):
-        emit.know_sizes(operand)
+    emit.know_sizes(plan.q, plan.k, plan.v)
     g = plan.groups
     heads = (*g.kv_heads, *g.group)
     q = emit.operand(plan.q, (g.batch, heads, g.queries, g.features))
