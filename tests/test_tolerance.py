@@ -172,7 +172,7 @@ def test_lowerings_keep_what_is_allowed(lowering: str, loose: Loose) -> None:
 def test_one_key_too_many_is_noticed() -> None:
     undo = lowerings.register("loose", Loose(extra=1))
     try:
-        with pytest.raises(AssertionError, match="rows keep what a tolerance of 0[.]1 does not allow"):
+        with pytest.raises(AssertionError, match=r"rows keep what a tolerance of 0\.1 does not allow"):
             assert_within_tolerance(Case("one more", keys=40, topk=20, tolerance=0.1), "loose")
     finally:
         undo()

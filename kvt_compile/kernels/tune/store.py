@@ -126,7 +126,7 @@ def read_entry(path: Path) -> Entry | None:
     """The result in a file; None where there is no file, or, with a warning that names it, no readable one."""
     try:
         return Entry.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
         warn_once(f"the tuning result {path} cannot be read and is ignored: {error}; it will be replaced when tuned again")
