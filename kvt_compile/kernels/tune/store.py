@@ -125,12 +125,20 @@ class Store:
 def read_entry(path: Path) -> Entry | None:
     """The result in a file; None where there is no file, or, with a warning that names it, no readable one."""
     try:
-        return Entry.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return parse_entry(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
+    except (OSError, ValueError) as error:
         warn_once(f"the tuning result {path} cannot be read and is ignored: {error}; it will be replaced when tuned again")
         return None
+
+
+def parse_entry(path: Path) -> Entry:
+    """The result in a file.  Raises OSError, or ValueError saying what is wrong with it."""
+    try:
+        return Entry.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def write_atomically(path: Path, text: str) -> None:
