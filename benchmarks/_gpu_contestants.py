@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kvt_compile.kernels.ops  # noqa: F401 - registers the ops
-from kvt_compile.kernels import tune
+from kvt_compile.kernels import lowerings, tune
 from kvt_compile.kernels.spec import KernelSpec
 from kvt_compile.kernels.tune.timing import Clock, Run
 
@@ -39,7 +39,8 @@ class Contestants:
         self.leaves = [torch.randn(shape, device=device, dtype=dtype).requires_grad_(cell.backward) for _ in range(3)]
         self.grad = torch.randn(shape, device=device, dtype=dtype)
         self.score = f"{cell.dim**-0.5!r}*s"
-        tune.request(KernelSpec.of(*self.leaves, score=self.score), autotune)
+        self.spec = KernelSpec.of(*self.leaves, score=self.score)
+        tune.request(self.spec, autotune)
         self.backend = ""
 
     def prepare(self) -> dict[str, Prepare]:
@@ -67,7 +68,8 @@ class Contestants:
 
     def judge(self, result: Measured) -> None:
         """Takes our numbers back where the result is wrong: a wrong kernel has no time."""
-        result.notes["sdpa backend"] = self.backend
+        chosen = lowerings.choose(self.lowering, self.spec, self.leaves[0].device.type)
+        result.notes |= {"sdpa backend": self.backend, "lowering": chosen.name}
         if OURS not in result.ms:
             return
         result.error = self.error()
