@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,13 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
-from tuning import CANDIDATES, DEFAULT, FakeClock, speed
+from tuning import CANDIDATES, DEFAULT, KEY, FakeClock, speed
 
 from kvt_compile.cli import main
 from kvt_compile.kernels import lowerings, tune
 from kvt_compile.kernels.aten import AtenLowering
 from kvt_compile.kernels.spec import KernelSpec
+from kvt_compile.kernels.tune.progress import Step
 from kvt_compile.kernels.tune.tuner import process_tuner
 from kvt_compile.tuning import Shape
 
@@ -167,6 +170,19 @@ def test_a_model_that_fails_is_the_users(kvt: Callable[..., Result], tuned: Tune
     result = kvt(f"{FACTORIES}:failing_model")
     assert result.code == 2
     assert "the model itself fails on these inputs: RuntimeError" in result.err
+
+
+def test_a_person_sees_a_bar_per_kernel() -> None:
+    shown = importlib.import_module("kvt_compile.cli.tune").Shown
+    screen = io.StringIO()
+    with shown(Console(file=screen, force_terminal=True, width=120)) as progress:
+        for done in range(4):
+            progress(Step(KEY, done, 4, candidate={"rows": 16}))
+        progress(Step(KEY, 4, 4, winner={"rows": 32}, milliseconds=0.125))
+    last = screen.getvalue().splitlines()[-1]
+    assert "forward" in last
+    assert "4/4" in last
+    assert "0.125 ms" in last
 
 
 def test_the_default_score_is_scaled() -> None:

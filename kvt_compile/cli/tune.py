@@ -139,8 +139,8 @@ def _shape(text: str, dtype: torch.dtype, topk: Any, score: str | None) -> Shape
 class Shown:
     """Progress on stderr: a bar per kernel for a person who waits, a line per kernel in a pipe."""
 
-    def __init__(self) -> None:
-        self._console = Console(stderr=True)
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
