@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor
 from tuning import CANDIDATES, DEFAULT, KEY, FakeClock, speed
 
 from kvt_compile.cli import main
+from kvt_compile.cli.tuning_progress import Shown
 from kvt_compile.kernels import lowerings, tune
 from kvt_compile.kernels.aten import AtenLowering
 from kvt_compile.kernels.spec import KernelSpec
@@ -173,14 +175,14 @@ def test_a_model_that_fails_is_the_users(kvt: Callable[..., Result], tuned: Tune
 
 
 def test_a_person_sees_a_bar_per_kernel() -> None:
-    shown = importlib.import_module("kvt_compile.cli.tune").Shown
     screen = io.StringIO()
-    with shown(Console(file=screen, force_terminal=True, width=120)) as progress:
+    with Shown(Console(file=screen, force_terminal=True, width=120)) as progress:
         for done in range(4):
             progress(Step(KEY, done, 4, candidate={"rows": 16}))
         progress(Step(KEY, 4, 4, winner={"rows": 32}, milliseconds=0.125))
-    last = screen.getvalue().splitlines()[-1]
-    assert "forward" in last
+    text = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", screen.getvalue())
+    last = [line for line in text.splitlines() if "forward" in line][-1]
+    assert "Nq≤224 Nk≤224" in last
     assert "4/4" in last
     assert "0.125 ms" in last
 
