@@ -193,6 +193,20 @@ class TestPick:
         picked = mine.pick(KEY, (Block(16), Block(128)), DEFAULT, speed, "on", FakeClock())
         assert picked == DEFAULT
 
+    def test_candidates_are_listed_only_to_measure(self, store: Store) -> None:
+        listed: list[int] = []
+
+        def candidates() -> tuple[Block, ...]:
+            listed.append(1)
+            return CANDIDATES
+
+        mine, _ = tuner_of(store)
+        assert mine.pick(KEY, candidates, DEFAULT, speed) == DEFAULT
+        assert listed == []
+        assert mine.pick(KEY, candidates, DEFAULT, speed, "on", FakeClock()) == Block(32)
+        assert mine.pick(KEY, candidates, DEFAULT, speed, "on", FakeClock()) == Block(32)
+        assert listed == [1]
+
     def test_near_rivals_get_more_turns_than_hopeless_ones(self, store: Store) -> None:
         clock = FakeClock()
         took = {16: 1.0, 32: 1.1, 64: 5.0}

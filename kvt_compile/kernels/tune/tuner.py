@@ -46,6 +46,7 @@ class Candidate(Protocol):
 
 
 C = TypeVar("C", bound=Candidate)
+Candidates = Sequence[C] | Callable[[], Sequence[C]]
 
 
 class Unfit(Exception):
@@ -91,7 +92,7 @@ class Tuner:
     def pick(
         self,
         key: Key,
-        candidates: Sequence[C],
+        candidates: Candidates[C],
         default: C,
         run: Callable[[C], Run],
         mode: Mode = "cached",
@@ -101,7 +102,8 @@ class Tuner:
 
         Args:
             key: what the result holds for.
-            candidates: what may win; the default competes whether it is among them or not.
+            candidates: what may win, or a function that lists it, called only to measure; the default competes whether
+                it is among them or not.
             default: what is used where nothing is known.
             run: candidate -> a function that runs it once on data like the caller's.  It may raise, `Unfit` or anything
                 else: the candidate is dropped and its reason kept with the result.
@@ -157,10 +159,10 @@ class Tuner:
         return None
 
     def _measure(
-        self, key: Key, candidates: Sequence[C], default: C, run: Callable[[C], Run], clock: Clock | None
+        self, key: Key, candidates: Candidates[C], default: C, run: Callable[[C], Run], clock: Clock | None
     ) -> C:
         clock = clock or DeviceClock(torch.device("cuda", torch.cuda.current_device()))
-        contestants = list(dict.fromkeys((default, *candidates)))
+        contestants = list(dict.fromkeys((default, *(candidates() if callable(candidates) else candidates))))
         ready: list[tuple[C, Run]] = []
         dropped: list[Dropped] = []
         for done, candidate in enumerate(contestants):
@@ -241,7 +243,7 @@ def process_tuner() -> Tuner:
 
 def pick(
     key: Key,
-    candidates: Sequence[C],
+    candidates: Candidates[C],
     default: C,
     run: Callable[[C], Run],
     mode: Mode = "cached",
