@@ -71,7 +71,7 @@ def explain(
         raise UserError("--source prints code and --json prints JSON: give one of them")
     # what a model prints while it is built does not belong into our output
     with _busy(f"reading {spec}"), contextlib.redirect_stdout(sys.stderr):
-        subject = _subject(spec, batch, image_size, _attention(attn), preload)
+        subject = build(spec, batch, image_size, attention_named(attn), preload)
         report = _explain(subject, train, chosen)
     if subject.note:
         typer.echo(f"kvt: {subject.note}", err=True)
@@ -83,16 +83,14 @@ def explain(
         _print(report)
 
 
-def _attention(name: str | None) -> Attention | None:
+def attention_named(name: str | None) -> Attention | None:
     match name:
         case None | "eager" | "sdpa":
             return name
     raise UserError(f"--attn is 'eager' or 'sdpa', not {name!r}")
 
 
-def _subject(
-    spec: str, batch: int | None, image_size: int | None, attn: Attention | None, preload: str | None
-) -> Subject:
+def build(spec: str, batch: int | None, image_size: int | None, attn: Attention | None, preload: str | None) -> Subject:
     if preload:
         run_file(preload, "--preload")
     return load(spec, Wanted(batch, image_size, attn))
@@ -106,11 +104,11 @@ def _explain(subject: Subject, train: bool, chosen: dict[str, Any]) -> Report:
         except kvt_compile.OptionError as error:
             raise UserError(str(error)) from error
         except Exception:
-            _run_once(subject)  # a model that fails by itself is the user's to mend
+            run_once(subject)  # a model that fails by itself is the user's to mend
             raise
 
 
-def _run_once(subject: Subject) -> None:
+def run_once(subject: Subject) -> None:
     try:
         subject.model(*subject.args, **subject.kwargs)
     except Exception as error:
