@@ -197,12 +197,10 @@ def rewritten_nodes(graph: fx.GraphModule) -> list[fx.Node]:
 
 def set_arguments(graph: fx.GraphModule, *, topk: int | None = None, lowering: str | None = None) -> None:
     """The same rewritten graph with another k or lowering."""
+    changes = {name: x for name, x in (("topk", topk), ("lowering", lowering)) if x is not None}
     for node in rewritten_nodes(graph):
-        at = 6 if node.target is torch.ops.kvt.attention.default else 2
-        arguments = list(node.args)
-        arguments[at] = arguments[at] if topk is None else topk
-        arguments[-1] = arguments[-1] if lowering is None else lowering
-        node.args = tuple(arguments)
+        names = [argument.name for argument in node.target._schema.arguments]
+        node.args = tuple(changes.get(name, x) for name, x in zip(names, node.args, strict=False))
 
 
 def check(

@@ -61,7 +61,9 @@ class Selection:
             return scores.softmax(dim)
         tau = scores.detach().topk(min(self.topk, scores.shape[dim]), dim).values.amin(dim, keepdim=True)
         self.close |= near_tie(scores.detach(), tau, self.tolerance)
-        return scores.masked_fill(scores < tau, -torch.inf).softmax(dim)
+        weights = scores.masked_fill(scores < tau, -torch.inf).softmax(dim)
+        # laid out in memory as softmax would: a later `view` depends on it
+        return torch.empty_like(scores.detach().softmax(dim)).copy_(weights)
 
 
 @dataclass(frozen=True)

@@ -277,3 +277,22 @@ def batch_attention(m: Any, x: Tensor) -> Tensor:
     y = m.layer("stem", lambda: nn.Conv2d(3, C, 1))(x).mean((2, 3))
     q, k, v = m.qkv(y).chunk(3, -1)
     return (q @ k.t()).softmax(-1) @ v
+
+
+@spelling("refused", "refused")
+def factorised_attention_in_two_blocks(m: Any, x: Tensor) -> Tensor:
+    """CoaT: the second block's keys are a linear map of a product that has the tokens of the first block's queries."""
+    for block in ("first", "second"):
+        q, k, v = m.layer(block, lambda: nn.Linear(C, 3 * C))(x).chunk(3, -1)
+        x = x + q @ (k.softmax(1).mT @ v)
+    return x
+
+
+@spelling(*["refused"] * 12)
+def many_ways_through_layers(m: Any, x: Tensor) -> Tensor:
+    """Twelve blocks of two branches each: a reader that follows every way anew would follow 4096 of them."""
+    for n in range(12):
+        q, k, v = m.layer(f"{n}", lambda: nn.Linear(C, 3 * C))(x).chunk(3, -1)
+        x = m.layer(f"l{n}", lambda: nn.Linear(C, C))(x) + m.layer(f"r{n}", lambda: nn.Linear(C, C))(x)
+        x = (x + q @ (k.softmax(1).mT @ v)).tanh()
+    return x

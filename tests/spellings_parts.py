@@ -35,7 +35,7 @@ def rows_backwards(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @spelling("fused", score="s")
-def one_row(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def scores_of_one_row(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT)[:, :, 3].softmax(-1).unsqueeze(2) @ v
 
 

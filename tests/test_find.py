@@ -39,7 +39,7 @@ _OTHER_CAPTURES = (
     "single_query", "learned_query", "cross_attention", "pooled_keys", "halo_keys", "cached_keys", "heads_by_expand",
     "sdpa_bool_mask", "multihead_attention", "multihead_attention_with_weights", "scale_by_the_root_of_the_width",
     "scale_learned_on_q_with_a_bias", "bias_from_a_table", "bias_and_window_mask", "bias_computed_from_q",
-    "mask_as_an_input", "rows_but_the_first", "every_third_row", "one_row", "keys_but_the_first",
+    "mask_as_an_input", "rows_but_the_first", "every_third_row", "scores_of_one_row", "keys_but_the_first",
     "softmax_by_hand", "head_gate", "talking_heads", "positional_gate", "sink_column",
 )  # fmt: skip
 
@@ -68,7 +68,8 @@ def test_by_export(name: str) -> None:
 
 
 _DYNAMIC_ROWS = {
-    "rows_but_the_first": [], "rows_but_the_last": ["scores-kept"], "every_third_row": [], "one_row": ["fused"],
+    "rows_but_the_first": [], "rows_but_the_last": ["scores-kept"],
+    "every_third_row": [], "scores_of_one_row": ["fused"],
 }  # fmt: skip
 
 

@@ -106,9 +106,21 @@ def reference_scores(
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """The final scores t `[B, Hq, Nq, Nk]` in `dtype`; arguments as for `reference_attention`."""
-    s = q.to(dtype) @ k.to(dtype).repeat_interleave(q.shape[1] // max(k.shape[1], 1), dim=1).transpose(-1, -2)
+    s = _products(q.to(dtype), k.to(dtype).repeat_interleave(q.shape[1] // max(k.shape[1], 1), dim=1))
     names = _names(q, k, sizes) | {"s": s}
     return _evaluate(language.parse(score), names, captured, dtype).to(dtype).expand(s.shape)
+
+
+_CHUNK = 2**22
+"""Numbers a chunk of products may have."""
+
+
+def _products(q: Tensor, k: Tensor) -> Tensor:
+    """q kT, every element summed in the same order: keys with the same features tie.  A matrix product of BLAS may round
+    the columns at its border another way."""
+    rows = max(1, _CHUNK // max(1, q.shape[0] * q.shape[1] * k.shape[2] * k.shape[3]))
+    chunks = [(part.unsqueeze(3) * k.unsqueeze(2)).sum(-1) for part in q.split(rows, dim=2)]
+    return torch.cat(chunks, dim=2)
 
 
 def within_tolerance(t: Tensor, kept: Tensor, topk: int, tolerance: float) -> Tensor:

@@ -67,17 +67,25 @@ class Space:
         self._split: dict[Atom, tuple[Atom, Atom]] = {}
         self._inside: dict[tuple[Coord, Dim, Dim], Coord] = {}
         self._constants: dict[tuple[Dim, int], Coord] = {}
+        self._anywhere: dict[object, Coord] = {}
 
     def copy(self) -> Space:
         """A space that may be split further without this one noticing."""
         other = Space()
         other._split, other._inside = dict(self._split), dict(self._inside)
-        other._constants = dict(self._constants)
+        other._constants, other._anywhere = dict(self._constants), dict(self._anywhere)
         return other
 
     def fresh(self, name: str, size: Dim) -> Coord:
         """A coordinate that runs over the whole of a dimension of this size."""
         return ZERO if size == 1 else Coord((Atom(name, size),))
+
+    def anywhere(self, what: object, size: Dim) -> Coord:
+        """The coordinate that stands for every element of a dimension `what`, the same one each time: a value that is
+        reached on many ways through layers is then read once."""
+        if what not in self._anywhere:
+            self._anywhere[what] = self.fresh("any", size)
+        return self._anywhere[what]
 
     def constant(self, size: Dim, value: int) -> Coord:
         """The coordinate that is always `value` in a dimension of this size."""
@@ -142,6 +150,12 @@ class Space:
                 return whole, atom is high
         return None
 
+    def root_of(self, atom: Atom) -> Atom:
+        """The atom it was split from in the end, or itself."""
+        while (parent := self.parent_of(atom)) is not None:
+            atom = parent[0]
+        return atom
+
     def parts(self, atom: Atom) -> tuple[Atom, Atom] | None:
         return self._split.get(atom)
 
@@ -190,9 +204,7 @@ class Space:
     def shifted(self, coord: Coord, start: int, step: int) -> Coord | None:
         """start + step*coordinate: what reading through a slice does; undoes `inside` exactly."""
         if step == 1 and coord.plain and coord.digits:
-            atom = coord.digits[0]
-            while (parent := self.parent_of(atom)) is not None:
-                atom = parent[0]
+            atom = self.root_of(coord.digits[0])
             if atom.derived is not None and atom.derived.start == start:
                 if tuple(self._leaves((atom,))) == self.resolve(coord).digits:
                     return atom.derived.of

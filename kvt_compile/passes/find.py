@@ -213,6 +213,9 @@ class _Attempt:
             if sides.count(True) != 1 or all(have):
                 reason = "the softmax axis does not come from one operand of the product alone"
                 continue
+            if self._mixed(operands):
+                reason = "a layer mixes the rows of an earlier product before the softmax"
+                continue
             key = sides.index(True)
             if operands[key][0] not in self.facts.computed:
                 reason = _LEARNED.format("keys")
@@ -231,6 +234,17 @@ class _Attempt:
         out = (None, *self.leaf_of_product.value.attrs["out"])  # None: a size-1 dimension that is broadcast
         summed = [x for x in labels[0] if x in labels[1] and x not in out]
         self.features = operands[0][1][labels[0].index(summed[0])] if len(summed) == 1 else None
+
+    def _mixed(self, operands: tuple[tuple[Value, Coords], tuple[Value, Coords]]) -> bool:
+        """Whether an axis that one operand alone has is no axis of the softmax any more.
+
+        Mixing heads (an axis of both) leaves queries and keys what they are; a linear layer over the product's last axis,
+        as between two blocks of a model, does not.
+        """
+        own = {a for c in self.space.resolve_all(self.coords) for a in c.digits}
+        left, right = ({a for c in self.space.resolve_all(at) for a in c.digits} for _, at in operands)
+        free = (a for a in left ^ right if a.fixed is None and self.space.root_of(a).derived is None)
+        return any(a not in own for a in free)
 
     # ---- outcomes --------------------------------------------------------------------------------------------------
 

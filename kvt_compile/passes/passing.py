@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .coords import Coord, Coords, Space
-from .values import Value
+from .values import Dim, Value
 
 Inputs = list[tuple[Value, Coords]]
 
@@ -35,9 +35,9 @@ _UNIFORM = frozenset(
 
 
 def _mix(space: Space, x: Value, out: Coords, dims: set[int]) -> Coords:
-    """Input coordinates equal to the output's, but fresh on the axes that are mixed."""
+    """Input coordinates equal to the output's, but anywhere on the axes that are mixed."""
     return tuple(
-        space.fresh("mix", size) if dim in dims else coord
+        space.anywhere((x, dim), size) if dim in dims else coord
         for dim, (size, coord) in enumerate(zip(x.shape, out, strict=True))
     )
 
@@ -45,7 +45,7 @@ def _mix(space: Space, x: Value, out: Coords, dims: set[int]) -> Coords:
 def passed_inputs(space: Space, value: Value, out: Coords) -> Inputs | None:
     """(input, its coordinates) for every tensor input whose axes can be followed, or None when none can."""
     if value.kind == "contraction":
-        return _through_contraction(space, value, out)
+        return _through_contraction(value, out, lambda label, size: space.anywhere((value, label), size))
     x = next(iter(value.operands), None)
     if x is None:
         return None
@@ -70,14 +70,14 @@ def passed_inputs(space: Space, value: Value, out: Coords) -> Inputs | None:
     return None
 
 
-def _through_contraction(space: Space, value: Value, out: Coords) -> Inputs:
+def _through_contraction(value: Value, out: Coords, summed: Callable[[object, Dim], Coord]) -> Inputs:
     at: dict[object, Coord] = dict(zip(value.attrs["out"], out, strict=True))
     inputs: Inputs = []
     for x, labels in zip(value.inputs, (value.attrs["lhs"], value.attrs["rhs"]), strict=True):
         coords: list[Coord] = []
         for label, size in zip(labels, x.shape, strict=True):
             if label is not None and label not in at:
-                at[label] = space.fresh("d", size)
+                at[label] = summed(label, size)
             coords.append(Coord() if label is None else at[label])
         inputs.append((x, tuple(coords)))
     return inputs
@@ -85,11 +85,12 @@ def _through_contraction(space: Space, value: Value, out: Coords) -> Inputs:
 
 def contraction_inputs(space: Space, value: Value, out: Coords) -> tuple[tuple[Value, Coords], tuple[Value, Coords]]:
     """Both operands of a contraction with their coordinates; summed labels get fresh ones."""
-    left, right = _through_contraction(space, value, out)
+    left, right = _through_contraction(value, out, lambda label, size: space.fresh("d", size))
     return left, right
 
 
 def _through_reduce(space: Space, value: Value, x: Value, out: Coords) -> Inputs:
     dims = value.attrs["dims"]
     rest = iter(c for d, c in enumerate(out) if not (value.attrs["keepdim"] and d in dims))
-    return [(x, tuple(space.fresh("r", size) if d in dims else next(rest) for d, size in enumerate(x.shape)))]
+    anywhere = [space.anywhere((x, d), size) if d in dims else None for d, size in enumerate(x.shape)]
+    return [(x, tuple(next(rest) if coord is None else coord for coord in anywhere))]

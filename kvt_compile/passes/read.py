@@ -29,6 +29,10 @@ DROP = sympy.Symbol("drop")
 """The dropout factor of a weight: 0 or 1/(1-p)."""
 
 
+MOST_PASSED = 64
+"""Operations that are not pointwise between a product and its softmax; beyond, it is not that softmax's product."""
+
+
 @dataclass(frozen=True, eq=False)
 class Leaf:
     """An element the expression needs: a value at coordinates."""
@@ -76,7 +80,7 @@ class Reader:
             return self._chosen(value, coords)
         elif value.kind == "pointwise" and (carries or self.cost[value] < numel(value)):
             return self._pointwise(value, coords)
-        elif carries and (value.kind != "contraction" or value.attrs["mixing"]):
+        elif carries and (value.kind != "contraction" or value.attrs["mixing"]) and len(self.passed) < MOST_PASSED:
             return self._pass(value, coords)
         return self._leaf(value, coords)
 
