@@ -13,6 +13,7 @@ import typer
 
 from kvt_compile.cli.errors import UserError
 from kvt_compile.cli.explain import explain
+from kvt_compile.cli.look import look
 
 app = typer.Typer(
     name="kvt",
@@ -23,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(explain)
+app.command()(look)
 
 
 def _print_version(asked: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +14,7 @@ import torch
 import typer
 
 import kvt_compile
+from kvt_compile.cli.busy import busy
 from kvt_compile.cli.errors import UserError, in_one_line
 from kvt_compile.cli.files import run_file
 from kvt_compile.cli.spec import Attention, Subject, Wanted, load
@@ -86,8 +87,8 @@ def explain(
         if file is not None:
             _check_folder(file)
     # what a model prints while it is built does not belong into our output
-    with _busy(f"reading {spec}"), contextlib.redirect_stdout(sys.stderr):
-        subject = _subject(spec, batch, image_size, _attention(attn), preload)
+    with busy(f"reading {spec}"), contextlib.redirect_stdout(sys.stderr):
+        subject = build_subject(spec, batch, image_size, attn, preload)
         report = _explain(subject, train, chosen)
     if subject.note:
         typer.echo(f"kvt: {subject.note}", err=True)
@@ -112,12 +113,14 @@ def _attention(name: str | None) -> Attention | None:
     raise UserError(f"--attn is 'eager' or 'sdpa', not {name!r}")
 
 
-def _subject(
-    spec: str, batch: int | None, image_size: int | None, attn: Attention | None, preload: str | None
+def build_subject(
+    spec: str, batch: int | None, image_size: int | None, attn: str | None, preload: str | None
 ) -> Subject:
+    """What SPEC names, after the file of --preload was run."""
+    attention = _attention(attn)
     if preload:
         run_file(preload, "--preload")
-    return load(spec, Wanted(batch, image_size, attn))
+    return load(spec, Wanted(batch, image_size, attention))
 
 
 def _explain(subject: Subject, train: bool, chosen: dict[str, Any]) -> Report:
@@ -128,11 +131,12 @@ def _explain(subject: Subject, train: bool, chosen: dict[str, Any]) -> Report:
         except kvt_compile.OptionError as error:
             raise UserError(str(error)) from error
         except Exception:
-            _run_once(subject)  # a model that fails by itself is the user's to mend
+            run_once(subject)  # a model that fails by itself is the user's to mend
             raise
 
 
-def _run_once(subject: Subject) -> None:
+def run_once(subject: Subject) -> None:
+    """Raises UserError where the model itself fails on its inputs."""
     try:
         subject.model(*subject.args, **subject.kwargs)
     except Exception as error:
@@ -178,15 +182,3 @@ def _print(report: Report) -> None:
     from rich.console import Console
 
     Console().print(report)
-
-
-@contextlib.contextmanager
-def _busy(text: str) -> Iterator[None]:
-    """A spinner on stderr for a person who waits; nothing in a pipe."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(text):
-        yield
