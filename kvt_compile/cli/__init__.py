@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from kvt_compile.cli.doctor import doctor
 from kvt_compile.cli.errors import UserError
 from kvt_compile.cli.explain import explain
 from kvt_compile.cli.look import look
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command()(explain)
 app.command()(look)
+app.command()(doctor)
 
 
 def _print_version(asked: bool) -> None:

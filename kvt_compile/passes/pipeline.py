@@ -70,9 +70,28 @@ def run_passes(
                 watch("rewritten", name, graph, decided, found.refusals)
         decisions += decided
         refusals += found.refusals
-        for refusal in found.refusals:
-            log.debug("left alone: %s (%s): %s", refusal.node, refusal.where, refusal.reason)
+        if log.isEnabledFor(logging.DEBUG):
+            _tell(decided, found.refusals)
     return PassResult(changed, tuple(decisions), tuple(refusals))
+
+
+def _tell(decided: Sequence[Decision], refusals: Sequence[Refusal]) -> None:
+    """One record a site and a refusal; `record.kvt` has the same as data, for handlers that write JSON."""
+    for decision in decided:
+        site = decision.site
+        facts = {
+            "event": "left dense" if decision.topk is None else site.tier, "module": site.where.module,
+            "file": site.where.file, "line": site.where.line, "queries": site.queries, "keys": site.keys,
+            "topk": decision.topk, "score": site.score, "reason": decision.reason or site.tier_reason,
+        }  # fmt: skip
+        kept = decision.reason if decision.topk is None else f"k = {decision.topk} of {site.keys}, score {site.score}"
+        log.debug("%s: %s: %s", facts["event"], site.where, kept, extra={"kvt": facts})
+    for refusal in refusals:
+        facts = {
+            "event": "left alone", "module": refusal.where.module, "file": refusal.where.file,
+            "line": refusal.where.line, "node": refusal.node.name, "step": refusal.step, "reason": refusal.reason,
+        }  # fmt: skip
+        log.debug("left alone: %s (%s): %s", refusal.node, refusal.where, refusal.reason, extra={"kvt": facts})
 
 
 def nested_graphs(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
