@@ -10,8 +10,9 @@ from typing import Annotated
 
 import typer
 
+import kvt_compile.doctor
 from kvt_compile.cli.busy import busy
-from kvt_compile.doctor import Diagnosis, examine
+from kvt_compile.doctor import Diagnosis
 
 MARKS = {"ok": ("✓", "green"), "note": ("·", "yellow"), "failed": ("✗", "red")}
 
@@ -25,7 +26,7 @@ def doctor(
     """
     with busy("looking around"), contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what there is to say is in the diagnosis
-        diagnosis = examine()
+        diagnosis = kvt_compile.doctor.examine()
     if as_json:
         typer.echo(json.dumps(diagnosis.to_dict(), indent=2))
     else:
