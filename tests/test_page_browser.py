@@ -29,7 +29,7 @@ PARTS = ("attn", "mlp")
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        running = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         yield running
         running.close()
 
@@ -64,14 +64,15 @@ def visit(browser: Any) -> Iterator[Any]:
     wrong: list[str] = []
     contexts = []
 
-    def open_page(path: Path, scheme: str = "light", fragment: str = "", width: int = 1400) -> Any:
+    def open_page(path: Path, scheme: str = "light", fragment: str = "", width: int = 1400, blank: bool = False) -> Any:
         context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
+        context.set_default_timeout(120_000)  # other tests may keep the machine busy
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
         page.on("request", lambda r: wrong.append(r.url) if not r.url.startswith("file://") else None)
-        page.goto(f"file://{path}{fragment}")
+        page.goto("about:blank" if blank else f"file://{path}{fragment}")
         return page
 
     yield open_page
@@ -221,25 +222,38 @@ class TestTheme:
         assert all(value >= 4.5 for value in contrasts.values()), contrasts
 
 
+class Clock:
+    """Seconds of work of a page's main thread: of the processor, so that a busy machine does not count."""
+
+    def __init__(self, page: Any) -> None:
+        self._session = page.context.new_cdp_session(page)
+        self._session.send("Performance.enable", {"timeDomain": "threadTicks"})
+        self._page = page
+
+    def seconds(self) -> float:
+        metrics = self._session.send("Performance.getMetrics")["metrics"]
+        return float(next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration"))
+
+    def of(self, script: str) -> float:
+        before = self.seconds()
+        self._page.evaluate(f"() => {{ {script}; document.body.offsetHeight; }}")
+        return self.seconds() - before
+
+
 class TestSpeed:
-    """The best of three, as other processes of the machine take their share."""
-
-    def opening(self, visit: Any, path: Path) -> float:
-        return min(visit(path).evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd") for _ in range(3))
-
     def test_a_twelve_layer_vit_opens_in_under_a_second(self, visit: Any, vit: Path) -> None:
-        assert self.opening(visit, vit) < 1000
+        page = visit(vit, blank=True)
+        clock = Clock(page)
+        page.goto(f"file://{vit}")
+        assert 0 < clock.seconds() < 1
 
     def test_a_thousand_nodes_stay_usable(self, visit: Any, large: Path) -> None:
-        assert self.opening(visit, large) < 1000
-        page = visit(large)
-        for action in (
-            "graphs[0].all('open'); graphs[0].draw()",
-            "graphs[0].light(document.querySelectorAll('.op')[500])",
-        ):
-            timed = f"const start = performance.now(); {action}; document.body.offsetHeight;"
-            took = [page.evaluate(f"() => {{ {timed} return performance.now() - start; }}") for _ in range(3)]
-            assert min(took) < 500, action
+        page = visit(large, blank=True)
+        clock = Clock(page)
+        page.goto(f"file://{large}")
+        assert 0 < clock.seconds() < 1
+        assert clock.of("graphs[0].all('open'); graphs[0].draw()") < 0.5
+        assert clock.of("graphs[0].light(document.querySelectorAll('.op')[500])") < 0.1
         page.wait_for_timeout(200)
         assert page.evaluate("document.querySelectorAll('.edges circle').length") == 1000
         page.click(".op.refused a.badge")
