@@ -117,11 +117,11 @@ class GraphRecorder:
         else:
             self._open[-1].after = snapshot(gm)
 
-    def finish(self, lowering: str = "auto") -> tuple[GraphReport, ...]:
+    def finish(self, lowering: str = "auto", tolerance: float = 0.0) -> tuple[GraphReport, ...]:
         """The reports.  Graphs that were only read are rewritten now, to see what would become of them."""
         for recorded in self._open:
             if recorded.after is None:
-                rewrite(recorded.gm, recorded.decided, lowering)
+                rewrite(recorded.gm, recorded.decided, lowering, tolerance)
                 recorded.after = snapshot(recorded.gm)
         return tuple(recorded.report() for recorded in self._open)
 

@@ -64,7 +64,7 @@ class Raises(aten.AtenLowering):
 class KeepsMore(aten.AtenLowering):
     name = "keeps-more"
 
-    def softmax(self, scores: Any, dim: int, topk: int, dtype: Any) -> Any:
+    def softmax(self, scores: Any, dim: int, topk: int, dtype: Any, tolerance: float = 0.0) -> Any:
         return super().softmax(scores, dim, topk + 1, dtype)
 
 

@@ -41,6 +41,7 @@ def run_passes(
     policy: Policy,
     *,
     lowering: str = "auto",
+    tolerance: float = 0.0,
     origins: dict[str, str] | None = None,
     apply: bool = True,
     watch: Watch | None = None,
@@ -51,6 +52,7 @@ def run_passes(
         gm: graph with fake values in its nodes' meta; changed in place when `apply`.
         policy: which sites to rewrite and how many keys to keep.
         lowering: name of the lowering the new nodes ask for.
+        tolerance: by which share of k the number of keys a row keeps may differ from k.
         origins: placeholder name -> "parameter" | "buffer", where the capture knows.
         apply: False only finds and decides (composites are still expanded, with the same meaning).
         watch: is shown every graph between the passes; it must not change it.
@@ -65,7 +67,7 @@ def run_passes(
         if watch:
             watch("found", name, graph, decided, found.refusals)
         if apply:
-            changed |= rewrite(graph, decided, lowering)
+            changed |= rewrite(graph, decided, lowering, tolerance)
             if watch:
                 watch("rewritten", name, graph, decided, found.refusals)
         decisions += decided
