@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from kvt_compile import graphs
 from kvt_compile.config import Options, split_options
+from kvt_compile.graphs import GraphRecorder
 from kvt_compile.kernel_spec import spec_of
 from kvt_compile.kernels import tune
 from kvt_compile.passes.pipeline import PassResult, run_passes
@@ -49,7 +51,10 @@ def kvt_backend(
     from torch._inductor.compile_fx import compile_fx
 
     ours, inductor = split_options(options)
-    result = run_passes(gm, ours.policy, lowering=ours.lowering, tolerance=ours.topk_tolerance)
+    recorder = GraphRecorder() if graphs.log.isEnabledFor(logging.DEBUG) else None
+    result = run_passes(gm, ours.policy, lowering=ours.lowering, tolerance=ours.topk_tolerance, watch=recorder)
+    if recorder is not None:
+        graphs.log_changes(recorder.finish())
     report_refusals(result, ours)
     request_tuning(result, ours)
     patches = {**(list_mode_options(mode) if mode else {}), **inductor}

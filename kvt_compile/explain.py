@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from kvt_compile.capture import capture
+from kvt_compile.capture import capture, run_through_dynamo
 from kvt_compile.config import NAMES, OptionError, Options, make_options
+from kvt_compile.graphs import GraphRecorder, GraphReport
 from kvt_compile.kernel_spec import lowering_of, spec_of
 from kvt_compile.passes.decide import keys_kept, unmatched_patterns
 from kvt_compile.passes.pipeline import PassResult, run_passes
@@ -34,59 +32,33 @@ def explain(model: nn.Module | fx.GraphModule | ExportedProgram, *example_inputs
     """
     options = make_options({name: value for name, value in keywords.items() if name in NAMES})
     kwargs = {name: value for name, value in keywords.items() if name not in NAMES}
+    recorder = GraphRecorder()
     if isinstance(model, fx.GraphModule | ExportedProgram):
         captured = capture(model, example_inputs, kwargs)
-        results = [run_passes(captured.graph, options.policy, origins=captured.origins, apply=False)]
+        results = [run_passes(captured.graph, options.policy, origins=captured.origins, apply=False, watch=recorder)]
     else:
-        results = _through_dynamo(model, example_inputs, kwargs, options)
+        results = _through_dynamo(model, example_inputs, kwargs, options, recorder)
     if wrong := unmatched_patterns(options.policy, [d.site for result in results for d in result.decisions]):
         raise OptionError(wrong)
-    return build_report(results, options)
+    return build_report(results, options, recorder.finish(options.lowering, options.topk_tolerance))
 
 
 def _through_dynamo(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, recorder: GraphRecorder
 ) -> list[PassResult]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected an nn.Module, an fx.GraphModule or an ExportedProgram, got {type(model).__name__}")
     results: list[PassResult] = []
 
     def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        results.append(run_passes(gm, options.policy, lowering=options.lowering, apply=False))
+        recorder.graph = len(results)
+        results.append(run_passes(gm, options.policy, lowering=options.lowering, apply=False, watch=recorder))
         forward: Callable[..., Any] = gm.forward
         return forward
 
-    # more graphs than usual may come from one piece of code when many models are explained in one process
-    with _unchanged(model), torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 20):
-        torch.compile(_fresh_call(), backend=record)(model, args, kwargs)
+    run_through_dynamo(model, args, kwargs, record)
     return results
 
 
-def _fresh_call() -> Callable[..., Any]:
-    """`self(*args, **kwargs)` as a function of its own: Dynamo keeps what it compiled on the code object, and the
-    user's code should carry nothing of ours."""
-
-    def call(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self(*args, **kwargs)
-
-    return types.FunctionType(call.__code__.replace(co_name="explain"), globals(), "explain")
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Buffers (running statistics) and random state as they were, after the model ran."""
-    kept = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, buffer in model.named_buffers():
-                    if name in kept:
-                        buffer.copy_(kept[name])
-
-
-def build_report(results: Iterable[PassResult], options: Options) -> Report:
+def build_report(results: Iterable[PassResult], options: Options, graphs: tuple[GraphReport, ...] = ()) -> Report:
     """One report of all captured graphs."""
     sites: list[SiteReport] = []
     refusals: list[RefusalReport] = []
@@ -107,4 +79,4 @@ def build_report(results: Iterable[PassResult], options: Options) -> Report:
                 )
             )
         refusals += [RefusalReport.of(refusal, graph=number) for refusal in result.refusals]
-    return Report(tuple(sites), tuple(refusals))
+    return Report(tuple(sites), tuple(refusals), graphs)

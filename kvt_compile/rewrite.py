@@ -13,6 +13,7 @@ from kvt_compile.backend import report_refusals, request_tuning
 from kvt_compile.capture import capture
 from kvt_compile.config import OptionError, make_options
 from kvt_compile.explain import build_report
+from kvt_compile.graphs import GraphRecorder
 from kvt_compile.passes.decide import unmatched_patterns
 from kvt_compile.passes.pipeline import run_passes
 from kvt_compile.report import Report
@@ -48,18 +49,20 @@ def rewrite(
     """
     chosen = make_options(options)
     captured = capture(model, example_inputs, example_kwargs or {})
+    recorder = GraphRecorder()
     result = run_passes(
         captured.graph,
         chosen.policy,
         lowering=chosen.lowering,
         tolerance=chosen.topk_tolerance,
         origins=captured.origins,
+        watch=recorder,
     )
     if wrong := unmatched_patterns(chosen.policy, [d.site for d in result.decisions]):
         raise OptionError(wrong)
     report_refusals(result, chosen)
     request_tuning(result, chosen)
-    report = build_report([result], chosen)
+    report = build_report([result], chosen, recorder.finish())
     program = captured.program
     if program is None:
         return RewriteResult(captured.graph, report)

@@ -12,8 +12,10 @@ from typing import Annotated
 import typer
 
 from kvt_compile.cli.cache import app as cache
+from kvt_compile.cli.doctor import doctor
 from kvt_compile.cli.errors import UserError
 from kvt_compile.cli.explain import explain
+from kvt_compile.cli.look import look
 from kvt_compile.cli.tune import tune
 
 app = typer.Typer(
@@ -25,7 +27,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(explain)
+app.command()(look)
 app.command()(tune)
+app.command()(doctor)
 app.add_typer(cache, name="cache")
 
 
