@@ -1,0 +1,1 @@
+"""KernelSpec -> Triton kernels for a GPU."""
