@@ -70,7 +70,7 @@ def resources(spec: KernelSpec | SoftmaxSpec, part: str, blocks: Blocks, target:
 
 
 def compile_kernel(spec: KernelSpec | SoftmaxSpec, part: str, blocks: Blocks, target: str) -> Any:
-    """Triton's compiled kernel, for contiguous, aligned tensors below 2**31 elements, one query head a key head."""
+    """Triton's compiled kernel, for contiguous tensors of even sizes below 2**31 elements, one query head a key head."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -84,7 +84,7 @@ def compile_kernel(spec: KernelSpec | SoftmaxSpec, part: str, blocks: Blocks, ta
     signature = {name: _type(name, spec, part) for name in kernel.arg_names}
     for name, kind in signature.items():
         if kind == "constexpr" and name not in constants:
-            constants[name] = 1 if name == "group" or name.endswith("stride3") else None
+            constants[name] = 1 if name == "group" or "stride" in name else None
     place = {name: (number,) for number, name in enumerate(kernel.arg_names)}
     aligned = [
         name
@@ -104,7 +104,7 @@ def _type(name: str, spec: KernelSpec | SoftmaxSpec, part: str) -> str:
         first = "scores_ptr" if part == "softmax" else "out_ptr"
         return "*" + ELEMENTS[spec.dtype if name == first else spec.out_dtype]
     real = "fp64" if spec.dtype == "float64" else "fp32"
-    if name.isupper() or name == "group" or (name.endswith("stride3") and name[0] != "c"):
+    if name.isupper() or name == "group" or name in _unit_strides(spec):
         return "constexpr"
     if captured := re.fullmatch(r"c(\d+)_ptr", name):
         return "*" + ELEMENTS[spec.captured[int(captured[1])].dtype]
@@ -118,6 +118,12 @@ def _type(name: str, spec: KernelSpec | SoftmaxSpec, part: str) -> str:
     kinds |= {"grad_out": spec.value_dtype, "dq": spec.dtype, "dk": spec.dtype, "dv": spec.value_dtype}
     bare = name.removesuffix("_ptr")
     return "*i64" if bare == "seed" else "*" + (ELEMENTS[kinds[bare]] if bare in kinds else real)
+
+
+def _unit_strides(spec: KernelSpec) -> set[str]:
+    """Triton makes a 1 part of the kernel."""
+    last = {f"c{n}_stride{c.ndim - 1}" for n, c in enumerate(spec.captured)}
+    return last | {f"{x}_stride3" for x in ("q", "k", "v", "grad_out")}
 
 
 def _number(pattern: str, text: str) -> str:

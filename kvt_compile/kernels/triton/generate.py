@@ -24,8 +24,8 @@ from kvt_compile.kernels.triton import bounds, layout
 from kvt_compile.kernels.triton.scalar import TilePrinter
 from kvt_compile.kernels.triton.slopes import slopes
 
-QUICK_PASSES = 10
-"""Interpolating passes before every row is finished carefully; see docs/kernel.md for what rows take."""
+HALVING_FROM = 6
+"""Passes that only interpolate; 64 rows of normal scores are all done after 5.5 (N = 197) to 6.5 (4096), docs/kernel.md."""
 EXACT_LOGSUMEXP = 32.0
 """Beyond it exp(t - logsumexp) is divided by its sum once more: its relative error, half an ulp of logsumexp, is then more
 than 2e-6."""
@@ -75,8 +75,8 @@ def _attention(spec: KernelSpec) -> str:
         "draw": ", ".join(layout.draw_names(spec)),
         "row_source_tuple": f"({', '.join(row_source)})",
         **_constants("ROWS", "COLS", "INDEX", "PRECISION"),
-        "score": printer.tensor(printer(spec.score_expression)),
-        "weight_text": printer.tensor(printer(spec.weight_expression)) if spec.weight != "p" else "",
+        "score": printer.program(spec.score_expression),
+        "weight": printer.program(spec.weight_expression) if spec.weight != "p" else None,
         "curved": _curved(spec),
         "key_bounds": _bounds(bounds.key_bounds(spec.score_expression), "row", printer),
         "row_bounds": _bounds(bounds.row_bounds(spec.score_expression), "key", printer),
@@ -87,7 +87,7 @@ def _attention(spec: KernelSpec) -> str:
         "slopes": functions,
         "scatters": scatters,
         "weight_slope": spec.weight != "p",
-        "plain_delta": spec.weight == "p",
+        "plain_delta": spec.weight == "p" and (not wide or spec.value_dtype == "float64"),
         "through_score": "through_score(dt, p, s, i, j, tile, INDEX)",
         "gradient_args": ", ".join(["p", *g, *v, *places, "tile", "draw", "INDEX", "PRECISION"]),
         "exact_logsumexp": EXACT_LOGSUMEXP,
@@ -109,7 +109,7 @@ def _softmax(spec: SoftmaxSpec) -> str:
         "notation": "    kept: scores among the topk largest of their row, ties included    w = softmax over the kept",
         "real": "float64" if wide else "float32",
         **_constants("ROWS", "COLS", "INDEX"),
-        "weight_text": "",
+        "weight": None,
         "gradient_type": "float64" if spec.out_dtype == "float64" else "float32",
     }
     return _render(["header", "softmax", "select", "kept", "softmax_kernels"], values | _selection(wide))
@@ -121,9 +121,9 @@ def _selection(wide: bool) -> dict[str, Any]:
         "bits": f"tl.int{bits}",
         "sign_bit": bits - 1,
         "low_bits": "0x7FFFFFFFFFFFFFFF" if wide else "0x7FFFFFFF",
-        "huge": "1e150" if wide else "1e15",
-        "quick_passes": QUICK_PASSES,
-        "careful_passes": 2 * bits + 16,
+        "huge": "1e8",
+        "halving_from": HALVING_FROM,
+        "most_passes": HALVING_FROM + 2 * bits + 10,
     }
 
 

@@ -38,6 +38,14 @@ OWN = ("tanh", "clamp", "relu", "abs")
 
 
 @dataclass(frozen=True)
+class Program:
+    """Captured elements, one statement each, and an expression of them."""
+
+    loads: tuple[str, ...]
+    text: str
+
+
+@dataclass(frozen=True)
 class Text:
     """A piece of Triton, complete enough to stand beside any operator, and the type of its value."""
 
@@ -70,6 +78,17 @@ class TilePrinter:
         self.wide = spec.dtype == "float64"
         self.guarded = guarded_loads(spec.score_expression) | guarded_loads(spec.weight_expression)
         self.functions: set[str] = set()
+        self.loaded: dict[language.load, tuple[str, Text]] = {}
+
+    def program(self, x: sympy.Expr) -> Program:
+        """The value of an expression of type REAL."""
+        self.loaded = {}
+        text = self.tensor(self(x))
+        return Program(self.load_statements(), text)
+
+    def load_statements(self) -> tuple[str, ...]:
+        """One for every captured element that was printed since the last program; those inside indices first."""
+        return tuple(f"{value.text} = {statement}" for statement, value in self.loaded.values())
 
     def __call__(self, x: sympy.Expr) -> Text:
         match x:
@@ -220,15 +239,22 @@ class TilePrinter:
     # --- captured tensors ---------------------------------------------------------------------------------------------
 
     def load(self, x: language.load) -> Text:
+        """The name of a captured element; `load_statements` says how it is read."""
+        if x not in self.loaded:
+            statement, kind = self.read(x)
+            self.loaded[x] = statement, Text(f"c{x.slot}_{len(self.loaded)}", kind)
+        return self.loaded[x][1]
+
+    def read(self, x: language.load) -> tuple[str, Kind]:
         spec = self.spec.captured[x.slot]
         mask = self.inside(x)
         place = f"c{x.slot}_ptr + {self.offset(x, 'stride')}" if x.index else f"c{x.slot}_ptr"
         text = f"tl.load({place}, mask={mask}, other=0)" if mask else f"tl.load({place})"
         if spec.dtype == "bool":
-            return Text(f"({text} != 0)", "bool")
+            return f"({text} != 0)", "bool"
         if not spec.is_float:
-            return Text(f"{text}.to(tl.int64)", "int")
-        return Text(f"{text}.to(REAL)", "real")
+            return f"{text}.to(tl.int64)", "int"
+        return f"{text}.to(REAL)", "real"
 
     def inside(self, x: language.load) -> str:
         """The mask of its places in the tile; rows and keys beyond the last are not read."""
@@ -281,4 +307,4 @@ def _magnitude(x: sympy.Expr) -> float:
     return max((_magnitude(y) for y in x.args), default=0.0)
 
 
-__all__ = ["ELEMENTS", "NotGenerated", "Text", "TilePrinter", "axes_of", "index_needs_64_bits", "real_constant"]
+__all__ = ["ELEMENTS", "NotGenerated", "Program", "Text", "TilePrinter", "axes_of", "index_needs_64_bits", "real_constant"]

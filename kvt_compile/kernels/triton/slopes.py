@@ -12,7 +12,7 @@ import sympy
 
 from kvt_compile.kernels import score as language
 from kvt_compile.kernels.spec import KernelSpec
-from kvt_compile.kernels.triton.scalar import TilePrinter, axes_of
+from kvt_compile.kernels.triton.scalar import Program, TilePrinter, axes_of
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Slope:
 
     name: str
     meaning: str
-    text: str
+    program: Program
     constant: bool
 
 
@@ -33,6 +33,8 @@ class Scatter:
     slot: int
     value: str
     """Triton: the gradient of the load at every score of a tile."""
+    loads: tuple[str, ...]
+    """Captured elements that its index reads."""
     offset: str
     """Triton: where the element stands in the contiguous gradient."""
     axes: str
@@ -44,10 +46,11 @@ def slope(name: str, meaning: str, expression: sympy.Expr, printer: TilePrinter)
     """The function that multiplies a gradient with `expression`."""
     constant = isinstance(expression, sympy.Number) and bool(expression.is_finite)
     if constant:
-        text = "gradient" if expression == 1 else f"gradient * {printer.real(printer(expression)).text}"
+        factor = printer.real(printer(expression)).text
+        program = Program((), "gradient" if expression == 1 else f"gradient * {factor}")
     else:
-        text = printer.tensor(printer(expression))
-    return Slope(name, f"{meaning} = gradient * ({language.to_text(expression)})", text, constant)
+        program = printer.program(expression)
+    return Slope(name, f"{meaning} = gradient * ({language.to_text(expression)})", program, constant)
 
 
 def slopes(spec: KernelSpec, printer: TilePrinter) -> tuple[list[Slope], list[Scatter]]:
@@ -71,6 +74,8 @@ def slopes(spec: KernelSpec, printer: TilePrinter) -> tuple[list[Slope], list[Sc
             functions.append(slope(name, f"d{text}", language.derivative(expression, load), printer))
             value = f"{name}({gradient}, p, {symbol}, i, j, tile, INDEX)"
             axes: frozenset[str] = frozenset().union(*(axes_of(index) for index in load.index))
+            printer.loaded = {}
             offset = printer.offset(load, "size") if load.index else "0"
-            scatters.append(Scatter(len(scatters), load.slot, value, offset, "".join(sorted(axes)), text))
+            loads = printer.load_statements()
+            scatters.append(Scatter(len(scatters), load.slot, value, loads, offset, "".join(sorted(axes)), text))
     return functions, scatters
