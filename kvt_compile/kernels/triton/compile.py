@@ -15,22 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
-from kvt_compile.kernels.triton import layout
 from kvt_compile.kernels.triton.blocks import Blocks
-from kvt_compile.kernels.triton.launch import constexprs, options, precision
+from kvt_compile.kernels.triton.launch import constexprs, options
 from kvt_compile.kernels.triton.module import module
 from kvt_compile.kernels.triton.scalar import ELEMENTS
-
-TARGETS: dict[str, tuple[str, int | str, int]] = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "gfx942": ("hip", "gfx942", 64),
-}
-"""Name -> Triton's backend, architecture, threads of a warp."""
-SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
-"""Bytes of shared memory a program may have (CUDA programming guide, table of compute capabilities; CDNA 3 manual)."""
-
+from kvt_compile.kernels.triton.targets import TARGETS, precision
 
 @dataclass(frozen=True)
 class Resources:
@@ -142,20 +131,3 @@ def _cuobjdump(cubin: bytes) -> str:
         path.write_bytes(cubin)
         done = subprocess.run([tool, "-res-usage", str(path)], capture_output=True, text=True, check=True)
     return done.stdout
-
-
-def parts_of(spec: KernelSpec | SoftmaxSpec) -> tuple[str, ...]:
-    """The kernels that the module of a spec holds."""
-    if isinstance(spec, SoftmaxSpec):
-        return "softmax", "softmax_backward"
-    if not spec.needs_grad:
-        return ("forward",)
-    found = ["backward_rows"]
-    if spec.needs_grad[0] or any(spec.needs_grad[3:]):
-        found.append("backward_q")
-    if any(spec.needs_grad[1:3]):
-        found.append("backward_kv")
-    return tuple(found)
-
-
-__all__ = ["SHARED", "TARGETS", "Resources", "compile_kernel", "layout", "parts_of", "resources"]

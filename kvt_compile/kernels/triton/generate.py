@@ -71,7 +71,7 @@ def _attention(spec: KernelSpec) -> str:
             ("value", value_parts, spec.value_dim, "float64" if wide and spec.value_dtype != "float64" else ""),
         ),
         "stores": True,
-        "unpack_tile": f"{', '.join(tile)} = tile",
+        "unpack_tile": _unpacked(tile),
         "draw": ", ".join(layout.draw_names(spec)),
         "row_source_tuple": f"({', '.join(row_source)})",
         **_constants("ROWS", "COLS", "INDEX", "PRECISION"),
@@ -152,6 +152,11 @@ def _wrap(line: str) -> list[str]:
 
 def _constants(*names: str) -> dict[str, str]:
     return {"constants": ", ".join(names), "constant_params": ", ".join(f"{x}: tl.constexpr" for x in names)}
+
+
+def _unpacked(tile: Sequence[str]) -> str:
+    names = ", ".join(tile)
+    return f"{names} = tile" if len(names) < WIDTH - 12 else f"({names}) = tile"
 
 
 def _names(prefix: str, over: Sequence[object]) -> list[str]:

@@ -23,6 +23,7 @@ from kvt_compile.kernels.triton.blocks import Blocks
 from kvt_compile.kernels.triton.choose import choose
 from kvt_compile.kernels.triton.module import module
 from kvt_compile.kernels.triton.scalar import index_needs_64_bits
+from kvt_compile.kernels.triton.targets import precision
 
 Arguments = dict[str, Any]
 Chooser = Callable[[KernelSpec | SoftmaxSpec, str, int, int, torch.device], Blocks]
@@ -140,7 +141,7 @@ class Launcher:
 
 
 def constexprs(part: str, blocks: Blocks, index: str, products: str | None) -> dict[str, Any]:
-    """The compile-time arguments of a kernel.  index: "int32" or "int64"; products: see `precision`."""
+    """The compile-time arguments of a kernel.  index: "int32" or "int64"; products: see `targets.precision`."""
     import triton.language as tl
 
     values: dict[str, Any] = {"ROWS": blocks.rows, "COLS": blocks.cols, "STAGES": blocks.stages}
@@ -156,18 +157,6 @@ def options(blocks: Blocks) -> dict[str, Any]:
     """How a kernel is compiled.  Nothing is contracted into a multiply-add: two kernels that contract the same expression
     in two ways would disagree about the last bit of a score, and so about a key."""
     return {"num_warps": blocks.warps, "enable_fp_fusion": False}
-
-
-def precision(spec: KernelSpec, hip: bool | None = None) -> str:
-    """How float32 operands are multiplied: truly, unless the user's torch setting allows TF32.
-
-    Three TF32 products per product give float32's digits on NVIDIA's matrix units; AMD's multiply float32 as it is.
-    """
-    if hip is None:
-        hip = torch.version.hip is not None
-    if "float32" not in (spec.dtype, spec.value_dtype) or "float64" in (spec.dtype, spec.value_dtype) or hip:
-        return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def on_device(captured: Sequence[Tensor], device: torch.device) -> list[Tensor]:
