@@ -28,9 +28,7 @@ class Recorder:
         self.kind = kind
         self.asked: list[str] = []
 
-    def __call__(
-        self, spec: KernelSpec | SoftmaxSpec, part: str, nq: int, nk: int, device: torch.device
-    ) -> Blocks:
+    def __call__(self, spec: KernelSpec | SoftmaxSpec, part: str, nq: int, nk: int, device: torch.device) -> Blocks:
         self.asked.append(part)
         if self.kind == "resident" and part in ("forward", "softmax"):
             return Blocks("resident", 16, power_of_two(nk), 4, 1)

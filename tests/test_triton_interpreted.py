@@ -83,7 +83,8 @@ RESIDENT = [
              " + 0.5*tanh(s)"),
     CASE.but(id="tanh in float64", score="2.0*tanh(0.2*s)", dtype=torch.float64),
     CASE.but(id="gate", weight="p*c0[h, i]*(1.0 + p)", captured=floats("heads", "queries")),
-    CASE.but(id="score and weight", score="s*c0[h]", weight="p*c0[h]", captured=floats("heads")),
+    CASE.but(id="score and weight", score="s*c0[h]", weight="p*c0[h]",
+             captured=floats("heads")),
 ]  # fmt: skip
 STREAMING = [
     SEVERAL,
@@ -92,9 +93,11 @@ STREAMING = [
     CASE.but(id="bfloat16", dtype=torch.bfloat16, keys=35),
     CASE.but(id="bias", score="0.35*s + c0[h, i, j]", keys=35, captured=floats("heads", "queries", "keys")),
     CASE.but(id="causal", queries=35, keys=35, score="where(le(j, i), 0.35*s, -oo)"),
-    CASE.but(id="a window of keys", queries=35, keys=35, score="where(logical_and(le(j, i + 3), gt(j, i - 9)), s, -oo)"),
+    CASE.but(id="a window of keys", queries=35, keys=35,
+             score="where(logical_and(le(j, i + 3), gt(j, i - 9)), s, -oo)"),
     CASE.but(id="gate", weight="p*c0[h, i]*(1.0 + p)", keys=35, captured=floats("heads", "queries")),
-    CASE.but(id="dropout", batch=2, heads=2, dropout_p=0.3, queries=3, keys=9, weight="p*c0[h]", captured=floats("heads")),
+    CASE.but(id="dropout", batch=2, heads=2, dropout_p=0.3, queries=3, keys=9, weight="p*c0[h]",
+             captured=floats("heads")),
 ]  # fmt: skip
 
 

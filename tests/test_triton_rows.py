@@ -1,5 +1,5 @@
-"""The row kernels of kvt::topk_softmax in Triton's interpreter, and through them the selection, on every kind of row that
-is hard to select."""
+"""The row kernels of kvt::topk_softmax in Triton's interpreter, and through them the selection, on every kind of
+row that is hard to select."""
 
 from __future__ import annotations
 

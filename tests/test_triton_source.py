@@ -164,7 +164,11 @@ def test_tiles_are_skipped_exactly_where_the_mask_proves_it(
     expression = language.parse(score)
     assert set(bounds.key_bounds(expression)) == read(keys)
     assert set(bounds.row_bounds(expression)) == read(rows)
-    assert ("last_row + 1" in module_source(CAUSAL)) and ("first_key" in module_source(training(CAUSAL)))
+
+
+def test_causal_kernels_end_at_the_diagonal() -> None:
+    assert "last = tl.minimum(last, last_row + 1)" in module_source(CAUSAL)
+    assert "first = tl.maximum(first, first_key)" in module_source(training(CAUSAL))
 
 
 @pytest.mark.parametrize("part", PARTS)

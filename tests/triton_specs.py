@@ -10,7 +10,7 @@ from kvt_compile.kernels.spec import CapturedSpec, KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton.generate import module_source
 
 GOLDEN = Path(__file__).parent / "golden" / "triton"
-_float, _half, _bool, _int = (CapturedSpec(x, 3) for x in ("float32", "bfloat16", "bool", "int64"))
+_float, _half, _bool = (CapturedSpec(x, 3) for x in ("float32", "bfloat16", "bool"))
 
 
 def training(spec: KernelSpec) -> KernelSpec:
@@ -22,11 +22,13 @@ VIT = KernelSpec("bfloat16", "bfloat16", 64, 64, score="0.125*s")
 VIT32 = KernelSpec("float32", "float32", 64, 64, score="0.125*s")
 SWIN = KernelSpec("bfloat16", "bfloat16", 32, 32, score="0.1767766952966369*s + c0[h, i, j] + c1[b % n0, i, j]",
                   captured=(_half, _float), sizes=1)  # fmt: skip
-SWIN2 = KernelSpec("float32", "float32", 32, 32, score="s*c0[h] + c1[c2[i, j], h]",
-                   captured=(CapturedSpec("float32", 1), CapturedSpec("float32", 2), CapturedSpec("int64", 2)))  # fmt: skip
+_tables = (CapturedSpec("float32", 1), CapturedSpec("float32", 2), CapturedSpec("int64", 2))
+SWIN2 = KernelSpec("float32", "float32", 32, 32, score="s*c0[h] + c1[c2[i, j], h]", captured=_tables)
 CAUSAL = KernelSpec("float16", "float16", 128, 128, score="where(le(j, i), 0.08838834764831845*s, -oo)")
 SOFTCAP = KernelSpec("bfloat16", "bfloat16", 256, 256, score="50.0*tanh(0.00125*s)")
-MASKED = KernelSpec("float32", "float32", 80, 80, score="where(c0[b, i, j], 0.11180339887498948*s, -oo)", captured=(_bool,))
+MASKED = KernelSpec(
+    "float32", "float32", 80, 80, score="where(c0[b, i, j], 0.11180339887498948*s, -oo)", captured=(_bool,)
+)
 DROPOUT = KernelSpec("bfloat16", "bfloat16", 64, 64, score="0.125*s", dropout=True)
 GATED = KernelSpec("float32", "float32", 48, 24, score="s*c0[h]", weight="p*c1[h, i]*(1.0 + p)",
                    captured=(CapturedSpec("float32", 1), CapturedSpec("float32", 2)))  # fmt: skip

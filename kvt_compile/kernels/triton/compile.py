@@ -1,8 +1,8 @@
 """KernelSpec + block sizes + target -> compiled kernel and what it uses, on a machine without a GPU.
 
-    registers, spills      cuobjdump of the binary (NVIDIA), metadata of the assembly (AMD)
-    shared memory          Triton
-    matrix instructions    wgmma, tcgen05, mma (NVIDIA), mfma (AMD): their names as they stand in the assembly
+registers, spills      cuobjdump of the binary (NVIDIA), metadata of the assembly (AMD)
+shared memory          Triton
+matrix instructions    wgmma, tcgen05, mma (NVIDIA), mfma (AMD): their names as they stand in the assembly
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from kvt_compile.kernels.triton.launch import constexprs, options
 from kvt_compile.kernels.triton.module import module
 from kvt_compile.kernels.triton.scalar import ELEMENTS
 from kvt_compile.kernels.triton.targets import TARGETS, precision
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -52,7 +53,9 @@ def resources(spec: KernelSpec | SoftmaxSpec, part: str, blocks: Blocks, target:
         matrix = sorted(set(re.findall(r"v_mfma_\w+", assembly)))
         return Resources(numbers["vgpr_count"], numbers["vgpr_spill_count"], shared, tuple(matrix))
     usage = _cuobjdump(compiled.asm["cubin"])
-    found = re.findall(r"^\s.*?\b(wgmma\.mma_async|tcgen05\.mma|mma)\.(?:\w+\.)*?(m\d+n\d+k\d+)?", compiled.asm["ptx"], re.M)
+    found = re.findall(
+        r"^\s.*?\b(wgmma\.mma_async|tcgen05\.mma|mma)\.(?:\w+\.)*?(m\d+n\d+k\d+)?", compiled.asm["ptx"], re.M
+    )
     matrix = sorted({name if name != "mma" else f"{name}.{shape}" for name, shape in found})
     registers, stack = (int(_number(rf"\b{x}:(\d+)", usage)) for x in ("REG", "STACK"))
     return Resources(registers, stack, shared, tuple(matrix))

@@ -181,9 +181,7 @@ def _curved(spec: KernelSpec) -> bool:
 def _tanh_series(terms: int) -> list[str]:
     """Coefficients of x, x**3, ... highest first."""
     four = sympy.Integer(4)
-    found = [
-        four**n * (four**n - 1) * sympy.bernoulli(2 * n) / sympy.factorial(2 * n) for n in range(1, terms + 1)
-    ]
+    found = [four**n * (four**n - 1) * sympy.bernoulli(2 * n) / sympy.factorial(2 * n) for n in range(1, terms + 1)]
     return [repr(float(x)) for x in reversed(found)]
 
 

@@ -161,9 +161,7 @@ def options(blocks: Blocks) -> dict[str, Any]:
 
 def on_device(captured: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """A number in a 0-d CPU tensor may join tensors of any device; filling reads it without a copy from the host."""
-    return [
-        c if c.device == device else torch.full((), c.item(), dtype=c.dtype, device=device) for c in captured
-    ]
+    return [c if c.device == device else torch.full((), c.item(), dtype=c.dtype, device=device) for c in captured]
 
 
 def _matrix(name: str, x: Tensor) -> Arguments:
@@ -199,7 +197,9 @@ def _index(spec: KernelSpec, tensors: Sequence[Tensor], sizes: Sequence[int]) ->
     if _needs_64_bits(spec) or any(n >= LARGEST for n in sizes):
         return "int64"
     # rows beyond the last are masked, not skipped: their offsets must be numbers too
-    reach = max(sum((n + 1024) * stride for n, stride in zip(x.shape[-2:], x.stride()[-2:], strict=True)) for x in tensors[:3])
+    reach = max(
+        sum((n + 1024) * stride for n, stride in zip(x.shape[-2:], x.stride()[-2:], strict=True)) for x in tensors[:3]
+    )
     reach = max([reach, *(sum(n * stride for n, stride in zip(x.shape, x.stride(), strict=True)) for x in tensors)])
     return "int32" if reach < 2**31 else "int64"
 

@@ -122,7 +122,7 @@ class TritonLowering:
 
 def too_long(q: Tensor, k: Tensor) -> bool:
     """Whether a size is beyond what a kernel counts exactly."""
-    return max(*q.shape[:3], k.shape[2]) > LARGEST
+    return any(size > LARGEST for size in (*q.shape[:3], k.shape[2]))
 
 
 @lru_cache(maxsize=1)

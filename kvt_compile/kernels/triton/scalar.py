@@ -307,4 +307,13 @@ def _magnitude(x: sympy.Expr) -> float:
     return max((_magnitude(y) for y in x.args), default=0.0)
 
 
-__all__ = ["ELEMENTS", "NotGenerated", "Program", "Text", "TilePrinter", "axes_of", "index_needs_64_bits", "real_constant"]
+__all__ = [
+    "ELEMENTS",
+    "NotGenerated",
+    "Program",
+    "Text",
+    "TilePrinter",
+    "axes_of",
+    "index_needs_64_bits",
+    "real_constant",
+]

@@ -76,6 +76,6 @@ def slopes(spec: KernelSpec, printer: TilePrinter) -> tuple[list[Slope], list[Sc
             axes: frozenset[str] = frozenset().union(*(axes_of(index) for index in load.index))
             printer.loaded = {}
             offset = printer.offset(load, "size") if load.index else "0"
-            loads = printer.load_statements()
-            scatters.append(Scatter(len(scatters), load.slot, value, loads, offset, "".join(sorted(axes)), text))
+            statements = printer.load_statements()
+            scatters.append(Scatter(len(scatters), load.slot, value, statements, offset, "".join(sorted(axes)), text))
     return functions, scatters
