@@ -16,17 +16,16 @@ from kvt_compile.kernels.triton.targets import SHARED
 
 # One cold compilation takes 1 to 5 seconds, so that all of them are slow; these cover every kernel and every target.
 QUICK = (
-    ("vit", "forward", "resident", "sm_90"),
-    ("vit", "forward", "streaming 64", "sm_100"),
-    ("vit", "backward_rows", "streaming 64", "sm_90"),
-    ("vit", "backward_q", "streaming 64", "sm_90"),
-    ("vit", "backward_kv", "streaming 64", "sm_90"),
-    ("swin", "forward", "resident", "sm_80"),
-    ("swin", "backward_q", "streaming 32", "gfx942"),
-    ("vit float32", "forward", "streaming", "sm_80"),
-    ("causal 128", "forward", "streaming 64", "gfx942"),
-    ("gated float32", "backward_kv", "streaming", "sm_100"),
-    ("rows", "softmax", "resident 8", "sm_90"),
+    ("bfloat16 64", "forward", "resident", "sm_80"),
+    ("bfloat16 64", "forward", "streaming 64", "sm_100"),
+    ("bfloat16 64", "backward_rows", "streaming 64", "sm_90"),
+    ("bfloat16 64", "backward_q", "streaming 64", "sm_90"),
+    ("bfloat16 64", "backward_kv", "streaming 64", "sm_90"),
+    ("bfloat16 64", "backward_q", "streaming 32", "sm_80"),
+    ("bfloat16 128", "forward", "streaming 64", "gfx942"),
+    ("bfloat16 128", "backward_kv", "streaming 64", "gfx942"),
+    ("float32 64", "backward_q", "streaming 32", "sm_100"),
+    ("rows", "softmax", "resident 4", "sm_90"),
 )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import sympy
-from triton_specs import CAUSAL, DROPOUT, SPECS, SWIN, VIT, path_of, training
+from triton_specs import CAUSAL, DOUBLE, DROPOUT, SOFTCAP, SPECS, SWIN, VIT, VIT32, path_of, training
 
 from kvt_compile.kernels import score as language
 from kvt_compile.kernels.spec import KernelSpec
@@ -173,13 +173,18 @@ def test_causal_kernels_end_at_the_diagonal() -> None:
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("keys", [1, 197, 257, 4096])
-def test_candidates_start_with_the_default_and_multiply_scores_alike(part: str, keys: int) -> None:
-    spec = VIT if part == "forward" else training(VIT)
-    found = candidates(spec, part, 1024, keys)
-    assert found[0] == default(spec, part, 1024, keys)
-    assert len(set(found)) == len(found)
-    assert all(x.kind == "streaming" or x.cols >= keys for x in found)
-    assert {family(x) for x in found} == {family(default(VIT, "forward", 1024, keys))}
+@pytest.mark.parametrize("queries", [1, 1024])
+@pytest.mark.parametrize("hip", [False, True], ids=["NVIDIA", "AMD"])
+def test_candidates_start_with_the_default_and_multiply_scores_alike(
+    part: str, queries: int, keys: int, hip: bool
+) -> None:
+    for forward in (VIT, VIT32, SOFTCAP, DOUBLE):
+        spec = forward if part == "forward" else training(forward)
+        found = candidates(spec, part, queries, keys, hip)
+        assert found[0] == default(spec, part, queries, keys, hip)
+        assert len(set(found)) == len(found) > 3
+        assert all(x.kind == "streaming" or x.cols >= keys for x in found)
+        assert {family(x, hip) for x in found} == {family(default(forward, "forward", queries, keys, hip), hip)}
 
 
 @pytest.mark.parametrize(

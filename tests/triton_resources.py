@@ -12,31 +12,34 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from triton_specs import CAUSAL, DOUBLE, DROPOUT, GATED, MASKED, SOFTCAP, SWIN, VIT, VIT32, training
+from triton_specs import training
 
-from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.spec import CapturedSpec, KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton.blocks import Blocks
 from kvt_compile.kernels.triton.candidates import default
 from kvt_compile.kernels.triton.compile import Resources, resources
 from kvt_compile.kernels.triton.targets import TARGETS, parts_of
 
 BUDGET = Path(__file__).parent / "golden" / "triton_resources.json"
+
+
+def learned_bias(dtype: str, features: int) -> KernelSpec:
+    """The common expression that asks most of a kernel: a tile of captured elements, with a gradient."""
+    bias = CapturedSpec(dtype, 3)
+    return KernelSpec(dtype, dtype, features, features, score="0.125*s + c0[h, i, j]", captured=(bias,))
+
+
 SPECS: dict[str, KernelSpec | SoftmaxSpec] = {
-    "vit": VIT,
-    "vit float32": VIT32,
-    "swin": SWIN,
-    "causal 128": CAUSAL,
-    "softcap 256": SOFTCAP,
-    "masked float32 80": MASKED,
-    "dropout": DROPOUT,
-    "gated float32": GATED,
-    "float64": DOUBLE,
-    "wide float32": KernelSpec("float32", "float32", 256, 256, score="0.0625*s"),
+    "bfloat16 64": learned_bias("bfloat16", 64),
+    "bfloat16 128": learned_bias("bfloat16", 128),
+    "bfloat16 256": learned_bias("bfloat16", 256),
+    "float32 64": learned_bias("float32", 64),
+    "float32 128": learned_bias("float32", 128),
+    "float64 64": learned_bias("float64", 64),
     "rows": SoftmaxSpec("float32", "float32"),
 }
-SIZES = ((197, 197), (1024, 1024))
-FEW_QUERIES = (1, 4096)
-"""Takes the smaller tiles of 16-bit kernels; in the budget for "vit" and "causal 128"."""
+SIZES = ((197, 197), (1024, 1024), (1, 4096))
+"""Nq, Nk: resident, streaming, and the smaller tiles that few queries take."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,12 @@ def configurations() -> list[Configuration]:
     """All of them."""
     found = []
     for name, spec in SPECS.items():
-        sizes = (*SIZES, FEW_QUERIES) if name in ("vit", "causal 128") else SIZES
         for version in (spec, training(spec)) if isinstance(spec, KernelSpec) else (spec,):
             for part in parts_of(version):
-                for blocks in dict.fromkeys(default(version, part, *size) for size in sizes):
-                    found += [Configuration(name, version, part, blocks, target) for target in TARGETS]
+                for target in TARGETS:
+                    hip = target.startswith("gfx")
+                    for blocks in dict.fromkeys(default(version, part, *size, hip) for size in SIZES):
+                        found.append(Configuration(name, version, part, blocks, target))
     return found
 
 

@@ -30,7 +30,7 @@ def source(spec: KernelSpec | SoftmaxSpec, target: str = "sm_90", queries: int =
         raise ValueError(f"unknown GPU {target!r}, expected one of {', '.join(TARGETS)}")
     lines = [f"# for {target}, {queries} queries and {keys} keys:"]
     for part in parts_of(spec):
-        x = default(spec, part, queries, keys)
+        x = default(spec, part, queries, keys, target.startswith("gfx"))
         shape = f"ROWS={x.rows}, COLS={x.cols}, STAGES={x.stages}"
         if part in ("forward", "softmax"):
             shape += f", RESIDENT={x.kind == 'resident'}"

@@ -1,8 +1,7 @@
 """Spec, kernel and size -> the block sizes worth timing, and the one to use where nothing was timed.
 
 Forward and backward of a call have to agree about every score to the last bit (or about where it lies beside a threshold
-set midway), so all kernels of one shape have their scores from the same matrix instruction: `family`.  A tile of 64 rows
-is multiplied by wgmma on sm_90 and tcgen05 on sm_100, a smaller one by mma; an AMD instruction is 32 or 16 wide.
+set midway), so all kernels of one shape have their scores from the same matrix instruction: `family`.
 
 Defaults come from compilation alone (no spills, tests/golden/triton_resources.json); none has been timed on a GPU.
 """
@@ -11,35 +10,44 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
+
 from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton.blocks import Blocks
 from kvt_compile.kernels.triton.layout import parts
 
 Family = Literal["large", "medium", "small"]
+Shape = tuple[int, int, int, int]
 PARTS = ("forward", "backward_rows", "backward_q", "backward_kv")
 RESIDENT_COLS = 256
 """Longest row that is kept whole by default: from 512 scores a row on nothing fits without spills."""
 SMALLEST = 16
 
-_DEFAULTS: dict[tuple[int, int, Family], dict[str, tuple[int, int, int, int]]] = {
-    # (bytes of an element, features of the wider head up to, family): kernel -> rows, cols, warps, stages
-    (2, 64, "large"): {
-        "forward": (64, 64, 8, 2),
-        "backward_rows": (64, 64, 4, 2),
-        "backward_q": (64, 32, 4, 1),
-        "backward_kv": (64, 64, 4, 1),
-    },
-    (2, 64, "medium"): {
-        "forward": (32, 64, 8, 2),
-        "backward_rows": (32, 64, 4, 2),
-        "backward_q": (32, 64, 4, 1),
-        "backward_kv": (32, 64, 4, 1),
-    },
-    (2, 256, "large"): {x: (64, 32, 8, 1) for x in PARTS},
-    (2, 256, "medium"): {x: (32, 32, 8, 1) for x in PARTS},
-    (4, 128, "medium"): {x: (32, 32, 8, 1) for x in PARTS},
-    (4, 256, "small"): {x: (16, 16, 8, 1) for x in PARTS},
-    (8, 256, "small"): {x: (16, 16, 4, 1) for x in PARTS},
+
+def _of(forward: Shape, backward_rows: Shape, backward_q: Shape, backward_kv: Shape) -> dict[str, Shape]:
+    return dict(zip(PARTS, (forward, backward_rows, backward_q, backward_kv), strict=True))
+
+
+# (bytes of an element, features of the wider head up to, family) -> kernel -> rows, cols, warps, stages
+_NVIDIA: dict[tuple[int, int, Family], dict[str, Shape]] = {
+    (2, 64, "large"): _of((64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 1), (64, 64, 4, 1)),
+    (2, 128, "large"): _of((64, 32, 8, 2), (64, 32, 4, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
+    (2, 64, "small"): _of((32, 64, 8, 2), (32, 64, 4, 2), (32, 64, 4, 1), (32, 64, 4, 1)),
+    (2, 128, "small"): _of((32, 64, 8, 1), (32, 32, 4, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
+    (2, 256, "small"): _of((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 4, 1), (16, 32, 4, 1)),
+    (4, 64, "small"): _of((32, 32, 8, 1), (32, 32, 4, 2), (32, 32, 8, 1), (16, 32, 4, 1)),
+    (4, 128, "small"): _of((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)),
+    (4, 256, "small"): _of((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    (8, 256, "small"): _of((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
+}
+# a warp is 64 threads: 4 of them are as many as 8 on NVIDIA, and have twice the registers
+_AMD: dict[tuple[int, int, Family], dict[str, Shape]] = {
+    (2, 64, "medium"): _of((64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 1), (64, 64, 4, 1)),
+    (2, 128, "medium"): _of((64, 32, 8, 2), (64, 32, 4, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
+    (2, 256, "medium"): _of((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+    (4, 128, "medium"): _of((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+    (4, 256, "small"): _of((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    (8, 256, "small"): _of((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
 
 
@@ -48,52 +56,59 @@ def power_of_two(n: int) -> int:
     return max(SMALLEST, 1 << max(n - 1, 0).bit_length())
 
 
-def family(blocks: Blocks) -> Family:
-    """Which matrix instruction a tile of scores is multiplied by."""
-    if min(blocks.rows, blocks.cols) < 32:
-        return "small"
-    return "large" if blocks.rows >= 64 else "medium"
+def family(blocks: Blocks, hip: bool = False) -> Family:
+    """Which matrix instruction a tile of scores is multiplied by: on NVIDIA from 64 rows on wgmma (sm_90) or tcgen05
+    (sm_100) for "large", below mma for "small"; on AMD (`hip`) one of 32 x 32, or for "small" of 16 x 16."""
+    if hip:
+        return "small" if min(blocks.rows, blocks.cols) < 32 else "medium"
+    return "large" if blocks.rows >= 64 else "small"
 
 
-def family_of(spec: KernelSpec, nq: int, nk: int) -> Family:
-    """The one that every kernel of a shape uses."""
-    size, width = _bytes(spec), _width(spec)
-    if size == 2:
-        # short rows stay on chip, 32 of them at a time
-        return "large" if nq >= 64 and (nk > RESIDENT_COLS or width > 64) else "medium"
-    return "medium" if size == 4 and width <= 128 else "small"
-
-
-def candidates(spec: KernelSpec | SoftmaxSpec, part: str, nq: int, nk: int) -> tuple[Blocks, ...]:
+def candidates(
+    spec: KernelSpec | SoftmaxSpec, part: str, nq: int, nk: int, hip: bool | None = None
+) -> tuple[Blocks, ...]:
     """Block sizes to time for one kernel: one of PARTS, or "softmax", "softmax_backward".  The default is first."""
-    first = default(spec, part, nq, nk)
+    hip = torch.version.hip is not None if hip is None else hip
+    first = default(spec, part, nq, nk, hip)
     if isinstance(spec, SoftmaxSpec):
         return (first,)
     found = [first]
     resident = max(32, power_of_two(nk))
-    rows = {"large": (64, 128), "medium": (32,), "small": (16,)}[family_of(spec, nq, nk)]
     if part == "forward" and resident <= 1024 and nk > 0.55 * resident:
-        found += [Blocks("resident", r, resident, w, 1) for r in rows for w in (4, 8) if r * resident <= 128 * 256]
-    for cols in (16, 32, 64, 128):
-        for r in rows:
+        found += [Blocks("resident", r, resident, w, 1) for r in (16, 32, 64, 128) for w in (4, 8)]
+    for rows in (16, 32, 64, 128):
+        for cols in (16, 32, 64, 128):
             for warps in (4, 8):
-                for stages in (1, 2, 3):
-                    if (r + stages * cols) * _width(spec) * _bytes(spec) <= 160 * 1024:
-                        found.append(Blocks("streaming", r, cols, warps, stages))
-    return tuple(dict.fromkeys(x for x in found if family(x) == family(first)))
+                found += [Blocks("streaming", rows, cols, warps, stages) for stages in (1, 2, 3)]
+    size = _width(spec) * _bytes(spec)
+    fitting = (
+        x
+        for x in found
+        if x.rows * x.cols <= 128 * 256
+        and (x.rows + x.stages * x.cols) * size <= 160 * 1024
+        and (x.rows <= 2 * power_of_two(nq) or x.rows == first.rows)
+        and family(x, hip) == family(first, hip)
+    )
+    return tuple(dict.fromkeys((first, *fitting)))
 
 
-def default(spec: KernelSpec | SoftmaxSpec, part: str, nq: int, nk: int) -> Blocks:
-    """Block sizes where nothing is known about the GPU.  Raises ValueError for an unknown kernel."""
+def default(spec: KernelSpec | SoftmaxSpec, part: str, nq: int, nk: int, hip: bool | None = None) -> Blocks:
+    """Block sizes where nothing is known about the GPU.  `hip`: for AMD; None: as this torch was built.
+
+    Raises ValueError for an unknown kernel."""
+    hip = torch.version.hip is not None if hip is None else hip
     if isinstance(spec, SoftmaxSpec):
         return _softmax_default(part, nk)
     if part not in PARTS:
         raise ValueError(f"unknown kernel {part!r}, expected one of {', '.join(PARTS)}")
-    size, width, kind = _bytes(spec), _width(spec), family_of(spec, nq, nk)
-    if part == "forward" and size == 2 and width <= 64 and nk <= RESIDENT_COLS:
+    size, width = _bytes(spec), _width(spec)
+    short = size == 2 and width <= 64 and nk <= RESIDENT_COLS  # rows that stay on chip, 32 at a time
+    if short and part == "forward":
         return Blocks("resident", 32, max(32, power_of_two(nk)), 4, 1)
-    fitting = next(x for x in _DEFAULTS if x[0] == size and x[1] >= width and x[2] == kind)
-    return Blocks("streaming", *_DEFAULTS[fitting][part])
+    table = _AMD if hip else _NVIDIA
+    large = not hip and size == 2 and width <= 128 and nq >= 64 and not short
+    fitting = next(x for x in table if x[0] == size and x[1] >= width and (x[2] == "large") == large)
+    return Blocks("streaming", *table[fitting][part])
 
 
 def _bytes(spec: KernelSpec) -> int:
@@ -110,5 +125,5 @@ def _width(spec: KernelSpec) -> int:
 def _softmax_default(part: str, nk: int) -> Blocks:
     whole = power_of_two(nk)
     if part == "softmax" and whole <= 4096:
-        return Blocks("resident", max(1, min(16, 2048 // whole)), whole, 4, 1)
+        return Blocks("resident", max(1, min(8, 1024 // whole)), whole, 4, 1)
     return Blocks("streaming", 4, min(512, whole), 4, 1)

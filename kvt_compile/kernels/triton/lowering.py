@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -127,12 +128,8 @@ def too_long(q: Tensor, k: Tensor) -> bool:
 
 @lru_cache(maxsize=1)
 def has_triton() -> bool:
-    """Whether Triton can be imported."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    """Whether Triton is installed; it is imported when a kernel first runs."""
+    return find_spec("triton") is not None
 
 
 @lru_cache(maxsize=4096)
