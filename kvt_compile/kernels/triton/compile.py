@@ -53,10 +53,12 @@ def resources(spec: KernelSpec | SoftmaxSpec, part: str, blocks: Blocks, target:
         matrix = sorted(set(re.findall(r"v_mfma_\w+", assembly)))
         return Resources(numbers["vgpr_count"], numbers["vgpr_spill_count"], shared, tuple(matrix))
     usage = _cuobjdump(compiled.asm["cubin"])
-    found = re.findall(
-        r"^\s.*?\b(wgmma\.mma_async|tcgen05\.mma|mma)\.(?:\w+\.)*?(m\d+n\d+k\d+)?", compiled.asm["ptx"], re.M
-    )
-    matrix = sorted({name if name != "mma" else f"{name}.{shape}" for name, shape in found})
+    ptx = compiled.asm["ptx"]
+    # of wgmma the width of a tile does not matter, how many features it sums at a time does
+    found = {f"wgmma {depth}" for depth in re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n\d+(k\d+)", ptx)}
+    found |= {f"mma {shape}" for shape in re.findall(r"\bmma\.sync\.aligned\.(m\d+n\d+k\d+)", ptx)}
+    found |= {"tcgen05.mma"} if "tcgen05.mma" in ptx else set()
+    matrix = sorted(found)
     registers, stack = (int(_number(rf"\b{x}:(\d+)", usage)) for x in ("REG", "STACK"))
     return Resources(registers, stack, shared, tuple(matrix))
 
