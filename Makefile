@@ -37,6 +37,7 @@ format:  ## put the code into ruff's format
 
 bench:  ## run every benchmark, or the demo's timings while there is none
 	@set -e; for file in benchmarks/[!_]*.py; do \
+	  case "$$file" in benchmarks/gpu_*) nvidia-smi -L >/dev/null 2>&1 || continue;; esac; \
 	  if [ -e "$$file" ]; then ./tools/python examples "$$file" $(ARGS); \
 	  else ./tools/python examples examples/quickstart.py --timings; fi; done
 

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from kvt_compile.capture import capture
 from kvt_compile.config import NAMES, OptionError, Options, make_options
-from kvt_compile.kernel_spec import lowering_of
+from kvt_compile.kernel_spec import lowering_of, spec_of
 from kvt_compile.passes.decide import keys_kept, unmatched_patterns
 from kvt_compile.passes.pipeline import PassResult, run_passes
 from kvt_compile.report import RefusalReport, Report, SiteReport
@@ -102,6 +102,7 @@ def build_report(results: Iterable[PassResult], options: Options) -> Report:
                     topk=shown,
                     reason=decision.reason,
                     lowering="" if topk is None else lowering_of(decision.site, options.lowering),
+                    spec=None if topk is None else spec_of(decision.site),
                     graph=number,
                 )
             )

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from kvt_compile.backend import report_refusals
+from kvt_compile.backend import report_refusals, request_tuning
 from kvt_compile.capture import capture
 from kvt_compile.config import OptionError, make_options
 from kvt_compile.explain import build_report
@@ -48,10 +48,17 @@ def rewrite(
     """
     chosen = make_options(options)
     captured = capture(model, example_inputs, example_kwargs or {})
-    result = run_passes(captured.graph, chosen.policy, lowering=chosen.lowering, origins=captured.origins)
+    result = run_passes(
+        captured.graph,
+        chosen.policy,
+        lowering=chosen.lowering,
+        tolerance=chosen.topk_tolerance,
+        origins=captured.origins,
+    )
     if wrong := unmatched_patterns(chosen.policy, [d.site for d in result.decisions]):
         raise OptionError(wrong)
     report_refusals(result, chosen)
+    request_tuning(result, chosen)
     report = build_report([result], chosen)
     program = captured.program
     if program is None:

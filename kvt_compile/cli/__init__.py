@@ -11,8 +11,10 @@ from typing import Annotated
 
 import typer
 
+from kvt_compile.cli.cache import app as cache
 from kvt_compile.cli.errors import UserError
 from kvt_compile.cli.explain import explain
+from kvt_compile.cli.tune import tune
 
 app = typer.Typer(
     name="kvt",
@@ -23,6 +25,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(explain)
+app.command()(tune)
+app.add_typer(cache, name="cache")
 
 
 def _print_version(asked: bool) -> None:

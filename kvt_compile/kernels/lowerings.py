@@ -1,6 +1,6 @@
 """Lowering name -> lowering; "auto" -> the best one that supports the spec on this device.
 
-A lowering is an object with the five methods of `Lowering`.  It is imported when first asked for, so that a machine
+A lowering is an object with the six methods of `Lowering`.  It is imported when first asked for, so that a machine
 without a compiler or without Triton pays nothing for them.
 """
 
@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvt_compile.kernels.source import Source
 from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]
@@ -46,8 +47,12 @@ class Lowering(Protocol):
         sizes: Sequence[int],
         dropout_p: float,
         seed: Tensor | None,
+        tolerance: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(out, logsumexp, threshold), all contiguous."""
+        """(out, logsumexp, threshold), all contiguous.
+
+        `tolerance` allows, and does not ask for, another k in every row: any in `topk.kept_range(topk, tolerance)`.
+        A lowering that selects exactly may ignore it.  A backward needs none: the thresholds say what was kept."""
 
     def backward(
         self,
@@ -67,11 +72,16 @@ class Lowering(Protocol):
     ) -> Gradients:
         """(dq, dk, dv, [dcaptured]), contiguous, in their tensors' dtypes; None where `spec.needs_grad` is False."""
 
-    def softmax(self, scores: Tensor, dim: int, topk: int, dtype: torch.dtype) -> Tensor:
-        """Weights of the kept keys along `dim` (0 <= dim < max(scores.dim(), 1)), contiguous, in `dtype`."""
+    def softmax(self, scores: Tensor, dim: int, topk: int, dtype: torch.dtype, tolerance: float = 0.0) -> Tensor:
+        """Weights of the kept keys along `dim` (0 <= dim < max(scores.dim(), 1)), contiguous, in `dtype`.
+
+        `tolerance` as for `forward`."""
 
     def softmax_backward(self, grad: Tensor, weights: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
         """w * (g - sum(w * g)) along `dim`, contiguous, in `input_dtype`."""
+
+    def source(self, spec: KernelSpec | SoftmaxSpec) -> Source | None:
+        """The code generated for such a node; None from a lowering that generates none."""
 
 
 _PLACES: dict[str, str | Lowering] = {

@@ -35,6 +35,7 @@ def run_passes(
     policy: Policy,
     *,
     lowering: str = "auto",
+    tolerance: float = 0.0,
     origins: dict[str, str] | None = None,
     apply: bool = True,
 ) -> PassResult:
@@ -44,6 +45,7 @@ def run_passes(
         gm: graph with fake values in its nodes' meta; changed in place when `apply`.
         policy: which sites to rewrite and how many keys to keep.
         lowering: name of the lowering the new nodes ask for.
+        tolerance: by which share of k the number of keys a row keeps may differ from k.
         origins: placeholder name -> "parameter" | "buffer", where the capture knows.
         apply: False only finds and decides (composites are still expanded, with the same meaning).
     """
@@ -55,7 +57,7 @@ def run_passes(
         found = find(canonicalise(graph, origins))
         decided = [decide(site, policy) for site in found.sites]
         if apply:
-            changed |= rewrite(graph, decided, lowering)
+            changed |= rewrite(graph, decided, lowering, tolerance)
         decisions += decided
         refusals += found.refusals
         for refusal in found.refusals:
