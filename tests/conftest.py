@@ -20,7 +20,7 @@ hypothesis.settings.load_profile("kvt")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselected, not skipped: tests marked gpu where there is no GPU, and tests marked slow unless -m asks for some."""
+    """Deselected, not skipped: tests marked gpu where there is no GPU, and tests marked slow unless there is a -m."""
     unwanted = [] if torch.cuda.is_available() else ["gpu"]
     unwanted += [] if config.option.markexpr else ["slow"]
     left_out = [item for item in items if any(map(item.get_closest_marker, unwanted))]

@@ -14,7 +14,7 @@ from oracles import assert_close
 from torch import Tensor
 
 import kvt_compile.kernels.ops  # noqa: F401 - registers the ops
-from kvt_compile.kernels.reference import reference_softmax
+from kvt_compile.kernels.reference import reference_softmax, within_tolerance
 
 pytest.importorskip("triton")
 INF, NAN = math.inf, math.nan
@@ -75,6 +75,15 @@ def test_nan_and_positive_infinity_make_a_row_nan_and_no_other(kind: Recorder) -
     assert result[0].isnan().all()
     assert result[2].isnan().all()
     assert result[1].isfinite().all()
+
+
+@pytest.mark.parametrize("tolerance", [0.1, 0.5])
+def test_within_a_tolerance(tolerance: float, kind: Recorder) -> None:
+    for scores in (torch.randn(16, 61), torch.randint(-3, 4, (16, 61)).float()):
+        found = torch.ops.kvt.topk_softmax(scores, 1, 20, torch.float32, NAME, tolerance)
+        assert within_tolerance(scores.double(), found > 0, 20, tolerance).all()
+        if len(scores.unique()) > 100:
+            assert ((found > 0).sum(-1) != 20).any()  # it is made use of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)

@@ -80,7 +80,7 @@ def _attention(spec: KernelSpec) -> str:
         "curved": _curved(spec),
         "key_bounds": _bounds(bounds.key_bounds(spec.score_expression), "row", printer),
         "row_bounds": _bounds(bounds.row_bounds(spec.score_expression), "key", printer),
-        "unspecialised": ", ".join(f'"{x}"' for x in (*(() if backward else ("topk",)), *layout.unspecialised(spec))),
+        "unspecialised": ", ".join(f'"{x}"' for x in (*(() if backward else layout.KEPT), *layout.unspecialised(spec))),
         "forward_params": ", ".join(_typed(layout.forward_names(spec))),
         "backward_params": ", ".join(_typed(layout.backward_names(spec))),
         "backward": backward,

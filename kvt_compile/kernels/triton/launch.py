@@ -20,13 +20,14 @@ from kvt_compile.kernels.lowerings import Gradients
 from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton import layout
 from kvt_compile.kernels.triton.blocks import Blocks
-from kvt_compile.kernels.triton.choose import choose
+from kvt_compile.kernels.triton.choose import Call, choose
 from kvt_compile.kernels.triton.module import module
 from kvt_compile.kernels.triton.scalar import index_needs_64_bits
 from kvt_compile.kernels.triton.targets import precision
+from kvt_compile.topk import kept_range
 
 Arguments = dict[str, Any]
-Chooser = Callable[[KernelSpec | SoftmaxSpec, str, int, int, torch.device], Blocks]
+Chooser = Callable[[Call], Blocks]
 LARGEST = 2**24
 """A count of keys is a float32, exact to here; integers of an expression are bounded by it."""
 
@@ -49,6 +50,7 @@ class Launcher:
         sizes: Sequence[int],
         dropout_p: float,
         seed: Tensor | None,
+        tolerance: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(out, logsumexp, threshold) as `Lowering.forward`."""
         out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=v.dtype)
@@ -58,9 +60,10 @@ class Launcher:
         if logsumexp.numel():
             captured = on_device(captured, q.device)
             arguments = _arguments(spec, q, k, v, captured, sizes, dropout_p, seed)
-            arguments |= {"out_ptr": out, "logsumexp_ptr": logsumexp, "threshold_ptr": threshold, "topk": topk}
+            arguments |= {"out_ptr": out, "logsumexp_ptr": logsumexp, "threshold_ptr": threshold}
+            arguments |= kept(topk, tolerance)
             index = _index(spec, (q, k, v, out, *captured), sizes)
-            self.run(spec, "forward", layout.forward_names(spec), arguments, q, k, index)
+            self.run(spec, "forward", layout.forward_names(spec), arguments, q, k, topk, index)
         return out, logsumexp, threshold
 
     def backward(
@@ -74,6 +77,7 @@ class Launcher:
         out: Tensor,
         logsumexp: Tensor,
         threshold: Tensor,
+        topk: int,
         sizes: Sequence[int],
         dropout_p: float,
         seed: Tensor | None,
@@ -103,11 +107,11 @@ class Launcher:
             arguments |= {f"dc{n}_ptr": x for n, x in enumerate(sums)}
             index = _index(spec, (q, k, v, out, grad_out, *moved), sizes)
             names = layout.backward_names(spec)
-            self.run(spec, "backward_rows", names, arguments, q, k, index)
+            self.run(spec, "backward_rows", names, arguments, q, k, topk, index)
             if dq is not None or any(x is not None for x in sums):
-                self.run(spec, "backward_q", names, arguments, q, k, index)
+                self.run(spec, "backward_q", names, arguments, q, k, topk, index)
             if dk is not None or dv is not None:
-                self.run(spec, "backward_kv", names, arguments, q, k, index)
+                self.run(spec, "backward_kv", names, arguments, q, k, topk, index)
         gradients = [None if x is None else x.to(c) for x, c in zip(sums, captured, strict=True)]
         return dq, dk, dv, gradients
 
@@ -119,21 +123,31 @@ class Launcher:
         arguments: Arguments,
         q: Tensor,
         k: Tensor,
+        topk: int,
         index: str,
-        blocks: Blocks | None = None,
     ) -> None:
-        """Launch one kernel of a spec, with the given block sizes or the chosen ones."""
+        """Launch one kernel of a spec with the block sizes that are chosen for it."""
         batch, heads, queries, _ = q.shape
         kv_heads, keys = k.shape[1:3]
-        blocks = blocks or self.chooser(spec, part, queries, keys, q.device)
-        if part == "backward_kv":
-            programs = -(-keys // blocks.cols) * batch * kv_heads
-        else:
-            programs = -(-queries // blocks.rows) * batch * heads
-        constants = constexprs(part, blocks, index, precision(spec))
-        with self.on(q):
-            kernel = getattr(module(spec, self.interpreted), part)
+        kernel = getattr(module(spec, self.interpreted), part)
+        products = precision(spec)
+
+        def launch(blocks: Blocks, arguments: Arguments) -> None:
+            if part == "backward_kv":
+                programs = -(-keys // blocks.cols) * batch * kv_heads
+            else:
+                programs = -(-queries // blocks.rows) * batch * heads
+            constants = constexprs(part, blocks, index, products)
             kernel[(programs,)](*(arguments[x] for x in names), **constants, **options(blocks))
+
+        def trial(blocks: Blocks) -> Callable[[], None]:
+            # every other output is written anew, but sums into captured tensors would grow
+            sums = {name: torch.zeros_like(x) for name, x in arguments.items() if name[:2] == "dc" and x is not None}
+            return lambda: launch(blocks, arguments | sums)
+
+        with self.on(q):
+            call = Call(spec, part, queries, keys, batch * heads, topk, q.device, trial)
+            launch(self.chooser(call), arguments)
 
     def on(self, x: Tensor) -> AbstractContextManager[Any]:
         """Launches go to the current device, which need not be that of the tensors."""
@@ -157,6 +171,12 @@ def options(blocks: Blocks) -> dict[str, Any]:
     """How a kernel is compiled.  Nothing is contracted into a multiply-add: two kernels that contract the same expression
     in two ways would disagree about the last bit of a score, and so about a key."""
     return {"num_warps": blocks.warps, "enable_fp_fusion": False}
+
+
+def kept(topk: int, tolerance: float) -> Arguments:
+    """How many keys a row keeps: what is aimed at, and what is good enough."""
+    fewest, most = kept_range(topk, tolerance)
+    return {"topk": topk, "fewest": fewest, "most": most}
 
 
 def on_device(captured: Sequence[Tensor], device: torch.device) -> list[Tensor]:

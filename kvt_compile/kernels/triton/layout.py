@@ -8,6 +8,7 @@ from functools import lru_cache
 from kvt_compile.kernels.spec import KernelSpec
 
 SMALLEST = 16
+KEPT = ("topk", "fewest", "most")
 """Features of the narrowest part: a matrix instruction takes no fewer."""
 
 
@@ -68,7 +69,7 @@ def _common(spec: KernelSpec) -> tuple[str, ...]:
 
 
 def forward_names(spec: KernelSpec) -> tuple[str, ...]:
-    return (*matrix_names("q", "k", "v"), "out_ptr", "logsumexp_ptr", "threshold_ptr", "topk", *_common(spec))
+    return (*matrix_names("q", "k", "v"), "out_ptr", "logsumexp_ptr", "threshold_ptr", *KEPT, *_common(spec))
 
 
 def backward_names(spec: KernelSpec) -> tuple[str, ...]:

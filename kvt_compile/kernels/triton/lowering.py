@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvt_compile.kernels import aten
 from kvt_compile.kernels.lowerings import Gradients, Lowering
+from kvt_compile.kernels.source import Source
 from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton import rows
 from kvt_compile.kernels.triton.generate import module_source
@@ -68,11 +69,12 @@ class TritonLowering:
         sizes: Sequence[int],
         dropout_p: float,
         seed: Tensor | None,
+        tolerance: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if too_long(q, k):
-            return self.fallback.forward(spec, q, k, v, captured, topk, sizes, dropout_p, seed)
+            return self.fallback.forward(spec, q, k, v, captured, topk, sizes, dropout_p, seed, tolerance)
         with self.context():
-            return self.launcher.forward(spec, q, k, v, captured, topk, sizes, dropout_p, seed)
+            return self.launcher.forward(spec, q, k, v, captured, topk, sizes, dropout_p, seed, tolerance)
 
     def backward(
         self,
@@ -99,7 +101,7 @@ class TritonLowering:
             if any(spec.needs_grad[3:]) and torch.are_deterministic_algorithms_enabled():
                 ours = dataclasses.replace(spec, needs_grad=(*spec.needs_grad[:3], *(False for _ in captured)))
             dq, dk, dv, dcaptured = self.launcher.backward(
-                ours, grad_out, q, k, v, captured, out, logsumexp, threshold, sizes, dropout_p, seed
+                ours, grad_out, q, k, v, captured, out, logsumexp, threshold, topk, sizes, dropout_p, seed
             )
         if ours != spec:
             # atomic sums come in any order; ATen's tiles and index_put do not
@@ -109,16 +111,19 @@ class TritonLowering:
             )
         return dq, dk, dv, dcaptured
 
-    def softmax(self, scores: Tensor, dim: int, topk: int, dtype: torch.dtype) -> Tensor:
+    def softmax(self, scores: Tensor, dim: int, topk: int, dtype: torch.dtype, tolerance: float = 0.0) -> Tensor:
         if scores.dim() and scores.shape[dim] > LARGEST:
-            return self.fallback.softmax(scores, dim, topk, dtype)
+            return self.fallback.softmax(scores, dim, topk, dtype, tolerance)
         with self.context():
-            return rows.softmax(self.launcher, rows.spec_of(scores.dtype, dtype), scores, dim, topk, dtype)
+            return rows.softmax(self.launcher, rows.spec_of(scores.dtype, dtype), scores, dim, topk, dtype, tolerance)
 
     def softmax_backward(self, grad: Tensor, weights: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
         spec = rows.spec_of(input_dtype, weights.dtype)
         with self.context():
             return rows.softmax_backward(self.launcher, spec, grad, weights, dim, input_dtype)
+
+    def source(self, spec: KernelSpec | SoftmaxSpec) -> Source:
+        return Source("python", module_source(spec))
 
 
 def too_long(q: Tensor, k: Tensor) -> bool:

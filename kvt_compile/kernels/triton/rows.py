@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from kvt_compile.kernels.spec import SoftmaxSpec, dtype_name
-from kvt_compile.kernels.triton.launch import Launcher, constexprs, options
+from kvt_compile.kernels.triton.blocks import Blocks
+from kvt_compile.kernels.triton.choose import Call
+from kvt_compile.kernels.triton.launch import Launcher, constexprs, kept, options
 from kvt_compile.kernels.triton.module import module
 
 
@@ -17,12 +19,14 @@ def spec_of(dtype: torch.dtype, out_dtype: torch.dtype) -> SoftmaxSpec:
     return SoftmaxSpec(dtype_name(dtype), dtype_name(out_dtype))
 
 
-def softmax(launcher: Launcher, spec: SoftmaxSpec, scores: Tensor, dim: int, topk: int, dtype: torch.dtype) -> Tensor:
+def softmax(
+    launcher: Launcher, spec: SoftmaxSpec, scores: Tensor, dim: int, topk: int, dtype: torch.dtype, tolerance: float
+) -> Tensor:
     """Weights, contiguous, shaped like `scores`, in `dtype`."""
     scores = scores.contiguous()
     out = torch.empty(scores.shape, dtype=dtype, device=scores.device)
     keys = scores.shape[dim] if scores.dim() else 1
-    _run(launcher, spec, "softmax", dim, (scores, out), (min(topk, keys),))
+    _run(launcher, spec, "softmax", dim, (scores, out), tuple(kept(min(topk, keys), tolerance).values()))
     return out
 
 
@@ -44,10 +48,13 @@ def _run(
     keys = x.shape[dim] if x.dim() else 1
     inner = math.prod(x.shape[dim + 1 :])
     count = x.numel() // keys
-    blocks = launcher.chooser(spec, part, count, keys, x.device)
     index = "int32" if (x.numel() + 8192 * (inner + 1)) < 2**31 else "int64"
-    constants = constexprs(part, blocks, index, None)
+    kernel = getattr(module(spec, launcher.interpreted), part)
+
+    def launch(blocks: Blocks) -> None:
+        constants = constexprs(part, blocks, index, None)
+        kernel[(-(-count // blocks.rows),)](*tensors, count, keys, inner, *rest, **constants, **options(blocks))
+
     with launcher.on(x):
-        kernel = getattr(module(spec, launcher.interpreted), part)
-        grid = (-(-count // blocks.rows),)
-        kernel[grid](*tensors, count, keys, inner, *rest, **constants, **options(blocks))
+        topk = rest[0] if rest else keys
+        launch(launcher.chooser(Call(spec, part, count, keys, 1, topk, x.device, lambda b: lambda: launch(b))))
