@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvt_compile.kernels.c.launch import check_captured
+from kvt_compile.kernels import tune
 from kvt_compile.kernels.dropout import keep_scale
 from kvt_compile.kernels.lowerings import Gradients
 from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
@@ -132,17 +133,20 @@ class Launcher:
         kernel = getattr(module(spec, self.interpreted), part)
         products = precision(spec)
 
-        def launch(blocks: Blocks, arguments: Arguments) -> None:
+        def launch(blocks: Blocks, arguments: Arguments) -> Any:
             if part == "backward_kv":
                 programs = -(-keys // blocks.cols) * batch * kv_heads
             else:
                 programs = -(-queries // blocks.rows) * batch * heads
             constants = constexprs(part, blocks, index, products)
-            kernel[(programs,)](*(arguments[x] for x in names), **constants, **options(blocks))
+            return kernel[(programs,)](*(arguments[x] for x in names), **constants, **options(blocks))
 
         def trial(blocks: Blocks) -> Callable[[], None]:
             # every other output is written anew, but sums into captured tensors would grow
             sums = {name: torch.zeros_like(x) for name, x in arguments.items() if name[:2] == "dc" and x is not None}
+            compiled = launch(blocks, arguments | sums)
+            if compiled is not None and compiled.n_spills:
+                raise tune.Unfit(f"spills {compiled.n_spills} registers")
             return lambda: launch(blocks, arguments | sums)
 
         with self.on(q):
