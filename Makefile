@@ -1,6 +1,6 @@
 # Every target sets up its environment first (tools/python) and is quick about it when there is nothing to do.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench zoo fuzz clean
+.PHONY: help demo test test-gpu golden resources check format bench zoo fuzz clean
 
 ARGS ?=
 
@@ -13,6 +13,16 @@ demo:  ## set up, then run a real vision transformer on photographs with k-NN at
 test:  ## set up, then run the tests (ARGS="-k name" and the like)
 	@# tests run side by side, one thread each: torch's own threads would only fight over the cores
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} ./tools/python test -m pytest -n auto --maxprocesses 8 $(ARGS)
+
+test-gpu:  ## on a machine with an NVIDIA GPU: set up, then run the tests that need it
+	@./tools/python test -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make test-gpu: torch finds no GPU here')"
+	@./tools/python test -m pytest -m gpu tests/test_triton_gpu.py $(ARGS)
+
+golden:  ## write the golden sources of the Triton kernels anew, after a change to a template
+	@./tools/python test tests/triton_specs.py
+
+resources:  ## compile every default Triton kernel for every GPU and write down what it uses (about ten minutes)
+	@./tools/python test tests/triton_resources.py
 
 check:  ## lint, format, types, import arrows, file lengths
 	@./tools/python dev -m ruff check .

@@ -21,13 +21,13 @@ hypothesis.settings.load_profile("kvt")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked gpu run where there is a GPU, and are deselected, not skipped, elsewhere."""
-    if torch.cuda.is_available():
-        return
-    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    """Deselected, not skipped: tests marked gpu where there is no GPU, and tests marked slow unless there is a -m."""
+    unwanted = [] if torch.cuda.is_available() else ["gpu"]
+    unwanted += [] if config.option.markexpr else ["slow"]
+    left_out = [item for item in items if any(map(item.get_closest_marker, unwanted))]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True)

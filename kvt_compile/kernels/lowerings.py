@@ -86,6 +86,7 @@ class Lowering(Protocol):
 
 _PLACES: dict[str, str | Lowering] = {
     # in the order "auto" tries them; "reference" is dense and only ever runs when named
+    "triton": "kvt_compile.kernels.triton.lowering:LOWERING",
     "c": "kvt_compile.kernels.c.lowering:LOWERING",
     "aten": "kvt_compile.kernels.aten:LOWERING",
     "reference": "kvt_compile.kernels.reference_lowering:LOWERING",

@@ -1,0 +1,129 @@
+"""Spec, kernel and size -> the block sizes worth timing, and the one to use where nothing was timed.
+
+Forward and backward of a call have to agree about every score to the last bit (or about where it lies beside a threshold
+set midway), so all kernels of one shape have their scores from the same matrix instruction: `family`.
+
+Defaults come from compilation alone (no spills, tests/golden/triton_resources.json); none has been timed on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.triton.blocks import Blocks
+from kvt_compile.kernels.triton.layout import parts
+
+Family = Literal["large", "medium", "small"]
+Shape = tuple[int, int, int, int]
+PARTS = ("forward", "backward_rows", "backward_q", "backward_kv")
+RESIDENT_COLS = 256
+"""Longest row that is kept whole by default: from 512 scores a row on nothing fits without spills."""
+SMALLEST = 16
+
+
+def _of(forward: Shape, backward_rows: Shape, backward_q: Shape, backward_kv: Shape) -> dict[str, Shape]:
+    return dict(zip(PARTS, (forward, backward_rows, backward_q, backward_kv), strict=True))
+
+
+# (bytes of an element, features of the wider head up to, family) -> kernel -> rows, cols, warps, stages
+_NVIDIA: dict[tuple[int, int, Family], dict[str, Shape]] = {
+    (2, 64, "large"): _of((64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 1), (64, 64, 4, 1)),
+    (2, 128, "large"): _of((64, 32, 8, 2), (64, 32, 4, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
+    (2, 64, "small"): _of((32, 64, 8, 2), (32, 64, 4, 2), (32, 64, 4, 1), (32, 64, 4, 1)),
+    (2, 128, "small"): _of((32, 64, 8, 1), (32, 32, 4, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
+    (2, 256, "small"): _of((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 4, 1), (16, 32, 4, 1)),
+    (4, 64, "small"): _of((32, 32, 8, 1), (32, 32, 4, 2), (32, 32, 8, 1), (16, 32, 4, 1)),
+    (4, 128, "small"): _of((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)),
+    (4, 256, "small"): _of((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    (8, 256, "small"): _of((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
+}
+# a warp is 64 threads: 4 of them are as many as 8 on NVIDIA, and have twice the registers
+_AMD: dict[tuple[int, int, Family], dict[str, Shape]] = {
+    (2, 64, "medium"): _of((64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 1), (64, 64, 4, 1)),
+    (2, 128, "medium"): _of((64, 32, 8, 2), (64, 32, 4, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
+    (2, 256, "medium"): _of((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+    (4, 128, "medium"): _of((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+    (4, 256, "small"): _of((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    (8, 256, "small"): _of((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+}
+
+
+def power_of_two(n: int) -> int:
+    """The smallest that is not below n, and no smaller than a tile may be."""
+    return max(SMALLEST, 1 << max(n - 1, 0).bit_length())
+
+
+def family(blocks: Blocks, hip: bool = False) -> Family:
+    """Which matrix instruction a tile of scores is multiplied by: on NVIDIA from 64 rows on wgmma (sm_90) or tcgen05
+    (sm_100) for "large", below mma for "small"; on AMD (`hip`) one of 32 x 32, or for "small" of 16 x 16."""
+    if hip:
+        return "small" if min(blocks.rows, blocks.cols) < 32 else "medium"
+    return "large" if blocks.rows >= 64 else "small"
+
+
+def candidates(
+    spec: KernelSpec | SoftmaxSpec, part: str, nq: int, nk: int, hip: bool | None = None
+) -> tuple[Blocks, ...]:
+    """Block sizes to time for one kernel: one of PARTS, or "softmax", "softmax_backward".  The default is first."""
+    hip = torch.version.hip is not None if hip is None else hip
+    first = default(spec, part, nq, nk, hip)
+    if isinstance(spec, SoftmaxSpec):
+        return (first,)
+    found = [first]
+    resident = max(32, power_of_two(nk))
+    if part == "forward" and resident <= 1024 and nk > 0.55 * resident:
+        found += [Blocks("resident", r, resident, w, 1) for r in (16, 32, 64, 128) for w in (4, 8)]
+    for rows in (16, 32, 64, 128):
+        for cols in (16, 32, 64, 128):
+            for warps in (4, 8):
+                found += [Blocks("streaming", rows, cols, warps, stages) for stages in (1, 2, 3)]
+    size = _width(spec) * _bytes(spec)
+    fitting = (
+        x
+        for x in found
+        if x.rows * x.cols <= 128 * 256
+        and (x.rows + x.stages * x.cols) * size <= 160 * 1024
+        and (x.rows <= 2 * power_of_two(nq) or x.rows == first.rows)
+        and family(x, hip) == family(first, hip)
+    )
+    return tuple(dict.fromkeys((first, *fitting)))
+
+
+def default(spec: KernelSpec | SoftmaxSpec, part: str, nq: int, nk: int, hip: bool | None = None) -> Blocks:
+    """Block sizes where nothing is known about the GPU.  `hip`: for AMD; None: as this torch was built.
+
+    Raises ValueError for an unknown kernel."""
+    hip = torch.version.hip is not None if hip is None else hip
+    if isinstance(spec, SoftmaxSpec):
+        return _softmax_default(part, nk)
+    if part not in PARTS:
+        raise ValueError(f"unknown kernel {part!r}, expected one of {', '.join(PARTS)}")
+    size, width = _bytes(spec), _width(spec)
+    short = size == 2 and width <= 64 and nk <= RESIDENT_COLS  # rows that stay on chip, 32 at a time
+    if short and part == "forward":
+        return Blocks("resident", 32, max(32, power_of_two(nk)), 4, 1)
+    table = _AMD if hip else _NVIDIA
+    large = not hip and size == 2 and width <= 128 and nq >= 64 and not short
+    fitting = next(x for x in table if x[0] == size and x[1] >= width and (x[2] == "large") == large)
+    return Blocks("streaming", *table[fitting][part])
+
+
+def _bytes(spec: KernelSpec) -> int:
+    """Of the widest element that is multiplied."""
+    sizes = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+    return max(sizes[spec.dtype], sizes[spec.value_dtype])
+
+
+def _width(spec: KernelSpec) -> int:
+    """Features of the wider head, padded."""
+    return max(sum(part.width for part in parts(x)) for x in (spec.head_dim, spec.value_dim))
+
+
+def _softmax_default(part: str, nk: int) -> Blocks:
+    whole = power_of_two(nk)
+    if part == "softmax" and whole <= 4096:
+        return Blocks("resident", max(1, min(8, 1024 // whole)), whole, 4, 1)
+    return Blocks("streaming", 4, min(512, whole), 4, 1)

@@ -1,0 +1,67 @@
+"""A launch -> its block sizes: the one place where a measured choice comes in (`kernels/tune`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from kvt_compile.kernels import tune
+from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.triton.blocks import Blocks
+from kvt_compile.kernels.triton.candidates import candidates, default
+from kvt_compile.kernels.triton.generate import module_source
+from kvt_compile.kernels.tune.timing import DeviceClock
+
+
+@dataclass(frozen=True)
+class Call:
+    """One launch: the kernel, its size, and how to try it."""
+
+    spec: KernelSpec | SoftmaxSpec
+    part: str
+    queries: int
+    keys: int
+    heads: int
+    """B * Hq."""
+    topk: int
+    device: torch.device
+    run: Callable[[Blocks], Callable[[], None]]
+    """Block sizes -> a function that launches with them, on the caller's data and to no effect that lasts."""
+
+    @property
+    def first(self) -> Blocks:
+        """What is used where nothing is known."""
+        return default(self.spec, self.part, self.queries, self.keys)
+
+
+def choose(call: Call) -> Blocks:
+    """Block sizes for one launch."""
+    mode = tune.requested(call.spec)
+    if mode == "off" or isinstance(call.spec, SoftmaxSpec):  # the row kernels have one candidate
+        return call.first
+    shape = tune.ShapeClass.of(call.queries, call.keys, call.heads, call.topk)
+    return tune.pick(
+        _key(call.spec, call.part, shape, call.device),
+        lambda: candidates(call.spec, call.part, call.queries, call.keys),
+        call.first,
+        call.run,
+        mode,
+        DeviceClock(call.device) if mode == "on" else None,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _key(spec: KernelSpec, part: str, shape: tune.ShapeClass, device: torch.device) -> tune.Key:
+    import triton
+
+    return tune.Key.on(
+        device,
+        kernel=tune.digest(module_source(spec), torch.get_float32_matmul_precision()),
+        part=part,
+        triton=triton.__version__,
+        shape=shape,
+        description=f"{spec.dtype}, D = {spec.head_dim}, Dv = {spec.value_dim}, t = {spec.score}, w = {spec.weight}",
+    )

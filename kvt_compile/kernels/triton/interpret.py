@@ -1,0 +1,51 @@
+"""Run kernels on CPU tensors, in Triton's interpreter: slow, exact about shapes and masks, needs no GPU.
+
+    with interpreted():
+        module(spec, interpreted=True).forward[grid](...)
+
+Triton decides when a kernel is defined whether it will be interpreted; functions of its own library were defined as
+compiled ones when it was imported, so calls of those are redirected for the time of the `with`.  So are products of
+bfloat16, which the interpreter (3.7.1) multiplies as if their bits were integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """Define and run kernels in the interpreter.  Not for several threads at once."""
+    import numpy
+    import triton
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+    from triton.runtime.jit import JITFunction
+
+    of_library: dict[int, Any] = {}  # by identity: hashing a JITFunction would look through its source
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if id(self) not in of_library:
+            of_library[id(self)] = InterpretedFunction(self.fn)
+        return of_library[id(self)](*args, **kwargs)
+
+    def widened(x: Any) -> Any:
+        if x.dtype != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(numpy.uint32) << 16).view(numpy.float32), tl.float32)
+
+    def product(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return own_product(self, widened(a), widened(b), *rest)
+
+    own_product = InterpreterBuilder.create_dot
+    before = triton.knobs.runtime.interpret, JITFunction.__call__
+    triton.knobs.runtime.interpret = True
+    JITFunction.__call__ = call
+    InterpreterBuilder.create_dot = product
+    try:
+        yield
+    finally:
+        InterpreterBuilder.create_dot = own_product
+        triton.knobs.runtime.interpret, JITFunction.__call__ = before

@@ -1,0 +1,84 @@
+"""The parameters of a spec's kernels: one list of names, printed by the generator and filled by the launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from kvt_compile.kernels.spec import KernelSpec
+
+SMALLEST = 16
+KEPT = ("topk", "fewest", "most")
+"""Features of the narrowest part: a matrix instruction takes no fewer."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Features first .. first + width - 1 of a head; width is a power of two, the last part may reach beyond the end."""
+
+    first: int
+    width: int
+
+
+@lru_cache(maxsize=256)
+def parts(features: int) -> tuple[Part, ...]:
+    """80 -> 64 + 16, 96 -> 64 + 32, 72 -> 64 + 16, 24 -> 32: at most three powers of two with the least padding."""
+    widths = _split(features, 3)
+    starts = [sum(widths[:n]) for n in range(len(widths))]
+    return tuple(Part(first, width) for first, width in zip(starts, widths, strict=True))
+
+
+def _split(features: int, most: int) -> list[int]:
+    whole = max(SMALLEST, 1 << (features - 1).bit_length())
+    largest = whole // 2
+    if most == 1 or whole == SMALLEST or whole - features < SMALLEST or largest < SMALLEST:
+        return [whole]
+    rest = _split(features - largest, most - 1)
+    return [largest, *rest] if largest + sum(rest) < whole else [whole]
+
+
+def tile_names(spec: KernelSpec) -> tuple[str, ...]:
+    """What an expression may read of a tile, apart from s or p, i and j."""
+    names = ["b", "h", "nq", "nk"]
+    for n, captured in enumerate(spec.captured):
+        names.append(f"c{n}_ptr")
+        names += [f"c{n}_stride{dim}" for dim in range(captured.ndim)]
+        names += [f"c{n}_size{dim}" for dim in range(captured.ndim)]
+    return (*names, *(f"n{n}" for n in range(spec.sizes)))
+
+
+def draw_names(spec: KernelSpec) -> tuple[str, ...]:
+    """What dropout reads besides i and j; something in any case, as a tuple may not be empty."""
+    return ("b", "h", "heads", "nq", "nk", *_dropout_names(spec))
+
+
+def _dropout_names(spec: KernelSpec) -> tuple[str, ...]:
+    return ("seed_ptr", "drop_below", "keep_scale") if spec.dropout else ()
+
+
+def matrix_names(*matrices: str) -> tuple[str, ...]:
+    """Pointers and strides: b, h, row, feature."""
+    return tuple(
+        name for x in matrices for name in (f"{x}_ptr", f"{x}_stride0", f"{x}_stride1", f"{x}_stride2", f"{x}_stride3")
+    )
+
+
+def _common(spec: KernelSpec) -> tuple[str, ...]:
+    names = ("heads", "group", *tile_names(spec)[2:], *_dropout_names(spec))
+    return tuple(dict.fromkeys(names))
+
+
+def forward_names(spec: KernelSpec) -> tuple[str, ...]:
+    return (*matrix_names("q", "k", "v"), "out_ptr", "logsumexp_ptr", "threshold_ptr", *KEPT, *_common(spec))
+
+
+def backward_names(spec: KernelSpec) -> tuple[str, ...]:
+    """Of all three backward kernels; a pointer that is not needed is None."""
+    rows = ("out_ptr", "logsumexp_ptr", "threshold_ptr", "delta_ptr", "scale_ptr")
+    gradients = ("dq_ptr", "dk_ptr", "dv_ptr", *(f"dc{n}_ptr" for n in range(len(spec.captured))))
+    return (*matrix_names("q", "k", "v", "grad_out"), *rows, *gradients, *_common(spec))
+
+
+def unspecialised(spec: KernelSpec) -> tuple[str, ...]:
+    """Numbers that may change from call to call and gain nothing from being 1 or a multiple of 16."""
+    return (*(f"n{n}" for n in range(spec.sizes)), *_dropout_names(spec)[1:])

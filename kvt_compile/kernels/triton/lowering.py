@@ -1,0 +1,160 @@
+"""The lowering "triton": generated Triton kernels on a GPU, and the ATen lowering, with a warning that says so once,
+where Triton is missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from kvt_compile.kernels import aten
+from kvt_compile.kernels.lowerings import Gradients, Lowering
+from kvt_compile.kernels.source import Source
+from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.triton import rows
+from kvt_compile.kernels.triton.generate import module_source
+from kvt_compile.kernels.triton.launch import LARGEST, Launcher
+from kvt_compile.kernels.triton.scalar import ELEMENTS, NotGenerated
+
+LARGEST_HEAD = 256
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+@lru_cache(maxsize=64)
+def warn_once(message: str) -> None:
+    """One warning per process and message: a model calls the same kernel in every layer."""
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+class TritonLowering:
+    """Generated Triton.  `launcher`, `context` and `devices` are changed together to run in Triton's interpreter."""
+
+    name = "triton"
+
+    def __init__(
+        self,
+        launcher: Launcher | None = None,
+        context: Callable[[], AbstractContextManager[None]] = nullcontext,
+        devices: tuple[str, ...] = ("cuda",),
+        fallback: Lowering = aten.LOWERING,
+    ) -> None:
+        self.launcher = launcher or Launcher()
+        self.context = context
+        self.devices = devices
+        self.fallback = fallback
+
+    def supports(self, spec: KernelSpec | SoftmaxSpec) -> str | None:
+        if not has_triton():
+            warn_once(
+                "kvt_compile runs k-NN attention with ATen operators, several times slower: Triton is not installed; "
+                "install it (pip install triton)"
+            )
+            return "Triton is not installed"
+        return refusal(spec if isinstance(spec, SoftmaxSpec) else dataclasses.replace(spec, needs_grad=()))
+
+    def forward(
+        self,
+        spec: KernelSpec,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        captured: Sequence[Tensor],
+        topk: int,
+        sizes: Sequence[int],
+        dropout_p: float,
+        seed: Tensor | None,
+        tolerance: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if too_long(q, k):
+            return self.fallback.forward(spec, q, k, v, captured, topk, sizes, dropout_p, seed, tolerance)
+        with self.context():
+            return self.launcher.forward(spec, q, k, v, captured, topk, sizes, dropout_p, seed, tolerance)
+
+    def backward(
+        self,
+        spec: KernelSpec,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        captured: Sequence[Tensor],
+        out: Tensor,
+        logsumexp: Tensor,
+        threshold: Tensor,
+        topk: int,
+        sizes: Sequence[int],
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> Gradients:
+        if too_long(q, k):
+            return self.fallback.backward(
+                spec, grad_out, q, k, v, captured, out, logsumexp, threshold, topk, sizes, dropout_p, seed
+            )
+        with self.context():
+            ours = spec
+            if any(spec.needs_grad[3:]) and torch.are_deterministic_algorithms_enabled():
+                ours = dataclasses.replace(spec, needs_grad=(*spec.needs_grad[:3], *(False for _ in captured)))
+            dq, dk, dv, dcaptured = self.launcher.backward(
+                ours, grad_out, q, k, v, captured, out, logsumexp, threshold, topk, sizes, dropout_p, seed
+            )
+        if ours != spec:
+            # atomic sums come in any order; ATen's tiles and index_put do not
+            rest = dataclasses.replace(spec, needs_grad=(False, False, False, *spec.needs_grad[3:]))
+            *_, dcaptured = self.fallback.backward(
+                rest, grad_out, q, k, v, captured, out, logsumexp, threshold, topk, sizes, dropout_p, seed
+            )
+        return dq, dk, dv, dcaptured
+
+    def softmax(self, scores: Tensor, dim: int, topk: int, dtype: torch.dtype, tolerance: float = 0.0) -> Tensor:
+        if scores.dim() and scores.shape[dim] > LARGEST:
+            return self.fallback.softmax(scores, dim, topk, dtype, tolerance)
+        with self.context():
+            return rows.softmax(self.launcher, rows.spec_of(scores.dtype, dtype), scores, dim, topk, dtype, tolerance)
+
+    def softmax_backward(self, grad: Tensor, weights: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
+        spec = rows.spec_of(input_dtype, weights.dtype)
+        with self.context():
+            return rows.softmax_backward(self.launcher, spec, grad, weights, dim, input_dtype)
+
+    def source(self, spec: KernelSpec | SoftmaxSpec) -> Source:
+        return Source("python", module_source(spec))
+
+
+def too_long(q: Tensor, k: Tensor) -> bool:
+    """Whether a size is beyond what a kernel counts exactly."""
+    return any(size > LARGEST for size in (*q.shape[:3], k.shape[2]))
+
+
+@lru_cache(maxsize=1)
+def has_triton() -> bool:
+    """Whether Triton is installed; it is imported when a kernel first runs."""
+    return find_spec("triton") is not None
+
+
+@lru_cache(maxsize=4096)
+def refusal(spec: KernelSpec | SoftmaxSpec) -> str | None:
+    """None, or why no Triton can be generated for a spec."""
+    if isinstance(spec, SoftmaxSpec):
+        missing = [x for x in (spec.dtype, spec.out_dtype) if x not in FLOATS]
+        return f"softmax of {', '.join(missing)} is not generated" if missing else None
+    if spec.value_dtype == "float64" != spec.dtype:
+        return f"float64 values with {spec.dtype} queries are not generated"
+    if not 1 <= spec.head_dim <= LARGEST_HEAD or not 1 <= spec.value_dim <= LARGEST_HEAD:
+        return f"heads of {spec.head_dim} and {spec.value_dim} features are not generated, 1 to {LARGEST_HEAD} are"
+    missing = [c.dtype for c in spec.captured if c.dtype not in ELEMENTS]
+    if missing:
+        return f"captured tensors of {', '.join(missing)} are not generated"
+    try:
+        module_source(spec)
+    except NotGenerated as error:
+        return str(error)
+    return None
+
+
+LOWERING = TritonLowering()

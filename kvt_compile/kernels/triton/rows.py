@@ -1,0 +1,60 @@
+"""kvt::topk_softmax on a GPU: scores [outer, n, inner] -> weights of the kept keys along n."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kvt_compile.kernels.spec import SoftmaxSpec, dtype_name
+from kvt_compile.kernels.triton.blocks import Blocks
+from kvt_compile.kernels.triton.choose import Call
+from kvt_compile.kernels.triton.launch import Launcher, constexprs, kept, options
+from kvt_compile.kernels.triton.module import module
+
+
+def spec_of(dtype: torch.dtype, out_dtype: torch.dtype) -> SoftmaxSpec:
+    """The spec of scores of `dtype` and weights of `out_dtype`."""
+    return SoftmaxSpec(dtype_name(dtype), dtype_name(out_dtype))
+
+
+def softmax(
+    launcher: Launcher, spec: SoftmaxSpec, scores: Tensor, dim: int, topk: int, dtype: torch.dtype, tolerance: float
+) -> Tensor:
+    """Weights, contiguous, shaped like `scores`, in `dtype`."""
+    scores = scores.contiguous()
+    out = torch.empty(scores.shape, dtype=dtype, device=scores.device)
+    keys = scores.shape[dim] if scores.dim() else 1
+    _run(launcher, spec, "softmax", dim, (scores, out), tuple(kept(min(topk, keys), tolerance).values()))
+    return out
+
+
+def softmax_backward(
+    launcher: Launcher, spec: SoftmaxSpec, grad: Tensor, weights: Tensor, dim: int, input_dtype: torch.dtype
+) -> Tensor:
+    """w * (g - sum(w * g)) along `dim`, contiguous, in `input_dtype`."""
+    out = torch.empty(weights.shape, dtype=input_dtype, device=weights.device)
+    _run(launcher, spec, "softmax_backward", dim, (grad.contiguous(), weights.contiguous(), out), ())
+    return out
+
+
+def _run(
+    launcher: Launcher, spec: SoftmaxSpec, part: str, dim: int, tensors: tuple[Tensor, ...], rest: tuple[int, ...]
+) -> None:
+    x = tensors[0]
+    if not x.numel():
+        return
+    keys = x.shape[dim] if x.dim() else 1
+    inner = math.prod(x.shape[dim + 1 :])
+    count = x.numel() // keys
+    index = "int32" if (x.numel() + 8192 * (inner + 1)) < 2**31 else "int64"
+    kernel = getattr(module(spec, launcher.interpreted), part)
+
+    def launch(blocks: Blocks) -> None:
+        constants = constexprs(part, blocks, index, None)
+        kernel[(-(-count // blocks.rows),)](*tensors, count, keys, inner, *rest, **constants, **options(blocks))
+
+    with launcher.on(x):
+        topk = rest[0] if rest else keys
+        launch(launcher.chooser(Call(spec, part, count, keys, 1, topk, x.device, lambda b: lambda: launch(b))))

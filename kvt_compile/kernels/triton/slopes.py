@@ -1,0 +1,81 @@
+"""Score and weight expressions -> the functions of their derivatives, and where a captured tensor's gradient goes.
+
+dt -> ds = dt * df/ds             dc_n[index] += dt * df/dc_n           f: score expression
+dw -> dp = dw * dg/dp             dc_n[index] += dw * dg/dc_n           g: weight expression
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+
+from kvt_compile.kernels import score as language
+from kvt_compile.kernels.spec import KernelSpec
+from kvt_compile.kernels.triton.scalar import Program, TilePrinter, axes_of
+
+
+@dataclass(frozen=True)
+class Slope:
+    """A function `name(gradient, p, s, i, j, ...)`."""
+
+    name: str
+    meaning: str
+    program: Program
+    constant: bool
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """One captured load whose gradient is collected."""
+
+    number: int
+    slot: int
+    value: str
+    """Triton: the gradient of the load at every score of a tile."""
+    loads: tuple[str, ...]
+    """Captured elements that its index reads."""
+    offset: str
+    """Triton: where the element stands in the contiguous gradient."""
+    axes: str
+    """Which of i and j its index depends on."""
+    text: str
+
+
+def slope(name: str, meaning: str, expression: sympy.Expr, printer: TilePrinter) -> Slope:
+    """The function that multiplies a gradient with `expression`."""
+    constant = isinstance(expression, sympy.Number) and bool(expression.is_finite)
+    if constant:
+        factor = printer.real(printer(expression)).text
+        program = Program((), "gradient" if expression == 1 else f"gradient * {factor}")
+    else:
+        program = printer.program(expression)
+    return Slope(name, f"{meaning} = gradient * ({language.to_text(expression)})", program, constant)
+
+
+def slopes(spec: KernelSpec, printer: TilePrinter) -> tuple[list[Slope], list[Scatter]]:
+    """The functions a backward needs and the captured gradients it collects."""
+    by_s = language.derivative(spec.score_expression, language.s)
+    functions = [slope("through_score", "ds", by_s, printer)]
+    if spec.weight != "p":
+        by_p = language.derivative(spec.weight_expression, language.p)
+        functions.append(slope("through_weight", "dp", by_p, printer))
+    scatters: list[Scatter] = []
+    sources = (
+        ("score", "dt", "s", spec.score_expression, spec.score_loads),
+        ("weight", "dw", "p", spec.weight_expression, spec.weight_loads),
+    )
+    for role, gradient, symbol, expression, loads in sources:
+        for load in loads:
+            if not spec.needs_grad or not spec.needs_grad[3 + load.slot]:
+                continue
+            name = f"through_{role}_to_{len(scatters)}"
+            text = language.to_text(load)
+            functions.append(slope(name, f"d{text}", language.derivative(expression, load), printer))
+            value = f"{name}({gradient}, p, {symbol}, i, j, tile, INDEX)"
+            axes: frozenset[str] = frozenset().union(*(axes_of(index) for index in load.index))
+            printer.loaded = {}
+            offset = printer.offset(load, "size") if load.index else "0"
+            statements = printer.load_statements()
+            scatters.append(Scatter(len(scatters), load.slot, value, statements, offset, "".join(sorted(axes)), text))
+    return functions, scatters

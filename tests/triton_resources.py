@@ -1,0 +1,96 @@
+"""Every default configuration of the Triton kernels, what it uses on every target, and the command that writes that
+down: `make resources` (about ten minutes).
+
+A configuration is a spec, a kernel of it and a size that gets another default than the sizes before.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton_specs import training
+
+from kvt_compile.kernels.spec import CapturedSpec, KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.triton.blocks import Blocks
+from kvt_compile.kernels.triton.candidates import default
+from kvt_compile.kernels.triton.compile import Resources, resources
+from kvt_compile.kernels.triton.targets import TARGETS, parts_of
+
+BUDGET = Path(__file__).parent / "golden" / "triton_resources.json"
+
+
+def learned_bias(dtype: str, features: int) -> KernelSpec:
+    """The common expression that asks most of a kernel: a tile of captured elements, with a gradient."""
+    bias = CapturedSpec(dtype, 3)
+    return KernelSpec(dtype, dtype, features, features, score="0.125*s + c0[h, i, j]", captured=(bias,))
+
+
+SPECS: dict[str, KernelSpec | SoftmaxSpec] = {
+    "bfloat16 64": learned_bias("bfloat16", 64),
+    "bfloat16 128": learned_bias("bfloat16", 128),
+    "bfloat16 256": learned_bias("bfloat16", 256),
+    "float32 64": learned_bias("float32", 64),
+    "float32 128": learned_bias("float32", 128),
+    "float64 64": learned_bias("float64", 64),
+    "rows": SoftmaxSpec("float32", "float32"),
+}
+SIZES = ((197, 197), (1024, 1024), (1, 4096))
+"""Nq, Nk: resident, streaming, and the smaller tiles that few queries take."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One kernel with its default block sizes, for one target."""
+
+    name: str
+    spec: KernelSpec | SoftmaxSpec
+    part: str
+    blocks: Blocks
+    target: str
+
+    def __str__(self) -> str:
+        x = self.blocks
+        return (
+            f"{self.name}, {self.part}, {x.kind} {x.rows}x{x.cols}, {x.warps} warps, {x.stages} stages, {self.target}"
+        )
+
+    def resources(self) -> Resources:
+        return resources(self.spec, self.part, self.blocks, self.target)
+
+
+def configurations() -> list[Configuration]:
+    """All of them."""
+    found = []
+    for name, spec in SPECS.items():
+        for version in (spec, training(spec)) if isinstance(spec, KernelSpec) else (spec,):
+            for part in parts_of(version):
+                for target in TARGETS:
+                    hip = target.startswith("gfx")
+                    for blocks in dict.fromkeys(default(version, part, *size, hip) for size in SIZES):
+                        found.append(Configuration(name, version, part, blocks, target))
+    return found
+
+
+def budget() -> dict[str, Any]:
+    """What was written down."""
+    found: dict[str, Any] = json.loads(BUDGET.read_text(encoding="utf-8"))
+    return found
+
+
+def main() -> None:
+    """Compile everything and write the budget."""
+    kernels = {}
+    for configuration in configurations():
+        kernels[str(configuration)] = configuration.resources().to_dict()
+        print(configuration, kernels[str(configuration)], flush=True)
+    lines = [f"    {json.dumps(name)}: {json.dumps(x)}" for name, x in kernels.items()]
+    text = f'{{\n  "triton": {json.dumps(triton.__version__)},\n  "kernels": {{\n' + ",\n".join(lines) + "\n  }\n}\n"
+    BUDGET.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
