@@ -166,11 +166,11 @@ class Report:
         found += f"{n['scores-kept']} scores-kept, {n['dense']} left dense"
         return f"{found}; {n['refusals']} {'softmax' if n['refusals'] == 1 else 'softmaxes'} left alone"
 
-    def kernel_source(self, site: SiteReport | str) -> str:
+    def kernel_source(self, site: SiteReport | str, target: str | None = None) -> str:
         """The code generated for a site (its row, or its module path; a pattern such as `blocks.*` will do where the
-        sites it matches share their code), under a header that names the site.  Raises LookupError, with what there is
-        instead."""
-        return kernel_source(self.sites, site)
+        sites it matches share their code), under a header that names the site.  For this machine, or for a `target`:
+        "cpu", "sm_80", "sm_90", "sm_100", "gfx942".  Raises LookupError, with what there is instead."""
+        return kernel_source(self.sites, site, target)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings, numbers and None, ready for `json.dumps`; one entry per site, none folded."""

@@ -101,6 +101,15 @@ class TestExplain:
         assert result.out.startswith("// blocks.0  ")
         assert "#include <math.h>" in result.out
 
+    @pytest.mark.parametrize(
+        ("target", "line"), [("cpu", "#include <math.h>"), ("sm_90", "# for sm_90, 10 queries and 10 keys:")]
+    )
+    def test_source_for_a_machine_that_is_not_here(self, kvt: Callable[..., Result], target: str, line: str) -> None:
+        result = kvt("explain", f"{FACTORIES}:stack_with_bias", "--source", "blocks.0", "--target", target)
+        assert result.code == 0, result.err
+        assert line in result.out.splitlines()
+        assert ("def backward_kv(" in result.out) == (target != "cpu")
+
     def test_sites_that_share_their_code(self, kvt: Callable[..., Result]) -> None:
         result = kvt("explain", STACK, "--source", "blocks.*", "--lowering", "c")
         assert [line[:11] for line in result.out.splitlines()[:2]] == ["// blocks.0", "// blocks.1"]
@@ -199,6 +208,8 @@ MISTAKES = [
     ("source of two kernels", [f"{FACTORIES}:two_sizes", "--source", "*"], "name one of them: 'small', 'large'"),
     ("source of a dense site", [STACK, "--topk", "10", "--source", "blocks.0"], "is left dense"),
     ("source of none", [STACK, "--lowering", "aten", "--source", "blocks.0"], "calls torch's operators"),
+    ("target", [STACK, "--source", "blocks.0", "--target", "sm_91"], "'sm_91', expected one of cpu, sm_80"),
+    ("target without source", [STACK, "--target", "sm_90"], "--target goes with --source"),
     ("source and json", [STACK, "--json", "--source", "blocks.0"], "give one of them"),
 ]
 

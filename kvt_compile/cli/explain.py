@@ -63,6 +63,12 @@ def explain(
         str | None,
         typer.Option(metavar="SITE", help="Print the code generated for a site (its module path) instead of a table."),
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TARGET", help="With --source: for cpu, sm_80, sm_90, sm_100 or gfx942, not this machine."
+        ),
+    ] = None,
     diff: Annotated[
         bool, typer.Option("--diff", help="Print the graph around every rewritten site, before and after.")
     ] = False,
@@ -83,6 +89,8 @@ def explain(
     if sum(prints.values()) > 1:
         given = " and ".join(name for name, asked in prints.items() if asked)
         raise UserError(f"{given} each print something else: give one of them")
+    if target is not None and source is None:
+        raise UserError("--target goes with --source: it says for which machine the code is printed")
     for file in (html, graph):
         if file is not None:
             _check_folder(file)
@@ -97,7 +105,7 @@ def explain(
     if graph is not None:
         _write(graph, report.to_svg)
     if source is not None:
-        typer.echo(_source(report, source))
+        typer.echo(_source(report, source, target))
     elif diff:
         _print_diff(report)
     elif as_json:
@@ -154,9 +162,9 @@ def _write(path: str, write: Callable[[str], object]) -> None:
     typer.echo(f"kvt: wrote {path}", err=True)
 
 
-def _source(report: Report, site: str) -> str:
+def _source(report: Report, site: str, target: str | None) -> str:
     try:
-        return report.kernel_source(site)
+        return report.kernel_source(site, target)
     except LookupError as error:
         raise UserError(f"--source: {error}") from error
 
