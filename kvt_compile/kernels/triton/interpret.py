@@ -5,14 +5,24 @@
 
 Triton decides when a kernel is defined whether it will be interpreted; functions of its own library were defined as
 compiled ones when it was imported, so calls of those are redirected for the time of the `with`.  So are products of
-bfloat16, which the interpreter (3.7.1) multiplies as if their bits were integers.
+bfloat16, which the interpreter (3.7.1) multiplies as if their bits were integers.  Afterwards the language is put back
+as it was: the interpreter leaves some of its own functions in it, and nothing could be compiled any more.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+
+def _everything_in_the_language() -> list[tuple[Any, dict[str, Any]]]:
+    """(module or class, its names) of all of triton.language."""
+    modules = [x for name, x in list(sys.modules.items()) if name.startswith("triton.language")]
+    classes = {x for module in modules for x in vars(module).values() if isinstance(x, type)}
+    own = [x for x in classes if x.__module__.startswith("triton.language")]
+    return [(x, {k: v for k, v in vars(x).items() if not k.startswith("__") or callable(v)}) for x in (*modules, *own)]
 
 
 @contextmanager
@@ -44,8 +54,13 @@ def interpreted() -> Iterator[None]:
     triton.knobs.runtime.interpret = True
     JITFunction.__call__ = call
     InterpreterBuilder.create_dot = product
+    changed = _everything_in_the_language()
     try:
         yield
     finally:
+        for owner, names in changed:
+            for name, value in names.items():
+                if vars(owner).get(name) is not value:
+                    setattr(owner, name, value)
         InterpreterBuilder.create_dot = own_product
         triton.knobs.runtime.interpret, JITFunction.__call__ = before
