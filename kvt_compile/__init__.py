@@ -4,6 +4,7 @@ Every softmax(Q Kᵀ) V of a model is found, however it is spelled, and rewritte
 highest-scoring keys (KVT, arXiv 2106.00515).
 """
 
+from kvt_compile.adjust import options, set_topk
 from kvt_compile.backend import RefusalError
 from kvt_compile.capture import CaptureError
 from kvt_compile.config import OptionError, Options
@@ -20,6 +21,8 @@ __all__ = [
     "Report",
     "RewriteResult",
     "explain",
+    "options",
     "rewrite",
+    "set_topk",
     "topk_attention",
 ]

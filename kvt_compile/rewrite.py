@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from kvt_compile.adjust import make_adjustable
 from kvt_compile.backend import report_refusals
 from kvt_compile.capture import capture
 from kvt_compile.config import OptionError, make_options
@@ -54,10 +55,13 @@ def rewrite(
     report_refusals(result, chosen)
     report = build_report([result], chosen)
     program = captured.program
-    if program is None:
-        return RewriteResult(captured.graph, report)
-    _keep_output_names(program)
-    return RewriteResult(program.module(check_guards=False), report, program)
+    module: nn.Module = captured.graph
+    if program is not None:
+        _keep_output_names(program)
+        module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    make_adjustable(module)
+    return RewriteResult(module, report, program)
 
 
 def _keep_output_names(program: ExportedProgram) -> None:
