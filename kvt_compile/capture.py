@@ -3,13 +3,17 @@
 nn.Module        torch.fx.symbolic_trace, else torch.export
 fx.GraphModule   a copy, with shapes propagated unless the capture left them
 ExportedProgram  its own graph (a copy of the program)
+
+and, where the model is to run as it would under torch.compile: nn.Module -> the graphs Dynamo makes of it.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,3 +127,42 @@ def _from_program(program: ExportedProgram, how: str) -> Captured:
     origins = dict.fromkeys(signature.inputs_to_parameters, "parameter")
     origins |= dict.fromkeys(signature.inputs_to_buffers, "buffer")
     return Captured(program.graph_module, how, program, origins)
+
+
+def run_through_dynamo(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], backend: Callable[..., Any]
+) -> Any:
+    """`model(*args, **kwargs)` as torch.compile would run it, graph breaks included: `backend` gets every graph with
+    its example inputs and returns what runs it.  Buffers and random state are as before afterwards.
+
+    Raises TypeError for anything that is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected an nn.Module, an fx.GraphModule or an ExportedProgram, got {type(model).__name__}")
+    # more graphs than usual may come from one piece of code when many models are looked at in one process
+    with unchanged(model), torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 20):
+        return torch.compile(_fresh_call(), backend=backend)(model, tuple(args), dict(kwargs))
+
+
+def _fresh_call() -> Callable[..., Any]:
+    """`self(*args, **kwargs)` as a function of its own: Dynamo keeps what it compiled on the code object, and the
+    user's code should carry nothing of ours."""
+
+    def call(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self(*args, **kwargs)
+
+    return types.FunctionType(call.__code__.replace(co_name="explain"), globals(), "explain")
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Buffers (running statistics) and random state as they were, after the model ran."""
+    kept = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, buffer in model.named_buffers():
+                    if name in kept:
+                        buffer.copy_(kept[name])

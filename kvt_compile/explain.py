@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from kvt_compile.capture import capture
+from kvt_compile.capture import capture, run_through_dynamo
 from kvt_compile.config import NAMES, OptionError, Options, make_options
-from kvt_compile.kernel_spec import lowering_of
+from kvt_compile.kernel_spec import lowering_of, spec_of
 from kvt_compile.passes.decide import keys_kept, unmatched_patterns
 from kvt_compile.passes.pipeline import PassResult, run_passes
 from kvt_compile.report import RefusalReport, Report, SiteReport
@@ -47,8 +44,6 @@ def explain(model: nn.Module | fx.GraphModule | ExportedProgram, *example_inputs
 def _through_dynamo(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
 ) -> list[PassResult]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected an nn.Module, an fx.GraphModule or an ExportedProgram, got {type(model).__name__}")
     results: list[PassResult] = []
 
     def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -56,34 +51,8 @@ def _through_dynamo(
         forward: Callable[..., Any] = gm.forward
         return forward
 
-    # more graphs than usual may come from one piece of code when many models are explained in one process
-    with _unchanged(model), torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 20):
-        torch.compile(_fresh_call(), backend=record)(model, args, kwargs)
+    run_through_dynamo(model, args, kwargs, record)
     return results
-
-
-def _fresh_call() -> Callable[..., Any]:
-    """`self(*args, **kwargs)` as a function of its own: Dynamo keeps what it compiled on the code object, and the
-    user's code should carry nothing of ours."""
-
-    def call(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self(*args, **kwargs)
-
-    return types.FunctionType(call.__code__.replace(co_name="explain"), globals(), "explain")
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Buffers (running statistics) and random state as they were, after the model ran."""
-    kept = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, buffer in model.named_buffers():
-                    if name in kept:
-                        buffer.copy_(kept[name])
 
 
 def build_report(results: Iterable[PassResult], options: Options) -> Report:
@@ -102,6 +71,7 @@ def build_report(results: Iterable[PassResult], options: Options) -> Report:
                     topk=shown,
                     reason=decision.reason,
                     lowering="" if topk is None else lowering_of(decision.site, options.lowering),
+                    spec=None if topk is None else spec_of(decision.site),
                     graph=number,
                 )
             )

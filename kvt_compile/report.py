@@ -16,6 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from kvt_compile.kernel_source import kernel_source
+from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.passes.site import AttentionSite, Axis, Captured, Refusal, Size, Where
 from kvt_compile.report_names import renamed, short_names, with_name
 
@@ -60,12 +62,21 @@ class SiteReport:
     captured: tuple[Captured, ...]
     lowering: str
     """How the site is computed: `aten`, `c`, ...; empty where it is left dense."""
+    spec: KernelSpec | SoftmaxSpec | None = None
+    """What the generated code depends on; None where it is left dense, or known only at run time."""
     graph: int = 0
     """Which captured graph it is in: a model that breaks into several graphs has several."""
 
     @classmethod
     def of(
-        cls, site: AttentionSite, *, topk: Size | None, reason: str = "", lowering: str = "", graph: int = 0
+        cls,
+        site: AttentionSite,
+        *,
+        topk: Size | None,
+        reason: str = "",
+        lowering: str = "",
+        spec: KernelSpec | SoftmaxSpec | None = None,
+        graph: int = 0,
     ) -> SiteReport:
         """The row of a site for which `topk` was decided; `reason` says why where that is None (left dense)."""
         dense = topk is None
@@ -89,6 +100,7 @@ class SiteReport:
             weight=renamed(site.weight, names),
             captured=tuple(with_name(tensor, names) for tensor in site.captured),
             lowering="" if dense else lowering,
+            spec=None if dense else spec,
             graph=graph,
         )
 
@@ -145,6 +157,12 @@ class Report:
         found = f"{n['sites']} {'site' if n['sites'] == 1 else 'sites'}: {n['fused']} fused, "
         found += f"{n['scores-kept']} scores-kept, {n['dense']} left dense"
         return f"{found}; {n['refusals']} {'softmax' if n['refusals'] == 1 else 'softmaxes'} left alone"
+
+    def kernel_source(self, site: SiteReport | str) -> str:
+        """The code generated for a site (its row, or its module path; a pattern such as `blocks.*` will do where the
+        sites it matches share their code), under a header that names the site.  Raises LookupError, with what there is
+        instead."""
+        return kernel_source(self.sites, site)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings, numbers and None, ready for `json.dumps`; one entry per site, none folded."""

@@ -45,6 +45,21 @@ def stack_with_bias() -> tuple[nn.Module, tuple[Tensor], dict[str, Tensor]]:
     return Stack(), (torch.randn(2, 10, 16),), {"bias": torch.randn(2, 10, 10)}
 
 
+class TwoSizes(nn.Module):
+    """Heads of 8 features, and of 16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.large = Attention(), Attention(width=16, heads=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.large(self.small(x))
+
+
+def two_sizes() -> tuple[nn.Module, tuple[Tensor]]:
+    return TwoSizes(), (torch.randn(2, 10, 16),)
+
+
 def chatty() -> tuple[nn.Module, tuple[Tensor]]:
     print("building, building")
     return stack()

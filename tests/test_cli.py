@@ -104,6 +104,16 @@ class TestExplain:
         sites = json.loads(kvt("explain", STACK, "--exclude", "blocks.0", "--json").out)["sites"]
         assert [site["outcome"] for site in sites] == ["dense", "fused"]
 
+    def test_source_of_a_site(self, kvt: Callable[..., Result]) -> None:
+        result = kvt("explain", f"{FACTORIES}:stack_with_bias", "--source", "blocks.0", "--lowering", "c")
+        assert result.code == 0, result.err
+        assert result.out.startswith("// blocks.0  ")
+        assert "#include <math.h>" in result.out
+
+    def test_sites_that_share_their_code(self, kvt: Callable[..., Result]) -> None:
+        result = kvt("explain", STACK, "--source", "blocks.*", "--lowering", "c")
+        assert [line[:11] for line in result.out.splitlines()[:2]] == ["// blocks.0", "// blocks.1"]
+
     def test_timm_by_name(self, kvt: Callable[..., Result]) -> None:
         result = kvt("explain", "timm:vit_tiny_patch16_224", "--image-size", "32", "--batch", "2", "--json")
         assert result.code == 0, result.err
@@ -190,6 +200,11 @@ MISTAKES = [
     ("topk of a pattern", [STACK, "--topk", "blocks.0=0"], "at least 1"),
     ("preload", [STACK, "--preload", "nowhere.py"], "--preload: there is no file"),
     ("lowering", [STACK, "--lowering", "atenn"], "'aten'"),
+    ("source of no site", [STACK, "--source", "block.0"], "there are 'blocks.0', 'blocks.1'; did you mean 'blocks.0'?"),
+    ("source of two kernels", [f"{FACTORIES}:two_sizes", "--source", "*"], "name one of them: 'small', 'large'"),
+    ("source of a dense site", [STACK, "--topk", "10", "--source", "blocks.0"], "is left dense"),
+    ("source of none", [STACK, "--lowering", "aten", "--source", "blocks.0"], "calls torch's operators"),
+    ("source and json", [STACK, "--json", "--source", "blocks.0"], "give one of them"),
 ]
 
 

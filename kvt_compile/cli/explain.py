@@ -56,6 +56,10 @@ def explain(
         typer.Option(metavar="FILE", envvar="KVT_PRELOAD", help="A Python file to run before anything is imported."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    source: Annotated[
+        str | None,
+        typer.Option(metavar="SITE", help="Print the code generated for a site (its module path) instead of a table."),
+    ] = None,
 ) -> None:
     """Show every attention of a model: what would be rewritten, with which k, and why the rest is left alone.
 
@@ -63,13 +67,17 @@ def explain(
     """
     chosen: dict[str, Any] = {"topk": parse_topk(topk or ["0.5"]), "force_rewrite": force_rewrite, "lowering": lowering}
     chosen |= {key: tuple(value) for key, value in (("include", include), ("exclude", exclude)) if value}
+    if source is not None and as_json:
+        raise UserError("--source prints code and --json prints JSON: give one of them")
     # what a model prints while it is built does not belong into our output
     with _busy(f"reading {spec}"), contextlib.redirect_stdout(sys.stderr):
         subject = _subject(spec, batch, image_size, _attention(attn), preload)
         report = _explain(subject, train, chosen)
     if subject.note:
         typer.echo(f"kvt: {subject.note}", err=True)
-    if as_json:
+    if source is not None:
+        typer.echo(_source(report, source))
+    elif as_json:
         typer.echo(json.dumps({"spec": spec, "options": _plain(chosen), **report.to_dict()}, indent=2))
     else:
         _print(report)
@@ -107,6 +115,13 @@ def _run_once(subject: Subject) -> None:
         subject.model(*subject.args, **subject.kwargs)
     except Exception as error:
         raise UserError(f"the model itself fails on these inputs: {in_one_line(error)}") from error
+
+
+def _source(report: Report, site: str) -> str:
+    try:
+        return report.kernel_source(site)
+    except LookupError as error:
+        raise UserError(f"--source: {error}") from error
 
 
 def _plain(chosen: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Lowering name -> lowering; "auto" -> the best one that supports the spec on this device.
 
-A lowering is an object with the five methods of `Lowering`.  It is imported when first asked for, so that a machine
+A lowering is an object with the six methods of `Lowering`.  It is imported when first asked for, so that a machine
 without a compiler or without Triton pays nothing for them.
 """
 
@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvt_compile.kernels.source import Source
 from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]
@@ -72,6 +73,9 @@ class Lowering(Protocol):
 
     def softmax_backward(self, grad: Tensor, weights: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
         """w * (g - sum(w * g)) along `dim`, contiguous, in `input_dtype`."""
+
+    def source(self, spec: KernelSpec | SoftmaxSpec) -> Source | None:
+        """The code generated for such a node; None from a lowering that generates none."""
 
 
 _PLACES: dict[str, str | Lowering] = {

@@ -90,5 +90,8 @@ class ReferenceLowering:
         w, g = (x.double().reshape(1) if x.dim() == 0 else x.double() for x in (weights, grad))
         return (w * (g - (w * g).sum(dim, keepdim=True))).to(input_dtype).contiguous().view(weights.shape)
 
+    def source(self, spec: KernelSpec | SoftmaxSpec) -> None:
+        return None
+
 
 LOWERING = ReferenceLowering()

@@ -17,6 +17,7 @@ from kvt_compile.kernels.c.scalar import ELEMENTS, NotGenerated
 from kvt_compile.kernels.c.settings import Settings, from_environment
 from kvt_compile.kernels.c.toolchain import BuildError, find_compiler
 from kvt_compile.kernels.lowerings import Gradients, Lowering
+from kvt_compile.kernels.source import Source
 from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
 
 
@@ -101,6 +102,9 @@ class CLowering:
         if grad.dtype != weights.dtype or not self.built(spec):
             return self.fallback.softmax_backward(grad, weights, dim, input_dtype)
         return rows.softmax_backward(spec, self.settings, grad, weights, dim, input_dtype)
+
+    def source(self, spec: KernelSpec | SoftmaxSpec) -> Source:
+        return Source("c", source(spec))
 
     def built(self, spec: KernelSpec | SoftmaxSpec) -> bool:
         """Whether the kernel is there; when it cannot be built, says so once and lets the fallback run."""
