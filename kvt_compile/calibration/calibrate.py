@@ -31,8 +31,6 @@ from kvt_compile.topk import TopK, resolve, validate
 GRID: tuple[TopK, ...] = (
     0.02, 0.05, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0,
 )  # fmt: skip
-PROBE = 16
-"""Examples that a gain is measured on."""
 
 
 def calibrate(
@@ -90,8 +88,7 @@ def calibrate(
             )
         units = _units(curves, values, confidence)
         if name != "mass":
-            probe = measured[0].take(torch.arange(min(PROBE, measured[0].size)))
-            units = _with_gains(units, run, probe, values, _steps(shown, "probing", len(units)))
+            units = _with_gains(units, run, measured[0], values, _steps(shown, "probing", len(units)))
         judge = Judge(run, checked, units, values, confidence, _steps(shown, "checking", 0))
         levels = _choose(name, value, units, judge)
         return judge.policy(name, value, levels)

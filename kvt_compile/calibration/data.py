@@ -39,6 +39,11 @@ class Batch:
         leaves = pytree.tree_leaves((self.args, dict(self.kwargs)))
         return tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in leaves)
 
+    @property
+    def shapes_but_first(self) -> tuple[Any, ...]:
+        """The same, for a graph whose first dimensions may be any number but one."""
+        return tuple(((x[0][0] > 1, *x[0][1:]), *x[1:]) if isinstance(x, tuple) and x[0] else x for x in self.shapes)
+
     def take(self, examples: Tensor) -> Batch:
         """Some of its examples; a tensor of another length is taken to belong to all of them."""
         size = self.size

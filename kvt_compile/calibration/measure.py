@@ -56,15 +56,24 @@ class Runner:
 
     def __call__(self, batch: Batch, callback: Callable[[SiteCall], Tensor | None]) -> Tensor:
         """The model's floating-point outputs, flattened and side by side: `[examples, values]` in float64."""
-        key = batch.shapes
-        if key not in self._captured:
-            self._captured[key] = self._capture(batch)
-        result = self._captured[key]
+        result = self._graph(batch)
         if result is None:
             output = observe(self._model, batch.args, callback, kwargs=batch.kwargs, **self._options)
+        elif result.report.counts["sites"] == result.report.counts["dense"]:  # nothing to look at
+            output = result.module(*batch.args, **batch.kwargs)
         else:
             output = observe(result, batch.args, callback, kwargs=batch.kwargs)
         return _flat(output, batch.size)
+
+    def _graph(self, batch: Batch) -> RewriteResult | None:
+        for key in (batch.shapes, batch.shapes_but_first):
+            if key in self._captured:
+                return self._captured[key]
+        result = self._capture(batch)
+        # a traced graph takes any number of examples, an exported one as many as it was captured with
+        traced = result is not None and result.program is None
+        self._captured[batch.shapes_but_first if traced else batch.shapes] = result
+        return result
 
     def _capture(self, batch: Batch) -> RewriteResult | None:
         try:
