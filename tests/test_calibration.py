@@ -1,9 +1,10 @@
-"""`calibrate`: what it measures, that its promise holds on inputs it has not seen, and that it leaves nothing behind."""
+"""`calibrate`: what it measures, that its promise holds on inputs it has not seen, that it leaves nothing behind."""
 
 from __future__ import annotations
 
 import gc
 import io
+import itertools
 import json
 import weakref
 from collections import defaultdict
@@ -150,7 +151,7 @@ def test_the_path_is_nested_and_spends_where_it_hurts_least() -> None:
     assert points[0] == (0, 0, 0)
     assert points[1] == (1, 0, 0)
     assert points[-1] == (2, 2, 2)
-    assert all(all(a <= b for a, b in zip(p, q, strict=True)) for p, q in zip(points, points[1:], strict=False))
+    assert all(all(a <= b for a, b in zip(p, q, strict=True)) for p, q in itertools.pairwise(points))
     within = path(units, limit=0.6)
     assert sum(units[n].ratios[level] for n, level in enumerate(within[-1])) <= 1.8 + 1e-9
     assert within[-1][0] == 2

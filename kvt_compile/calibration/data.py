@@ -82,6 +82,8 @@ def as_batches(data: Any) -> list[Batch]:
 
 
 def as_batch(item: Any) -> Batch | None:
+    if isinstance(item, Batch):
+        return item
     if isinstance(item, Tensor):
         return Batch((item,))
     if isinstance(item, tuple):

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from kvt_compile.cli.calibrate import calibrate
 from kvt_compile.cli.errors import UserError
 from kvt_compile.cli.explain import explain
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(explain)
+app.command()(calibrate)
 
 
 def _print_version(asked: bool) -> None:
