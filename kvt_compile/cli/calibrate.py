@@ -73,8 +73,9 @@ def calibrate(
     for option, path in (("--out", out), ("--plot", plot)):
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise UserError(f"{option}: there is no folder {str(Path(path).parent)!r}")
-    chosen = {key: tuple(value) for key, value in (("include", include), ("exclude", exclude)) if value}
-    budget = {"mass": mass, "cosine": cosine, "ratio": ratio}
+    settings: dict[str, Any] = {"mass": mass, "cosine": cosine, "ratio": ratio}
+    settings |= {"batch_size": batch_size, "holdout": holdout}
+    settings |= {key: tuple(value) for key, value in (("include", include), ("exclude", exclude)) if value}
     with contextlib.redirect_stdout(sys.stderr):  # what a model prints does not belong into our output
         subject = _subject(spec, None, image_size, _attention(attn), preload)
         if weights is not None:
@@ -82,9 +83,12 @@ def calibrate(
         elif ".py:" not in spec:
             typer.echo(f"kvt: {spec} has random weights, so this says little; give --weights or a factory", err=True)
         inputs = _inputs(subject, data, examples, spec)
-        policy = _calibrate(subject, inputs, budget, batch_size, holdout, chosen)
+        policy = _calibrate(subject, inputs, settings)
     if out is not None:
-        policy.save(out)
+        try:
+            policy.save(out)
+        except OSError as error:
+            raise UserError(f"--out: {out!r} cannot be written: {in_one_line(error)}") from error
     if plot is not None:
         _plot(policy, plot)
     if as_json:
@@ -107,19 +111,10 @@ def _inputs(subject: Subject, data: str | None, examples: int, spec: str) -> Bat
     return Batch(subject.args, dict(subject.kwargs))
 
 
-def _calibrate(
-    subject: Subject,
-    batch: Batch,
-    budget: dict[str, float | None],
-    batch_size: int,
-    holdout: float,
-    chosen: dict[str, tuple[str, ...]],
-) -> kvt_compile.CalibratedPolicy:
+def _calibrate(subject: Subject, batch: Batch, settings: dict[str, Any]) -> kvt_compile.CalibratedPolicy:
     model = subject.model.eval()
     try:
-        return kvt_compile.calibrate(
-            model, [batch], **budget, batch_size=batch_size, holdout=holdout, progress=True, **chosen
-        )  # fmt: skip
+        return kvt_compile.calibrate(model, [batch], progress=True, **settings)
     except (kvt_compile.CalibrationError, kvt_compile.OptionError) as error:
         raise UserError(str(error)) from error
     except Exception:
@@ -144,5 +139,5 @@ def _plot(policy: kvt_compile.CalibratedPolicy, name: str) -> None:
         policy.plot().savefig(name, dpi=150)
     except ImportError as error:
         raise UserError("--plot needs matplotlib; install it with: pip install matplotlib") from error
-    except ValueError as error:  # a format matplotlib does not write
+    except (ValueError, OSError) as error:  # a format matplotlib does not write
         raise UserError(f"--plot: {in_one_line(error)}") from error
