@@ -11,6 +11,7 @@ from kvt_compile.capture import CaptureError
 from kvt_compile.config import OptionError, Options
 from kvt_compile.explain import explain
 from kvt_compile.functional import topk_attention
+from kvt_compile.look import visualize
 from kvt_compile.report import Report
 from kvt_compile.rewrite import RewriteResult, rewrite
 
@@ -29,4 +30,5 @@ __all__ = [
     "rewrite",
     "set_topk",
     "topk_attention",
+    "visualize",
 ]

@@ -145,8 +145,12 @@ def run_through_dynamo(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, an fx.GraphModule or an ExportedProgram, got {type(model).__name__}")
-    # more graphs than usual may come from one piece of code when many models are looked at in one process
-    with unchanged(model), torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 20):
+    # More graphs than usual may come from one piece of code when many models are looked at in one process; and what an
+    # earlier model was given must not make this one's sizes dynamic.
+    limits = torch._dynamo.config.patch(
+        recompile_limit=1 << 16, accumulated_recompile_limit=1 << 20, automatic_dynamic_shapes=False
+    )
+    with unchanged(model), limits:
         return torch.compile(_fresh_call(), backend=backend)(model, tuple(args), dict(kwargs))
 
 

@@ -10,6 +10,7 @@ from torch.export import ExportedProgram
 
 from kvt_compile.capture import capture, run_through_dynamo
 from kvt_compile.config import NAMES, OptionError, Options, make_options
+from kvt_compile.graphs import GraphRecorder, GraphReport
 from kvt_compile.kernel_spec import lowering_of, spec_of
 from kvt_compile.passes.decide import keys_kept, unmatched_patterns
 from kvt_compile.passes.pipeline import PassResult, run_passes
@@ -31,23 +32,25 @@ def explain(model: nn.Module | fx.GraphModule | ExportedProgram, *example_inputs
     """
     options = make_options({name: value for name, value in keywords.items() if name in NAMES})
     kwargs = {name: value for name, value in keywords.items() if name not in NAMES}
+    recorder = GraphRecorder()
     if isinstance(model, fx.GraphModule | ExportedProgram):
         captured = capture(model, example_inputs, kwargs)
-        results = [run_passes(captured.graph, options.policy, origins=captured.origins, apply=False)]
+        results = [run_passes(captured.graph, options.policy, origins=captured.origins, apply=False, watch=recorder)]
     else:
-        results = _through_dynamo(model, example_inputs, kwargs, options)
+        results = _through_dynamo(model, example_inputs, kwargs, options, recorder)
     if wrong := unmatched_patterns(options.policy, [d.site for result in results for d in result.decisions]):
         raise OptionError(wrong)
-    return build_report(results, options)
+    return build_report(results, options, recorder.finish(options.lowering))
 
 
 def _through_dynamo(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, recorder: GraphRecorder
 ) -> list[PassResult]:
     results: list[PassResult] = []
 
     def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        results.append(run_passes(gm, options.policy, lowering=options.lowering, apply=False))
+        recorder.graph = len(results)
+        results.append(run_passes(gm, options.policy, lowering=options.lowering, apply=False, watch=recorder))
         forward: Callable[..., Any] = gm.forward
         return forward
 
@@ -55,7 +58,7 @@ def _through_dynamo(
     return results
 
 
-def build_report(results: Iterable[PassResult], options: Options) -> Report:
+def build_report(results: Iterable[PassResult], options: Options, graphs: tuple[GraphReport, ...] = ()) -> Report:
     """One report of all captured graphs."""
     sites: list[SiteReport] = []
     refusals: list[RefusalReport] = []
@@ -76,4 +79,4 @@ def build_report(results: Iterable[PassResult], options: Options) -> Report:
                 )
             )
         refusals += [RefusalReport.of(refusal, graph=number) for refusal in result.refusals]
-    return Report(tuple(sites), tuple(refusals))
+    return Report(tuple(sites), tuple(refusals), graphs)

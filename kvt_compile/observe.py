@@ -204,7 +204,7 @@ def observe(
         model, rows = subject.module, subject.report.sites
     model = getattr(model, "_orig_mod", model)  # what torch.compile returned: its model
     with torch.no_grad():
-        if isinstance(model, fx.GraphModule) and _has_sites(model):
+        if isinstance(model, fx.GraphModule) and has_sites(model):
             if options:
                 raise OptionError(f"the model is rewritten already: {', '.join(options)} cannot be changed any more")
             with unchanged(model):
@@ -308,7 +308,8 @@ _HOOKS: dict[Any, Callable[..., Callable[..., Any]]] = {
 }
 
 
-def _has_sites(gm: fx.GraphModule) -> bool:
+def has_sites(gm: fx.GraphModule) -> bool:
+    """Whether a graph, or one nested in it, is rewritten already."""
     return any(node.target in _HOOKS for graph in nested_graphs(gm) for node in graph.graph.nodes)
 
 

@@ -9,9 +9,10 @@ Rows hold text and numbers only, no graph nodes: a report can be kept, pickled a
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +24,8 @@ from kvt_compile.report_names import renamed, short_names, with_name
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from kvt_compile.graphs import GraphReport
 
 Outcome = Literal["fused", "scores-kept", "dense"]
 WIDTH = 100
@@ -83,7 +86,7 @@ class SiteReport:
         names = short_names(site.captured)
         return cls(
             module=site.where.module,
-            location=_location(site.where),
+            location=location_of(site.where),
             outcome="dense" if dense else site.tier,
             reason=reason or ("" if dense else site.tier_reason),
             axis=site.axis,
@@ -118,15 +121,18 @@ class RefusalReport:
     step: str
     """The step of the finder that failed: the nearest miss."""
     graph: int = 0
+    at: str = ""
+    """The node the step failed at; empty where it is `node` itself."""
 
     @classmethod
     def of(cls, refusal: Refusal, *, graph: int = 0) -> RefusalReport:
         return cls(
             node=refusal.node.name,
             module=refusal.where.module,
-            location=_location(refusal.where),
+            location=location_of(refusal.where),
             reason=refusal.reason,
             step=refusal.step,
+            at="" if refusal.at in (None, refusal.node) else str(refusal.at),
             graph=graph,
         )
 
@@ -137,6 +143,8 @@ class Report:
 
     sites: tuple[SiteReport, ...]
     refusals: tuple[RefusalReport, ...]
+    graphs: tuple[GraphReport, ...] = field(default=(), repr=False)
+    """The captured graphs before and after the rewrite, those nested in them included."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -172,6 +180,39 @@ class Report:
             "refusals": [_plain(asdict(refusal)) for refusal in self.refusals],
         }
 
+    @property
+    def graph_before(self) -> str:
+        """The captured graphs as text, one node a line."""
+        return "\n".join(node.line for graph in self.graphs for node in graph.before)
+
+    @property
+    def graph_after(self) -> str:
+        """The rewritten graphs as text, one node a line."""
+        return "\n".join(node.line for graph in self.graphs for node in graph.after)
+
+    @property
+    def diff(self) -> str:
+        """The graph around every rewritten site, before (`-`) and after (`+`)."""
+        from kvt_compile.page.diff import diff_text
+
+        return diff_text(self)
+
+    def to_html(self, path: str | os.PathLike[str], *, title: str = "") -> Path:
+        """Writes everything there is to see as one HTML page that needs no network, and returns its path.
+
+        `title` names the model.  Raises OSError, with what to do, where the file cannot be written; nothing half
+        written is left behind.
+        """
+        from kvt_compile.page import page, write_whole
+
+        return write_whole(path, page(self, title))
+
+    def to_svg(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the graph as a picture, attention highlighted, and returns its path.  Raises as `to_html`."""
+        from kvt_compile.page import graph_svg, write_whole
+
+        return write_whole(path, graph_svg(self))
+
     def __rich__(self) -> RenderableType:
         from kvt_compile.report_table import render  # rich is for people: compiling a model does not import it
 
@@ -183,7 +224,8 @@ class Report:
         return as_text(self, width=WIDTH)
 
 
-def _location(where: Where) -> str:
+def location_of(where: Where) -> str:
+    """`timm/layers/attention.py:98`; empty where the graph carries no line."""
     return f"{_short(where.file)}:{where.line}" if where.file else ""
 
 

@@ -14,6 +14,7 @@ from kvt_compile.backend import report_refusals
 from kvt_compile.capture import capture
 from kvt_compile.config import OptionError, make_options
 from kvt_compile.explain import build_report
+from kvt_compile.graphs import GraphRecorder
 from kvt_compile.passes.decide import unmatched_patterns
 from kvt_compile.passes.pipeline import run_passes
 from kvt_compile.report import Report
@@ -49,11 +50,14 @@ def rewrite(
     """
     chosen = make_options(options)
     captured = capture(model, example_inputs, example_kwargs or {})
-    result = run_passes(captured.graph, chosen.policy, lowering=chosen.lowering, origins=captured.origins)
+    recorder = GraphRecorder()
+    result = run_passes(
+        captured.graph, chosen.policy, lowering=chosen.lowering, origins=captured.origins, watch=recorder
+    )
     if wrong := unmatched_patterns(chosen.policy, [d.site for d in result.decisions]):
         raise OptionError(wrong)
     report_refusals(result, chosen)
-    report = build_report([result], chosen)
+    report = build_report([result], chosen, recorder.finish())
     program = captured.program
     module: nn.Module = captured.graph
     if program is not None:

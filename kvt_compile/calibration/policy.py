@@ -10,13 +10,13 @@ import glob
 import io
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvt_compile.calibration.data import CalibrationError
+from kvt_compile.page.files import write_whole
 from kvt_compile.topk import TopK, resolve, validate
 
 if TYPE_CHECKING:
@@ -119,17 +119,7 @@ class CalibratedPolicy(Mapping[str, TopK]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the policy as JSON; an existing file is replaced whole or not at all.  Raises OSError."""
-        target = Path(path)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with open(handle, "w", encoding="utf-8") as file:
-                json.dump(self.to_dict(), file, indent=1)
-                file.write("\n")
-            os.chmod(name, 0o644)
-            os.replace(name, target)
-        except BaseException:
-            os.unlink(name)
-            raise
+        write_whole(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CalibratedPolicy:

@@ -14,6 +14,7 @@ import typer
 from kvt_compile.cli.calibrate import calibrate
 from kvt_compile.cli.errors import UserError
 from kvt_compile.cli.explain import explain
+from kvt_compile.cli.look import look
 
 app = typer.Typer(
     name="kvt",
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command()(explain)
 app.command()(calibrate)
+app.command()(look)
 
 
 def _print_version(asked: bool) -> None:

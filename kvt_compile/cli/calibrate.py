@@ -16,7 +16,7 @@ import kvt_compile
 from kvt_compile.calibration.data import Batch
 from kvt_compile.cli.data import read
 from kvt_compile.cli.errors import UserError, in_one_line
-from kvt_compile.cli.explain import SPEC_HELP, _attention, _subject
+from kvt_compile.cli.explain import SPEC_HELP, build_subject
 from kvt_compile.cli.spec import Subject
 
 
@@ -77,7 +77,7 @@ def calibrate(
     settings |= {"batch_size": batch_size, "holdout": holdout}
     settings |= {key: tuple(value) for key, value in (("include", include), ("exclude", exclude)) if value}
     with contextlib.redirect_stdout(sys.stderr):  # what a model prints does not belong into our output
-        subject = _subject(spec, None, image_size, _attention(attn), preload)
+        subject = build_subject(spec, None, image_size, attn, preload)
         if weights is not None:
             _load_weights(subject, weights)
         elif ".py:" not in spec:

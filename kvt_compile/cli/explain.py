@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
 import kvt_compile
+from kvt_compile.cli.busy import busy
 from kvt_compile.cli.errors import UserError, in_one_line
 from kvt_compile.cli.files import run_file
 from kvt_compile.cli.spec import Attention, Subject, Wanted, load
@@ -60,6 +63,15 @@ def explain(
         str | None,
         typer.Option(metavar="SITE", help="Print the code generated for a site (its module path) instead of a table."),
     ] = None,
+    diff: Annotated[
+        bool, typer.Option("--diff", help="Print the graph around every rewritten site, before and after.")
+    ] = False,
+    html: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write everything there is to see as one HTML page.")
+    ] = None,
+    graph: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write the model's graph as an SVG picture.")
+    ] = None,
 ) -> None:
     """Show every attention of a model: what would be rewritten, with which k, and why the rest is left alone.
 
@@ -67,16 +79,27 @@ def explain(
     """
     chosen: dict[str, Any] = {"topk": parse_topk(topk or ["0.5"]), "force_rewrite": force_rewrite, "lowering": lowering}
     chosen |= {key: tuple(value) for key, value in (("include", include), ("exclude", exclude)) if value}
-    if source is not None and as_json:
-        raise UserError("--source prints code and --json prints JSON: give one of them")
+    prints = {"--source": source is not None, "--json": as_json, "--diff": diff}
+    if sum(prints.values()) > 1:
+        given = " and ".join(name for name, asked in prints.items() if asked)
+        raise UserError(f"{given} each print something else: give one of them")
+    for file in (html, graph):
+        if file is not None:
+            _check_folder(file)
     # what a model prints while it is built does not belong into our output
-    with _busy(f"reading {spec}"), contextlib.redirect_stdout(sys.stderr):
-        subject = _subject(spec, batch, image_size, _attention(attn), preload)
+    with busy(f"reading {spec}"), contextlib.redirect_stdout(sys.stderr):
+        subject = build_subject(spec, batch, image_size, attn, preload)
         report = _explain(subject, train, chosen)
     if subject.note:
         typer.echo(f"kvt: {subject.note}", err=True)
+    if html is not None:
+        _write(html, partial(report.to_html, title=spec))
+    if graph is not None:
+        _write(graph, report.to_svg)
     if source is not None:
         typer.echo(_source(report, source))
+    elif diff:
+        _print_diff(report)
     elif as_json:
         typer.echo(json.dumps({"spec": spec, "options": _plain(chosen), **report.to_dict()}, indent=2))
     else:
@@ -90,12 +113,14 @@ def _attention(name: str | None) -> Attention | None:
     raise UserError(f"--attn is 'eager' or 'sdpa', not {name!r}")
 
 
-def _subject(
-    spec: str, batch: int | None, image_size: int | None, attn: Attention | None, preload: str | None
+def build_subject(
+    spec: str, batch: int | None, image_size: int | None, attn: str | None, preload: str | None
 ) -> Subject:
+    """What SPEC names, after the file of --preload was run."""
+    attention = _attention(attn)
     if preload:
         run_file(preload, "--preload")
-    return load(spec, Wanted(batch, image_size, attn))
+    return load(spec, Wanted(batch, image_size, attention))
 
 
 def _explain(subject: Subject, train: bool, chosen: dict[str, Any]) -> Report:
@@ -106,15 +131,30 @@ def _explain(subject: Subject, train: bool, chosen: dict[str, Any]) -> Report:
         except kvt_compile.OptionError as error:
             raise UserError(str(error)) from error
         except Exception:
-            _run_once(subject)  # a model that fails by itself is the user's to mend
+            run_once(subject)  # a model that fails by itself is the user's to mend
             raise
 
 
-def _run_once(subject: Subject) -> None:
+def run_once(subject: Subject) -> None:
+    """Raises UserError where the model itself fails on its inputs."""
     try:
         subject.model(*subject.args, **subject.kwargs)
     except Exception as error:
         raise UserError(f"the model itself fails on these inputs: {in_one_line(error)}") from error
+
+
+def _check_folder(path: str) -> None:
+    """Before a model is built for half a minute in vain."""
+    if not Path(path).parent.is_dir():
+        raise UserError(f"cannot write {path!r}: there is no folder {str(Path(path).parent)!r}; make it first")
+
+
+def _write(path: str, write: Callable[[str], object]) -> None:
+    try:
+        write(path)
+    except OSError as error:
+        raise UserError(str(error)) from error
+    typer.echo(f"kvt: wrote {path}", err=True)
 
 
 def _source(report: Report, site: str) -> str:
@@ -128,6 +168,13 @@ def _plain(chosen: dict[str, Any]) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in chosen.items()}
 
 
+def _print_diff(report: Report) -> None:
+    text = report.diff or "no site is rewritten, so the graph stays as it is"
+    for line in text.splitlines():
+        color = {"-": "red", "+": "green", "@": "cyan"}.get(line[:1])
+        typer.secho(line, fg=color)  # in colour on a terminal, plain in a pipe
+
+
 def _print(report: Report) -> None:
     if not sys.stdout.isatty():
         typer.echo(str(report))
@@ -135,15 +182,3 @@ def _print(report: Report) -> None:
     from rich.console import Console
 
     Console().print(report)
-
-
-@contextlib.contextmanager
-def _busy(text: str) -> Iterator[None]:
-    """A spinner on stderr for a person who waits; nothing in a pipe."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(text):
-        yield

@@ -56,7 +56,7 @@ def find(graph: CanonicalGraph) -> Found:
             continue
         sites += found
         if miss is not None:
-            refusals.append(Refusal(value.node, place(value.node), miss.reason, miss.step))
+            refusals.append(Refusal(value.node, place(value.node), miss.reason, miss.step, miss.value.node))
     return Found(tuple(sites), tuple(refusals))
 
 

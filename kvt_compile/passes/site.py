@@ -145,3 +145,5 @@ class Refusal:
     reason: str
     step: str
     """The step of the finder that failed (the nearest miss): `scores`, `values`, `provenance`, `closed`, ..."""
+    at: fx.Node | None = None
+    """The node it failed at, where that is another one."""
