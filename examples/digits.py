@@ -41,7 +41,7 @@ class DigitsViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.patches(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.class_token.expand(len(images), -1, -1), x], dim=1) + self.positions
+        x = torch.cat([self.class_token.expand(images.shape[0], -1, -1), x], dim=1) + self.positions
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x[:, 0]))

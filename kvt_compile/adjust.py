@@ -93,8 +93,9 @@ def set_topk(module: nn.Module, topk: Choice | Mapping[str, Choice]) -> None:
     sites = list(adjustable(module))
     if not sites:
         raise OptionError(
-            f"there is no k-NN attention in {type(module).__name__}; expected the module of kvt_compile.rewrite (what "
-            'torch.compile(backend="kvt") compiled has k in its code: compile it again with another topk)'
+            f"there is no k-NN attention in {type(module).__name__}; expected the module of kvt_compile.rewrite, "
+            'or a transformers model with attn_implementation="kvt" (what torch.compile(backend="kvt") compiled has k '
+            "in its code: compile it again with another topk)"
         )
     for pattern in rules:
         if not any(fnmatch.fnmatchcase(site.path, pattern) for site in sites):

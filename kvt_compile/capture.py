@@ -79,7 +79,7 @@ def capture(
         return _by_symbolic_trace(model, args, kwargs)
     except Exception as traced:  # any Python in the model may fail under a tracer
         try:
-            program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
+            program = _export(model, tuple(args), dict(kwargs))
         except Exception as exported:
             raise CaptureError(
                 f"{type(model).__name__} cannot be captured as one graph: symbolic_trace says {_first_line(traced)}; "
@@ -87,6 +87,18 @@ def capture(
                 "torch.compile(model, backend='kvt') does not need one graph."
             ) from exported
         return _from_program(program, "torch.export")
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+    """With the first dimension of every input dynamic where the model lets it, as `_propagate` has it."""
+    shapes: Any = torch.export.ShapesCollection()
+    for x in pytree.tree_leaves((args, kwargs)):
+        if isinstance(x, torch.Tensor) and x.dim() and x.shape[0] > 1:
+            shapes[x] = {0: torch.export.Dim.AUTO}
+    try:
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception:  # whatever the model does with a size that is not a number
+        return torch.export.export(model, args, kwargs, strict=False)
 
 
 def _first_line(error: BaseException) -> str:

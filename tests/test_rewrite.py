@@ -176,3 +176,12 @@ def test_what_is_no_model_is_named() -> None:
         kvt_compile.rewrite(lambda x: x, torch.randn(1))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="got str"):
         kvt_compile.explain("vit")  # type: ignore[arg-type]
+
+
+def test_a_model_captured_by_export_takes_other_batches_where_it_lets_them() -> None:
+    model, x = Branching(on_data=False), torch.randn(2, 10, 32)
+    result = kvt_compile.rewrite(model, x, topk=4)
+    assert result.program is not None
+    for batch in (1, 3):
+        x = torch.randn(batch, 10, 32)
+        torch.testing.assert_close(result.module(x), model.net.by_hand(x, 4), rtol=1e-4, atol=1e-5)

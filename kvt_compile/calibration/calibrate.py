@@ -61,7 +61,7 @@ def calibrate(
         grid: what k is chosen from: shares in (0, 1], or numbers of keys; "all keys" is added.
         holdout: share of the examples that is not measured on, and that the policy is checked on.
         confidence: of the margin: means over the checked examples must exceed the budget by as much as their spread
-            leaves open (Student's one-sided interval; for mass, for all attentions together).
+            leaves open (for mass, for all attentions together).
         batch_size: how many examples run at a time.
         progress: True for a bar on stderr, or a callable that is given (what, done, total).
         options: `include`, `exclude`, `lowering`, `channel_attention`, `batch_attention` as for `rewrite`.
