@@ -68,11 +68,11 @@ def _verb(function: Callable[..., object]) -> str:
         # in an annotation, typer's first positional argument is the first name
         declared = [x for x in (info.default, *(info.param_decls or ())) if isinstance(x, str) and x.startswith("-")]
         names = ", ".join(f"`{option}`" for option in declared or [f"--{name.replace('_', '-')}"])
-        value = "" if flag else f"`{info.metavar or getattr(kinds[0], '__name__', 'value').upper()}`"
+        value = "" if flag else f"`{(info.metavar or kinds[0].__name__.upper()).replace('|', ' or ')}`"
         default = parameter.default if isinstance(info.show_default, bool) else info.show_default
         if default is inspect.Parameter.empty:
             default = "(required)"
-        rows.append(f"| {names} {_cell(value)} | {'' if default in (None, False) else default} | {_cell(info.help)} |")
+        rows.append(f"| {names} {value} | {'' if default in (None, False) else default} | {_cell(info.help)} |")
     table = "\n".join(["| option | default | |", "|---|---|---|", *rows])
     text = inspect.getdoc(function) or ""
     parts = [f"## `kvt {function.__name__}`", f"    {' '.join([*usage, '[OPTIONS]'])}", text, "\n".join(takes), table]

@@ -49,13 +49,15 @@ def plot(policy: CalibratedPolicy) -> Figure:
     for n, site in enumerate(policy.sites):
         shares = [_share(k, site.keys) for k in policy.grid]
         at = policy.grid.index(site.topk)
-        for axes, values in ((mass, site.mass), (error, site.error)):
+        for axes, values in ((mass, site.mass), (error, [e if e > 0 else float("nan") for e in site.error])):
             axes.plot(shares, values, color=colors(n), linewidth=1, label=site.path or "(top level)")
             axes.plot(shares[at], values[at], "o", color=colors(n), markersize=5)
     mass.set(title="attention mass inside the k largest", xlabel="share of keys kept", ylabel="mass")
     if policy.budget == "mass":
         mass.axhline(policy.value, color="0.5", linestyle="--", linewidth=1)
     error.set(title="relative error of the attention's output", xlabel="share of keys kept", yscale="log")
+    for axes in (mass, error, output):
+        axes.title.set_size(10)
     if len(policy.sites) <= 12:
         mass.legend(fontsize=6, frameon=False)
     ratios, cosines = [point[0] for point in policy.trail], [1 - point[1] for point in policy.trail]
