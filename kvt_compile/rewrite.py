@@ -15,6 +15,7 @@ from kvt_compile.capture import capture
 from kvt_compile.config import OptionError, make_options
 from kvt_compile.explain import build_report
 from kvt_compile.graphs import GraphRecorder
+from kvt_compile.modes import allow_modes, mode_of
 from kvt_compile.passes.decide import unmatched_patterns
 from kvt_compile.passes.pipeline import run_passes
 from kvt_compile.report import Report
@@ -50,6 +51,7 @@ def rewrite(
     """
     chosen = make_options(options)
     captured = capture(model, example_inputs, example_kwargs or {})
+    mode = mode_of(captured.graph.graph)
     recorder = GraphRecorder()
     result = run_passes(
         captured.graph, chosen.policy, lowering=chosen.lowering, origins=captured.origins, watch=recorder
@@ -63,6 +65,8 @@ def rewrite(
     if program is not None:
         _keep_output_names(program)
         module = program.module(check_guards=False)
+        assert isinstance(module, fx.GraphModule)
+        allow_modes(module, mode)
     assert isinstance(module, fx.GraphModule)
     make_adjustable(module)
     return RewriteResult(module, report, program)

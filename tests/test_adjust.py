@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from functools import cache
 from typing import Any
 
 import pytest
@@ -35,11 +36,17 @@ def rewritten(model: nn.Module, **options: Any) -> nn.Module:
     return kvt_compile.rewrite(model, torch.randn(2, 10, 32), **options).module
 
 
+@cache
+def a_rewritten_module() -> nn.Module:
+    """For mistakes, which change nothing."""
+    return rewritten(Net(), topk=0.5)
+
+
 def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("topk", [3, 0.3, 7], ids=str)
+@pytest.mark.parametrize("topk", [0.3, 7], ids=str)
 def test_every_site_changes(topk: float) -> None:
     model, x = Net(), torch.randn(2, 10, 32)
     module = rewritten(model, topk=0.5)
@@ -177,7 +184,7 @@ def test_the_checkpoint_does_not_know_about_k() -> None:
 
 @pytest.mark.parametrize("topk", [0, -1, 1.5, float("nan"), True, "half"], ids=str)
 def test_a_topk_that_is_none_is_refused(topk: Any) -> None:
-    module = rewritten(Net(), topk=0.5)
+    module = a_rewritten_module()
     for attempt in (lambda: kvt_compile.set_topk(module, topk), lambda: kvt_compile.set_topk(module, {"first": topk})):
         with pytest.raises((TypeError, ValueError), match="topk is"):
             attempt()
@@ -186,7 +193,7 @@ def test_a_topk_that_is_none_is_refused(topk: Any) -> None:
 
 
 def test_mistakes_say_what_to_do() -> None:
-    module = rewritten(Net(), topk=0.5)
+    module = a_rewritten_module()
     with pytest.raises(kvt_compile.OptionError, match=r"'blocks.*' matches no attention site.*first, second"):
         kvt_compile.set_topk(module, {"blocks.*": 3})
     with pytest.raises(kvt_compile.OptionError, match=r"no k-NN attention in Net.*kvt_compile\.rewrite"):
