@@ -1,6 +1,6 @@
 """train() and eval() of a module that torch.export captured: torch refuses both, for its graph has one mode written into it.
 
-Where nothing in the graph depends on the mode, both are allowed; where something does, only the mode of the capture.
+Where nothing in the graph depends on the mode, both are allowed; elsewhere only the mode of the capture.
 """
 
 from __future__ import annotations
