@@ -1,4 +1,4 @@
-"""train() and eval() of a module that torch.export captured: torch refuses both, for its graph has one mode written into it.
+"""train() and eval() of a module that torch.export captured: torch refuses both, as its graph has one mode in it.
 
 Where nothing in the graph depends on the mode, both are allowed; elsewhere only the mode of the capture.
 """
