@@ -53,8 +53,9 @@ def mode_of(graph: fx.Graph) -> bool | None:
             position = _MODE[node.target]
             found.add(bool(node.args[position] if len(node.args) > position else node.kwargs.get("train", False)))
         elif node.target is aten.scaled_dot_product_attention.default:
-            found |= {True} if (node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)) else set()
-    return None if not found else True in found
+            if (node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)) != 0.0:
+                found.add(True)
+    return any(found) if found else None
 
 
 def _drops_nothing(node: fx.Node) -> bool:
