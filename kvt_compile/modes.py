@@ -52,11 +52,14 @@ def mode_of(graph: fx.Graph) -> bool | None:
         if node.target in _MODE and not _drops_nothing(node):
             position = _MODE[node.target]
             found.add(bool(node.args[position] if len(node.args) > position else node.kwargs.get("train", False)))
-        elif node.target is aten.scaled_dot_product_attention.default:
-            if (node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)) != 0.0:
-                found.add(True)
+        elif node.target is aten.scaled_dot_product_attention.default and _dropout_of_sdpa(node) != 0.0:
+            found.add(True)
     return any(found) if found else None
 
 
 def _drops_nothing(node: fx.Node) -> bool:
     return "dropout" in str(node.target) and len(node.args) > 1 and node.args[1] == 0.0
+
+
+def _dropout_of_sdpa(node: fx.Node) -> Any:
+    return node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
