@@ -32,6 +32,7 @@ docs:  ## write the reference pages and build the site into build/site, strictly
 
 bench:  ## run every benchmark, or the demo's timings while there is none
 	@set -e; for file in benchmarks/[!_]*.py; do \
+	  case "$$file" in benchmarks/gpu_*) nvidia-smi -L >/dev/null 2>&1 || continue;; esac; \
 	  if [ -e "$$file" ]; then ./tools/python examples "$$file" $(ARGS); \
 	  else ./tools/python examples examples/quickstart.py --timings; fi; done
 

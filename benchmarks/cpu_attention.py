@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from _shared import dtype_name, eager_kvt, medians, sdpa, step
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -53,32 +52,8 @@ class Line:
     theirs_ms: float = 0.0
 
 
-def medians(seconds: float, *runs: Callable[[], object]) -> list[float]:
-    """Median milliseconds of each, taking turns until `seconds` have passed, at least five turns."""
-    for run in runs:
-        run()
-    times: list[list[float]] = [[] for _ in runs]
-    start = time.perf_counter()
-    while len(times[0]) < 5 or time.perf_counter() - start < seconds:
-        for run, kept in zip(runs, times, strict=True):
-            before = time.perf_counter()
-            run()
-            kept.append(1e3 * (time.perf_counter() - before))
-    return [statistics.median(x) for x in times]
-
-
 def knn(q: Tensor, k: Tensor, v: Tensor, topk: int) -> Tensor:
     return torch.ops.kvt.attention(q, k, v, [], SCALE, "p", topk, [], 0.0, None, "c")[0]
-
-
-def eager_kvt(q: Tensor, k: Tensor, v: Tensor, topk: int) -> Tensor:
-    """The official algorithm (damo-cv/KVT): a mask of zeros, ones scattered where topk points, softmax of the rest."""
-    attn = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
-    mask = torch.zeros_like(attn)
-    index = torch.topk(attn, k=topk, dim=-1, largest=True)[1]
-    mask.scatter_(-1, index, 1.0)
-    attn = torch.where(mask > 0, attn, torch.full_like(attn, float("-inf")))
-    return torch.softmax(attn, dim=-1) @ v
 
 
 def inputs(n: int, dtype: torch.dtype, grad: bool = False) -> list[Tensor]:
@@ -115,14 +90,6 @@ def forward(quick: bool) -> Iterator[Line]:
         yield compare(
             "forward", f"float32 N={n} k=N/8 / SDPA", 0.70, 2, lambda: knn(q, k, v, n // 8), lambda: sdpa(q, k, v)
         )
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-def step(attention: Callable[[], Tensor], leaves: list[Tensor], grad: Tensor) -> Callable[[], object]:
-    return lambda: torch.autograd.grad(attention(), leaves, grad)
 
 
 def backward(quick: bool) -> Iterator[Line]:
@@ -264,10 +231,6 @@ def model(quick: bool) -> Iterator[Line]:
 
 
 SECTIONS = {x.__name__: x for x in (forward, backward, eager, swin, memory, build, model)}
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def cpu_name() -> str:

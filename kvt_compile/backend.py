@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from kvt_compile import graphs
 from kvt_compile.config import Options, split_options
+from kvt_compile.graphs import GraphRecorder
+from kvt_compile.kernel_spec import spec_of
+from kvt_compile.kernels import tune
 from kvt_compile.passes.pipeline import PassResult, run_passes
 
 log = logging.getLogger("kvt_compile")
@@ -47,13 +51,27 @@ def kvt_backend(
     from torch._inductor.compile_fx import compile_fx
 
     ours, inductor = split_options(options)
-    result = run_passes(gm, ours.policy, lowering=ours.lowering)
+    recorder = GraphRecorder() if graphs.log.isEnabledFor(logging.DEBUG) else None
+    result = run_passes(gm, ours.policy, lowering=ours.lowering, tolerance=ours.topk_tolerance, watch=recorder)
+    if recorder is not None:
+        graphs.log_changes(recorder.finish())
     report_refusals(result, ours)
+    request_tuning(result, ours)
     patches = {**(list_mode_options(mode) if mode else {}), **inductor}
     with _autocast_in_cache_key():
         compiled: Any = compile_fx(gm, example_inputs, config_patches=patches or None)
     run: Callable[..., Any] = compiled
     return run
+
+
+def request_tuning(result: PassResult, options: Options) -> None:
+    """Tells the autotuner what was asked for the kernels of every rewritten site.
+
+    It changes no result, so it is no argument of the ops: it belongs to the kernel, which all models of a process that
+    compute the same thing share, and whoever compiled last decides."""
+    for decision in result.decisions:
+        if decision.topk is not None and (spec := spec_of(decision.site)) is not None:
+            tune.request(spec, options.autotune)
 
 
 def report_refusals(result: PassResult, options: Options) -> None:

@@ -186,5 +186,6 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         finally:
             with torch.no_grad():
                 for name, buffer in model.named_buffers():
-                    if name in kept:
+                    # one that did not change may be impossible to write to: an expanded table, say
+                    if name in kept and not torch.equal(buffer, kept[name]):
                         buffer.copy_(kept[name])

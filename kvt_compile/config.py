@@ -12,8 +12,10 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from kvt_compile.kernels import lowerings
+from kvt_compile.kernels.tune import Mode
 from kvt_compile.passes.decide import DEFAULT_TOPK, Policy, Rule, validate_rule
 from kvt_compile.passes.site import Axis
+from kvt_compile.topk import validate_tolerance
 
 OnRefusal = Literal["ignore", "warn", "error"]
 OtherAxis = Literal["dense", "rewrite"]
@@ -45,6 +47,12 @@ class Options:
     """What to do with attention over channels (XCiT, DaViT)."""
     batch_attention: OtherAxis = "dense"
     """What to do with attention over the batch."""
+    topk_tolerance: float = 0.0
+    """How far from k the number of keys a row keeps may be, as a share of k in [0, 1).  0: exactly the keys that are at
+    least the k-th largest.  A lowering may use the freedom to select faster, or keep exactly k all the same."""
+    autotune: Mode = "cached"
+    """Block sizes of the kernels that have any: "off" the defaults, "cached" what was measured before (the defaults
+    where nothing was), "on" measured at the first call and kept.  Results differ by rounding at most."""
 
     @property
     def policy(self) -> Policy:
@@ -69,11 +77,17 @@ def make_options(given: Mapping[str, Any]) -> Options:
     for name in ("include", "exclude"):
         if name in values:
             values[name] = _patterns(name, values[name])
+    if "topk_tolerance" in values:
+        try:
+            values["topk_tolerance"] = validate_tolerance(values["topk_tolerance"])
+        except (TypeError, ValueError) as error:
+            raise OptionError(str(error)) from None
     for name, allowed in (
         ("on_refusal", get_args(OnRefusal)),
         ("channel_attention", get_args(OtherAxis)),
         ("batch_attention", get_args(OtherAxis)),
         ("lowering", lowerings.names()),
+        ("autotune", get_args(Mode)),
     ):
         if name in values and values[name] not in allowed:
             raise OptionError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {values[name]!r}")

@@ -40,7 +40,7 @@ def explain(model: nn.Module | fx.GraphModule | ExportedProgram, *example_inputs
         results = _through_dynamo(model, example_inputs, kwargs, options, recorder)
     if wrong := unmatched_patterns(options.policy, [d.site for result in results for d in result.decisions]):
         raise OptionError(wrong)
-    return build_report(results, options, recorder.finish(options.lowering))
+    return build_report(results, options, recorder.finish(options.lowering, options.topk_tolerance))
 
 
 def _through_dynamo(

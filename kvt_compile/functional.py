@@ -13,7 +13,7 @@ from torch import Tensor
 
 import kvt_compile.kernels.ops  # noqa: F401 - registers torch.ops.kvt
 from kvt_compile.kernels.function import Attention
-from kvt_compile.topk import TopK, constant, resolve
+from kvt_compile.topk import TopK, constant, resolve, validate_tolerance
 
 
 def topk_attention(
@@ -28,6 +28,7 @@ def topk_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     lowering: str = "auto",
+    topk_tolerance: float = 0.0,
 ) -> Tensor:
     """k-NN attention (KVT, arXiv 2106.00515): every query attends to its `topk` highest-scoring keys.
 
@@ -46,6 +47,8 @@ def topk_attention(
         scale: what the product is multiplied by; default 1 / sqrt(D).
         enable_gqa: Hq may be a multiple of Hk; query head h then uses key head h // (Hq // Hk).
         lowering: "auto", or another of `kvt_compile.kernels.lowerings.names()`.
+        topk_tolerance: a row may keep any number of keys from ceil(k * (1 - t)) to floor(k * (1 + t)), 0 <= t < 1,
+            which can be found faster than exactly k (ties add to it as ever).
 
     Returns `[..., Hq, Nq, Dv]` in v's dtype, differentiable once in q, k, v and a floating-point attn_mask.
     Raises TypeError or ValueError that names the argument, what was found and what was expected.
@@ -77,9 +80,10 @@ def topk_attention(
         score = f"where(le(j, i), {score}, -oo)"
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p is {dropout_p}, expected a probability in [0, 1]")
+    tolerance = constant(validate_tolerance(topk_tolerance))
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device) if dropout_p > 0.0 else None
     tensors = _fold(q, batch, heads), _fold(k, batch, kv_heads), _fold(v, batch, kv_heads)
-    rest = score, "p", resolve(topk, k.shape[-2]), sizes, constant(dropout_p), seed, lowering
+    rest = score, "p", resolve(topk, k.shape[-2]), sizes, constant(dropout_p), seed, lowering, tolerance
     # (no public name says so; torch.autograd.Function itself asks this one.) Dynamo traces only the operator.
     if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
         out = Attention.apply(*tensors, *rest, *captured)[0]  # type: ignore[no-untyped-call]

@@ -8,6 +8,7 @@ and which stand for them after.  Composites such as `multi_head_attention_forwar
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from kvt_compile.page.diff import site_diff
 from kvt_compile.passes.decide import Decision
 from kvt_compile.passes.describe import place, size_text
 from kvt_compile.passes.pipeline import Stage
@@ -23,6 +25,8 @@ from kvt_compile.passes.rewrite import rewrite
 from kvt_compile.passes.site import Fused, Refusal, Size
 from kvt_compile.passes.values import dim_of, meta_value
 from kvt_compile.report import location_of
+
+log = logging.getLogger(__name__)
 
 Kind = Literal["input", "weight", "operation", "output"]
 _SITE_OPS = (torch.ops.kvt.attention.default, torch.ops.kvt.topk_softmax.default)
@@ -113,11 +117,11 @@ class GraphRecorder:
         else:
             self._open[-1].after = snapshot(gm)
 
-    def finish(self, lowering: str = "auto") -> tuple[GraphReport, ...]:
+    def finish(self, lowering: str = "auto", tolerance: float = 0.0) -> tuple[GraphReport, ...]:
         """The reports.  Graphs that were only read are rewritten now, to see what would become of them."""
         for recorded in self._open:
             if recorded.after is None:
-                rewrite(recorded.gm, recorded.decided, lowering)
+                rewrite(recorded.gm, recorded.decided, lowering, tolerance)
                 recorded.after = snapshot(recorded.gm)
         return tuple(recorded.report() for recorded in self._open)
 
@@ -181,6 +185,16 @@ def _spread(owner: dict[str, int], nodes: Iterable[NodeReport], free: set[str], 
             for x in node.inputs:
                 if x in free:
                     owner.setdefault(x, owner[node.name])
+
+
+def log_changes(graphs: Iterable[GraphReport]) -> None:
+    """At level DEBUG: the graph around every rewritten site, before and after, one record a site."""
+    for graph in graphs:
+        modules = {node.name: node.module for node in graph.before}
+        for site in graph.sites:
+            if site.after:
+                lines = "\n".join(map(str, site_diff(graph, site)))
+                log.debug("%s, %s\n%s", modules[site.anchor] or "(top level)", graph.title, lines)
 
 
 # --- one graph --------------------------------------------------------------------------------------------------------

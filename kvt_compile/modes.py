@@ -58,7 +58,7 @@ def mode_of(graph: fx.Graph) -> bool | None:
 
 
 def _drops_nothing(node: fx.Node) -> bool:
-    return "dropout" in str(node.target) and len(node.args) > 1 and node.args[1] == 0.0
+    return bool("dropout" in str(node.target) and len(node.args) > 1 and node.args[1] == 0.0)
 
 
 def _dropout_of_sdpa(node: fx.Node) -> Any:

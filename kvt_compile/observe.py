@@ -79,7 +79,7 @@ class SiteCall:
                     yield Scores(at, self._rows(at))
 
     def output(self, topk: int | None = None) -> Tensor:
-        """What the site computes with `topk` (default: its own), without dropout: out [B, H, Nq, Dv] of an
+        """What the site computes with exactly `topk` (default: its own), without dropout: out [B, H, Nq, Dv] of an
         `AttentionCall`, the attention weights in their tensor's own shape of a `SoftmaxCall`."""
         raise NotImplementedError
 
@@ -212,7 +212,13 @@ def observe(
         chosen = make_options(options)
         if isinstance(model, fx.GraphModule | ExportedProgram):
             captured = capture(model, inputs, kwargs)
-            result = run_passes(captured.graph, chosen.policy, lowering=chosen.lowering, origins=captured.origins)
+            result = run_passes(
+                captured.graph,
+                chosen.policy,
+                lowering=chosen.lowering,
+                tolerance=chosen.topk_tolerance,
+                origins=captured.origins,
+            )
             _check_patterns(chosen, [result])
             program = captured.program
             module: Any = captured.graph if program is None else program.module(check_guards=False)
@@ -233,7 +239,7 @@ def _observe_module(
     results: list[PassResult] = []
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        results.append(run_passes(gm, options.policy, lowering=options.lowering))
+        results.append(run_passes(gm, options.policy, lowering=options.lowering, tolerance=options.topk_tolerance))
         forward: Callable[..., Any] = hook.into(gm, build_report(results[-1:], options).sites).forward
         return forward
 
@@ -276,7 +282,7 @@ class _Hook:
 def _attention_hook(callback: Callback, number: int, where: Where, row: SiteReport | None) -> Callable[..., Any]:
     def observed_attention(
         q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], score: str, weight: str, topk: int,
-        sizes: Sequence[int], dropout_p: float, seed: Tensor | None, lowering: str,
+        sizes: Sequence[int], dropout_p: float, seed: Tensor | None, lowering: str, tolerance: float = 0.0,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         kept = min(topk, k.shape[2])
         call = AttentionCall(number, where, row, kept, lowering, q, k, v, captured, score, weight, sizes)
@@ -284,7 +290,7 @@ def _attention_hook(callback: Callback, number: int, where: Where, row: SiteRepo
         if instead is not None:
             return instead, None, None  # a rewritten graph reads the output alone
         out: tuple[Tensor, ...] = KVT.attention(
-            q, k, v, captured, score, weight, topk, sizes, dropout_p, seed, lowering
+            q, k, v, captured, score, weight, topk, sizes, dropout_p, seed, lowering, tolerance
         )
         return out
 
@@ -292,11 +298,15 @@ def _attention_hook(callback: Callback, number: int, where: Where, row: SiteRepo
 
 
 def _softmax_hook(callback: Callback, number: int, where: Where, row: SiteReport | None) -> Callable[..., Any]:
-    def observed_softmax(scores: Tensor, dim: int, topk: int, dtype: torch.dtype, lowering: str) -> Tensor:
+    def observed_softmax(
+        scores: Tensor, dim: int, topk: int, dtype: torch.dtype, lowering: str, tolerance: float = 0.0
+    ) -> Tensor:
         axis = dim % max(scores.dim(), 1)
         call = SoftmaxCall(number, where, row, min(topk, scores.shape[axis]), lowering, scores, axis, dtype)
         instead = callback(call)
-        out: Tensor = call.output(topk) if instead is None else instead
+        if instead is not None:
+            return instead
+        out: Tensor = KVT.topk_softmax(scores, dim, topk, dtype, lowering, tolerance)
         return out
 
     return observed_softmax

@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from kvt_compile.adjust import make_adjustable
-from kvt_compile.backend import report_refusals
+from kvt_compile.backend import report_refusals, request_tuning
 from kvt_compile.capture import capture
 from kvt_compile.config import OptionError, make_options
 from kvt_compile.explain import build_report
@@ -54,11 +54,17 @@ def rewrite(
     mode = mode_of(captured.graph.graph)
     recorder = GraphRecorder()
     result = run_passes(
-        captured.graph, chosen.policy, lowering=chosen.lowering, origins=captured.origins, watch=recorder
+        captured.graph,
+        chosen.policy,
+        lowering=chosen.lowering,
+        tolerance=chosen.topk_tolerance,
+        origins=captured.origins,
+        watch=recorder,
     )
     if wrong := unmatched_patterns(chosen.policy, [d.site for d in result.decisions]):
         raise OptionError(wrong)
     report_refusals(result, chosen)
+    request_tuning(result, chosen)
     report = build_report([result], chosen, recorder.finish())
     program = captured.program
     module: nn.Module = captured.graph

@@ -1,6 +1,7 @@
-"""topk as a user writes it -> k for a site: an int is clamped to Nk, a float is a share of Nk.
+"""topk as a user writes it -> k for a site: an int is clamped to Nk, a float is a share of Nk; and how far from k a
+tolerance lets a row stray.
 
-100 -> min(100, Nk)        0.5 -> ceil(0.5 * Nk)
+100 -> min(100, Nk)        0.5 -> ceil(0.5 * Nk)        k = 100, tolerance 0.02 -> 98 to 102
 """
 
 from __future__ import annotations
@@ -38,6 +39,31 @@ def resolve(topk: TopK, keys: int) -> int:
         numerator, denominator = as_fraction(topk)
         topk = (keys * numerator + denominator - 1) // denominator
     return cast(int, torch.sym_max(torch.sym_min(topk, keys), 1))
+
+
+def validate_tolerance(tolerance: Any) -> float:
+    """`tolerance` itself, as a float.  Raises TypeError or ValueError unless it is a number with 0 <= tolerance < 1."""
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float, torch.SymFloat)):
+        raise TypeError(
+            f"topk_tolerance is {tolerance!r} ({type(tolerance).__name__}), expected a number in [0, 1): by "
+            "which share of k the number of kept keys may differ from k, 0.02 for 2 %"
+        )
+    if not 0.0 <= tolerance < 1.0:  # also False for NaN
+        hint = f"; for {tolerance:g} % write {tolerance / 100:g}" if 1.0 <= tolerance < 100.0 else ""
+        raise ValueError(f"topk_tolerance is {tolerance!r}, expected a number in [0, 1){hint}")
+    return tolerance if isinstance(tolerance, float) else tolerance + 0.0  # type: ignore[operator]
+
+
+def kept_range(topk: int, tolerance: float) -> tuple[int, int]:
+    """The numbers of keys a row may be asked to keep: (ceil(k * (1 - tolerance)), floor(k * (1 + tolerance))).
+
+    The decimal number a person wrote counts, exactly: 2 % of 50 keys is 1.  Neither is clamped to the number of keys.
+    """
+    if tolerance == 0.0:
+        return topk, topk
+    numerator, denominator = as_fraction(tolerance)
+    slack = topk * numerator // denominator
+    return topk - slack, topk + slack
 
 
 def as_fraction(ratio: float) -> tuple[int, int]:

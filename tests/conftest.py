@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import hypothesis
 import pytest
@@ -35,3 +36,27 @@ def _fresh() -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def kvt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Runs `kvt ARGUMENTS` in this process."""
+    from kvt_compile.cli import main
+
+    monkeypatch.delenv("KVT_PRELOAD", raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # loading a file adds its folder
+
+    def run(*arguments: str) -> Result:
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        printed = capsys.readouterr()
+        return Result(int(end.value.code or 0), printed.out, printed.err)
+
+    return run

@@ -97,3 +97,10 @@ def failing_model() -> tuple[nn.Module, tuple[Tensor]]:
 
 
 not_a_function = 3
+
+
+def vision() -> tuple[nn.Module, tuple[Tensor]]:
+    """A vision transformer of two layers on 64 x 64 images: CLS and 4 x 4 patches."""
+    import timm
+
+    return timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=3), (torch.randn(2, 3, 64, 64),)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import collections
+import inspect
+import re
 import sys
 import time
 import traceback
@@ -19,6 +21,8 @@ import torch
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
+from torch._guards import detect_fake_mode
+from torch._subclasses import FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -39,7 +43,37 @@ def through_dynamo(model: nn.Module, inputs: Sequence[Tensor]) -> fx.GraphModule
     torch.compiler.reset()
     with torch.no_grad():
         torch.compile(model, backend=keep, fullgraph=True)(*(x.clone() for x in inputs))
-    return graphs[0]
+    return with_signature_of(model, graphs[0], inputs)
+
+
+def with_signature_of(model: nn.Module, graph: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
+    """Dynamo's graph, which takes what is used in order of use, as a graph that takes what the model takes: its inputs
+    in order, and parameters and buffers from the module."""
+    taken: dict[str, fx.Node] = {}
+    for node in graph.graph.find_nodes(op="placeholder"):
+        owned = re.fullmatch(r"L_self_(?:parameters|buffers)_(\w+?)_", node.target)
+        if owned is None:
+            taken[node.target.removeprefix("L_").removesuffix("_")] = node
+            continue
+        setattr(graph, owned[1], getattr(model, owned[1]))
+        with graph.graph.inserting_after(node):
+            replace(node, graph.graph.get_attr(owned[1]))
+    mode = detect_fake_mode([node.meta.get("example_value") for node in graph.graph.nodes]) or FakeTensorMode()
+    with graph.graph.inserting_before(next(iter(graph.graph.nodes))):
+        wanted = {name: graph.graph.placeholder(name) for name in inspect.signature(model.forward).parameters}
+    for (name, new), x in zip(wanted.items(), inputs, strict=True):
+        if name in taken:
+            replace(taken[name], new)
+        else:
+            new.meta["example_value"] = mode.from_tensor(x, static_shapes=True)
+    graph.recompile()
+    return graph
+
+
+def replace(old: fx.Node, new: fx.Node) -> None:
+    new.meta = dict(old.meta)
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
 
 
 CAPTURES = {"traced": (traced, 400), "fakes": (traced_with_fakes, 60), "dynamo": (through_dynamo, 25)}

@@ -172,6 +172,20 @@ def triangle(w: Writer, s: Labelled) -> Labelled:
 SCORES: tuple[Step, ...] = (scale, bias, layout, mask, pointwise, gathered, triangle, cast)
 
 
+def some_rows(w: Writer, s: Labelled, queries: tuple[str, ...]) -> Labelled:
+    """Scores of some of the queries only; from here on there are no others."""
+    alone = [n for n, dim in enumerate(s.dims) if len(dim) == 1 and dim[0] in queries and w.size(dim) > 1]
+    if not alone:
+        return s
+    n = w.pick(*alone)
+    (label,) = s.dims[n]
+    w.tag("some_rows")
+    start = w.number(0, w.sizes[label] - 1)
+    stop, step = w.number(start + 1, w.sizes[label]), w.pick(1, 1, 2)
+    w.sizes[label] = len(range(start, stop, step))
+    return w.let(f"{s.name}[{', '.join([':'] * n + [f'{start}:{stop}:{step}'])}]", s.dims)
+
+
 # ---- writes -------------------------------------------------------------------------------------------------------------
 
 

@@ -50,6 +50,8 @@ def _write(w: Writer, *, wild: bool = False, writing: int = 0) -> Program:
         v = w.tensor(w.shuffled((*keys, "e")), origin="parameter")
     s = products.product(w, products.prepared(w, q, "d"), products.prepared(w, k, "d"), ("d",), added=True)
     s = _scores(w, s, q, keys, writing, (*ops.WRITES, ops.mixed) if wild else ops.WRITES)
+    if not twist and w.chance(15):
+        s = ops.some_rows(w, s, queries)
     if twist == "two_products":
         other = products.product(w, q, k, ("d",))
         s = w.let(f"{s.name} + {w.arranged(other, s.dims).name}", s.dims)

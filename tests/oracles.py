@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import kvt_compile.kernels.ops  # noqa: F401 - registers the ops
-from kvt_compile.kernels.reference import Reference, reference_attention
+from kvt_compile.kernels.reference import Reference, reference_attention, reference_scores, within_tolerance
 
 FACTOR = 8.0
 
@@ -40,6 +40,7 @@ class Case:
     sizes: tuple[int, ...] = ()
     dropout_p: float = 0.0
     seed: int = 0
+    tolerance: float = 0.0
 
     def __str__(self) -> str:
         return self.id
@@ -74,7 +75,7 @@ def call(case: Case, lowering: str, tensors: Sequence[Tensor] | None = None) -> 
     q, k, v, *captured = tensors or _flat(case.tensors())
     return torch.ops.kvt.attention(
         q, k, v, captured, case.score, case.weight, case.topk, list(case.sizes),
-        case.dropout_p, case.dropout_seed, lowering,
+        case.dropout_p, case.dropout_seed, lowering, case.tolerance,
     )  # fmt: skip
 
 
@@ -107,6 +108,14 @@ def assert_matches_reference(case: Case, lowering: str) -> None:
         unit = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if case.dtype == torch.float64 else 1.0
         assert_close(name, actual[name], expected, plain[name], unit)
     _assert_separates(case, actual["threshold"])
+
+
+def assert_within_tolerance(case: Case, lowering: str) -> None:
+    """Every row keeps what `case.tolerance` allows, by float64 scores (which must have no near-tie among them)."""
+    q, k, _, *captured = (x.detach() for x in _flat(case.tensors()))
+    t = reference_scores(q, k, captured, score=case.score, sizes=case.sizes)
+    allowed = within_tolerance(t, kept_by(case, lowering), case.topk, case.tolerance)
+    assert allowed.all(), f"{int((~allowed).sum())} rows keep what a tolerance of {case.tolerance} does not allow"
 
 
 def assert_close(name: str, actual: Tensor, exact: Tensor, plain: Tensor, unit: float = 1.0) -> None:

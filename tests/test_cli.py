@@ -6,12 +6,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Result
 
 import kvt_compile
 from kvt_compile.cli import main
@@ -23,28 +23,6 @@ from kvt_compile.report import Report
 HERE = Path(__file__).parent
 FACTORIES = str(HERE / "factories.py")
 STACK = f"{FACTORIES}:stack"
-
-
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def kvt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """Runs `kvt ARGUMENTS` in this process."""
-    monkeypatch.delenv("KVT_PRELOAD", raising=False)
-    monkeypatch.setattr(sys, "path", list(sys.path))  # loading a file adds its folder
-
-    def run(*arguments: str) -> Result:
-        with pytest.raises(SystemExit) as end:
-            main(arguments)
-        printed = capsys.readouterr()
-        return Result(int(end.value.code or 0), printed.out, printed.err)
-
-    return run
 
 
 @pytest.fixture
@@ -68,6 +46,19 @@ class TestExplain:
         assert result.code == 0, result.err
         assert "blocks.{0..1} ×2" in result.out
         assert result.out.splitlines()[-1] == "2 sites: 2 fused, 0 scores-kept, 0 left dense; 1 softmax left alone"
+
+    def test_page_picture_and_diff(self, kvt: Callable[..., Result], tmp_path: Path) -> None:
+        files = ["--html", str(tmp_path / "out.html"), "--graph", str(tmp_path / "out.svg")]
+        result = kvt("explain", STACK, "--diff", "--topk", "blocks.0=3", *files)
+        assert result.code == 0, result.err
+        assert result.out.startswith("@@ blocks.0  ")
+        assert sum(line.startswith("+ ") for line in result.out.splitlines()) == 3
+        assert f"<h1>{STACK}</h1>" in (tmp_path / "out.html").read_text()
+        assert (tmp_path / "out.svg").read_text().startswith("<svg ")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out.html", "out.svg"]
+
+    def test_diff_of_a_model_that_stays_as_it_is(self, kvt: Callable[..., Result]) -> None:
+        assert "the graph stays as it is" in kvt("explain", STACK, "--diff", "--topk", "none").out
 
     def test_json_carries_what_a_program_needs(self, kvt: Callable[..., Result]) -> None:
         result = kvt("explain", f"{FACTORIES}:stack_with_bias", "--topk", "3", "--json")
@@ -200,6 +191,10 @@ MISTAKES = [
     ("topk of a pattern", [STACK, "--topk", "blocks.0=0"], "at least 1"),
     ("preload", [STACK, "--preload", "nowhere.py"], "--preload: there is no file"),
     ("lowering", [STACK, "--lowering", "atenn"], "'aten'"),
+    ("html in a missing folder", [STACK, "--html", "nowhere/out.html"], "there is no folder 'nowhere'"),
+    ("graph in a missing folder", [STACK, "--graph", "nowhere/out.svg"], "there is no folder 'nowhere'"),
+    ("html over a folder", [STACK, "--html", str(HERE)], "it is a folder"),
+    ("two things to print", [STACK, "--diff", "--json"], "--json and --diff each print something else"),
     ("source of no site", [STACK, "--source", "block.0"], "there are 'blocks.0', 'blocks.1'; did you mean 'blocks.0'?"),
     ("source of two kernels", [f"{FACTORIES}:two_sizes", "--source", "*"], "name one of them: 'small', 'large'"),
     ("source of a dense site", [STACK, "--topk", "10", "--source", "blocks.0"], "is left dense"),

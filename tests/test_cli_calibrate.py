@@ -87,8 +87,8 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("no images", [f"{FACTORIES}:tiny_images", "--mass", "0.9", "--data", str(Path(FACTORIES).parent)], "no image in"),
     ("out in no folder", [MANY, "--mass", "0.9", "--out", "nowhere/policy.json"], "--out: there is no folder"),
     ("plot in no folder", [MANY, "--mass", "0.9", "--plot", "nowhere/a.png"], "--plot: there is no folder"),
-    ("no such weights", [MANY, "--mass", "0.9", "--weights", "nowhere.pt"], "--weights: 'nowhere.pt'"),
-    ("weights that are none", [MANY, "--mass", "0.9", "--weights", FACTORIES], "does not fit"),
+    ("no such weights", [MANY, "--mass", "0.9", "--weights", "nowhere.pt"], "no file 'nowhere.pt'"),
+    ("weights that are none", [MANY, "--mass", "0.9", "--weights", FACTORIES], "--weights: "),
     ("pattern", [MANY, "--mass", "0.9", "--include", "layers.*"], "matches no attention site"),
 ]
 

@@ -48,9 +48,14 @@ SAMPLES: dict[str, Any] = {
     "attention, reference": (kvt.attention, lambda: arguments(lowering="reference")),
     "attention, nothing captured": (kvt.attention, lambda: arguments(captured=False)),
     "attention, dropout": (kvt.attention, lambda: arguments(dropout=True)),
+    "attention, tolerance": (kvt.attention, lambda: (*arguments(), 0.25)),
     "attention, no gradient": (kvt.attention, lambda: arguments(grad=False)),
     "attention_backward": (kvt.attention_backward, backward_arguments),
     "topk_softmax": (kvt.topk_softmax, lambda: (torch.randn(3, 4, 5).requires_grad_(), 1, 2, torch.float32, "aten")),
+    "topk_softmax, tolerance": (
+        kvt.topk_softmax,
+        lambda: (torch.randn(3, 4, 5).requires_grad_(), 1, 2, torch.float32, "aten", 0.25),
+    ),
     "topk_softmax_backward": (
         kvt.topk_softmax_backward,
         lambda: (torch.randn(3, 4), torch.rand(3, 4), 1, torch.bfloat16, "aten"),

@@ -152,6 +152,7 @@ class TestMath:
             ("0.1768*s + bias[h, i, j]", "0.1768⁢s+biash,i,j"),
             ("s + mask[b % 4, i, j]", "s+maskbmod4,i,j"),
             ("s - 2*(i + j)", "s−2⁢(i+j)"),
+            ("s*temperature[h]", "s·temperatureh"),
             ("s + -x[i]", "s−xi"),
             ("tanh(s/30.0)", "tanh(s30)"),
             ("where(le(j, i), s, -oo)", "{sifj≤i−∞otherwise"),
@@ -193,6 +194,7 @@ class TestCost:
         price = cost(replace(SITE, outcome="scores-kept", dtype="bfloat16"))
         assert price is not None
         assert price.knn_bytes == price.dense_bytes == 2 * 3 * 197 * 197 * 2
+        assert price.knn_flops == price.dense_flops
 
     def test_dense_has_one_price(self) -> None:
         price = cost(replace(SITE, outcome="dense", topk=None))

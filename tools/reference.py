@@ -9,11 +9,12 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
+from typer import Typer
 from typer.models import ArgumentInfo
 
 from kvt_compile import config
@@ -50,13 +51,21 @@ def cli_page() -> str:
         "<!-- Written by tools/reference.py from kvt_compile/cli: change the help texts there. -->\n\n"
         "A mistake ends in one sentence on stderr and exit code 2. `python -m kvt_compile.cli` is the same command."
     )
-    sections = [_verb(command.callback) for command in app.registered_commands if command.callback is not None]
-    return "\n\n".join([head, *sorted(sections)]) + "\n"
+    return "\n\n".join([head, *sorted(_verbs(app, "kvt"))]) + "\n"
 
 
-def _verb(function: Callable[..., object]) -> str:
+def _verbs(group: Typer, prefix: str) -> Iterator[str]:
+    for command in group.registered_commands:
+        if command.callback is not None:
+            yield _verb(f"{prefix} {command.name or command.callback.__name__}", command.callback)
+    for inner in group.registered_groups:
+        if inner.typer_instance is not None:
+            yield from _verbs(inner.typer_instance, f"{prefix} {inner.name}")
+
+
+def _verb(verb: str, function: Callable[..., object]) -> str:
     """From the annotations, not from the parser typer makes of them: that one changes with its version."""
-    usage, takes, rows = [f"kvt {function.__name__}"], [], []
+    usage, takes, rows = [verb], [], []
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
         type_, info = get_args(parameter.annotation)
         if isinstance(info, ArgumentInfo):
@@ -75,7 +84,7 @@ def _verb(function: Callable[..., object]) -> str:
         rows.append(f"| {names} {value} | {'' if default in (None, False) else default} | {_cell(info.help)} |")
     table = "\n".join(["| option | default | |", "|---|---|---|", *rows])
     text = inspect.getdoc(function) or ""
-    parts = [f"## `kvt {function.__name__}`", f"    {' '.join([*usage, '[OPTIONS]'])}", text, "\n".join(takes), table]
+    parts = [f"## `{verb}`", f"    {' '.join([*usage, '[OPTIONS]'])}", text, "\n".join(takes), table]
     return "\n\n".join(part for part in parts if part)
 
 

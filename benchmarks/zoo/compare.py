@@ -15,8 +15,12 @@ from torch.utils import _pytree as pytree
 
 FACTOR = 8.0
 """Another order of sums, through a network of dozens of layers."""
+FLOAT64 = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+LOOSE = 1e-3
+"""A budget that says nothing any more."""
 Check = dict[str, float]
-"""error and budget, both relative to the largest value of the tensor that comes closest to its budget"""
+"""error and budget, both relative to the largest value of the tensor that comes closest to its budget; and bits, 64
+where only float64 could say: float32 rounding had sent the model another way"""
 
 
 def run(model: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -58,8 +62,11 @@ def gradients(
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def compare(actual: Sequence[Tensor], dense: Sequence[Tensor], exact: Sequence[Tensor]) -> Check:
-    """How far `actual` is from `exact`, beside how far it may be given how far `dense` is."""
+def compare(actual: Sequence[Tensor], dense: Sequence[Tensor], exact: Sequence[Tensor], *, unit: float = 1.0) -> Check:
+    """How far `actual` is from `exact`, beside how far it may be given how far `dense` is.
+
+    `unit`: the rounding of `actual` in units of that of `dense`; FLOAT64 where it was computed in float64.
+    """
     if not len(actual) == len(dense) == len(exact):
         return {"error": float("inf"), "budget": 0.0}
     worst: Check = {"error": 0.0, "budget": 0.0}
@@ -69,11 +76,20 @@ def compare(actual: Sequence[Tensor], dense: Sequence[Tensor], exact: Sequence[T
         scale = size(e)
         if scale <= rounding:  # zero in truth (the gradient of a bias that a softmax or a norm cancels): all rounding
             scale, rounding = largest, largest_error
-        budget = FACTOR * rounding + torch.finfo(d.dtype).eps * scale
+        budget = unit * (FACTOR * rounding + torch.finfo(d.dtype).eps * scale)
         check = {"error": apart(a, e) / (scale or 1.0), "budget": budget / (scale or 1.0)}
         if not _nearness(check) <= _nearness(worst):
             worst = check
     return worst
+
+
+def settled(check: Check) -> bool:
+    """Whether float32 has said what there is to say.
+
+    Where a model chooses (the best queries, an expert, one side of a ReLU whose gradient jumps) rounding may choose
+    otherwise, in the dense model as well as in the rewritten one; then float64 has to tell it from a wrong rewrite.
+    """
+    return check["error"] <= check["budget"] <= LOOSE
 
 
 def distance(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -11,10 +11,13 @@ from typing import Annotated
 
 import typer
 
+from kvt_compile.cli.cache import app as cache
 from kvt_compile.cli.calibrate import calibrate
+from kvt_compile.cli.doctor import doctor
 from kvt_compile.cli.errors import UserError
 from kvt_compile.cli.explain import explain
 from kvt_compile.cli.look import look
+from kvt_compile.cli.tune import tune
 
 app = typer.Typer(
     name="kvt",
@@ -27,6 +30,9 @@ app = typer.Typer(
 app.command()(explain)
 app.command()(calibrate)
 app.command()(look)
+app.command()(tune)
+app.command()(doctor)
+app.add_typer(cache, name="cache")
 
 
 def _print_version(asked: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import pickle
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,8 +15,9 @@ import kvt_compile
 from kvt_compile.calibration.data import Batch
 from kvt_compile.cli.data import read
 from kvt_compile.cli.errors import UserError, in_one_line
-from kvt_compile.cli.explain import SPEC_HELP, build_subject
+from kvt_compile.cli.explain import SPEC_HELP, attention_named, build
 from kvt_compile.cli.spec import Subject
+from kvt_compile.cli.weights import load_weights
 
 
 def calibrate(
@@ -40,7 +40,7 @@ def calibrate(
         ),
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A state_dict saved with torch.save, to load first.")
+        str | None, typer.Option(metavar="FILE", help="A state_dict (.pt, .pth, .safetensors) to load first.")
     ] = None,
     out: Annotated[str | None, typer.Option(metavar="FILE", help="Write the policy as JSON.")] = None,
     plot: Annotated[str | None, typer.Option(metavar="FILE", help="Write the curves as .png, .svg or .pdf.")] = None,
@@ -77,9 +77,9 @@ def calibrate(
     settings |= {"batch_size": batch_size, "holdout": holdout}
     settings |= {key: tuple(value) for key, value in (("include", include), ("exclude", exclude)) if value}
     with contextlib.redirect_stdout(sys.stderr):  # what a model prints does not belong into our output
-        subject = build_subject(spec, None, image_size, attn, preload)
+        subject = build(spec, None, image_size, attention_named(attn), preload)
         if weights is not None:
-            _load_weights(subject, weights)
+            load_weights(subject.model, weights)
         elif ".py:" not in spec:
             typer.echo(f"kvt: {spec} has random weights, so this says little; give --weights or a factory", err=True)
         inputs = _inputs(subject, data, examples, spec)
@@ -124,14 +124,6 @@ def _calibrate(subject: Subject, batch: Batch, settings: dict[str, Any]) -> kvt_
         except Exception as error:
             raise UserError(f"the model itself fails on these inputs: {in_one_line(error)}") from error
         raise
-
-
-def _load_weights(subject: Subject, name: str) -> None:
-    try:
-        state: Any = torch.load(name, map_location="cpu", weights_only=True)
-        subject.model.load_state_dict(state)
-    except (OSError, RuntimeError, pickle.UnpicklingError, TypeError, AttributeError, EOFError, KeyError) as error:
-        raise UserError(f"--weights: {name!r} does not fit: {in_one_line(error)}") from error
 
 
 def _plot(policy: kvt_compile.CalibratedPolicy, name: str) -> None:

@@ -88,7 +88,7 @@ def explain(
             _check_folder(file)
     # what a model prints while it is built does not belong into our output
     with busy(f"reading {spec}"), contextlib.redirect_stdout(sys.stderr):
-        subject = build_subject(spec, batch, image_size, attn, preload)
+        subject = build(spec, batch, image_size, attention_named(attn), preload)
         report = _explain(subject, train, chosen)
     if subject.note:
         typer.echo(f"kvt: {subject.note}", err=True)
@@ -106,21 +106,18 @@ def explain(
         _print(report)
 
 
-def _attention(name: str | None) -> Attention | None:
+def attention_named(name: str | None) -> Attention | None:
     match name:
         case None | "eager" | "sdpa":
             return name
     raise UserError(f"--attn is 'eager' or 'sdpa', not {name!r}")
 
 
-def build_subject(
-    spec: str, batch: int | None, image_size: int | None, attn: str | None, preload: str | None
-) -> Subject:
+def build(spec: str, batch: int | None, image_size: int | None, attn: Attention | None, preload: str | None) -> Subject:
     """What SPEC names, after the file of --preload was run."""
-    attention = _attention(attn)
     if preload:
         run_file(preload, "--preload")
-    return load(spec, Wanted(batch, image_size, attention))
+    return load(spec, Wanted(batch, image_size, attn))
 
 
 def _explain(subject: Subject, train: bool, chosen: dict[str, Any]) -> Report:

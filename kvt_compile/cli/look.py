@@ -13,7 +13,7 @@ import typer
 import kvt_compile
 from kvt_compile.cli.busy import busy
 from kvt_compile.cli.errors import UserError
-from kvt_compile.cli.explain import SPEC_HELP, build_subject, run_once
+from kvt_compile.cli.explain import SPEC_HELP, attention_named, build, run_once
 from kvt_compile.cli.topk import parse_topk
 from kvt_compile.cli.weights import load_weights
 from kvt_compile.look.picture import ImageError, open_image
@@ -67,7 +67,7 @@ def look(
     queries = [parse_query(text) for text in query or ["center"]]
     photo = _photo(image)
     with busy(f"looking at {spec}"), contextlib.redirect_stdout(sys.stderr):
-        subject = build_subject(spec, 1 if _is_named(spec) else None, image_size, attn, preload)
+        subject = build(spec, 1 if _is_named(spec) else None, image_size, attention_named(attn), preload)
         model = subject.model.eval()
         if weights is not None:
             load_weights(model, weights)

@@ -102,6 +102,7 @@ class AtenLowering:
         sizes: Sequence[int],
         dropout_p: float,
         seed: Tensor | None,
+        tolerance: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         call = _Call(spec, q, k, v, captured, sizes, dropout_p, seed)
         rows = q.shape[:3]
@@ -176,7 +177,7 @@ class AtenLowering:
         )
         return dq, dk, dv, dcaptured
 
-    def softmax(self, scores: Tensor, dim: int, topk: int, dtype: torch.dtype) -> Tensor:
+    def softmax(self, scores: Tensor, dim: int, topk: int, dtype: torch.dtype, tolerance: float = 0.0) -> Tensor:
         out = torch.empty(_last(scores, dim).shape, dtype=dtype, device=scores.device)
         accumulate = torch.promote_types(scores.dtype, torch.float32)
         rows, out_rows = _flat(_last(scores, dim)), _flat(out)

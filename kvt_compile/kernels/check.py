@@ -17,6 +17,11 @@ def _fail(op: str, message: str) -> NoReturn:
     raise ValueError(f"kvt::{op}: {message}")
 
 
+def _check_tolerance(op: str, tolerance: float) -> None:
+    if not 0.0 <= tolerance < 1.0:
+        _fail(op, f"tolerance is {tolerance}, expected a number in [0, 1)")
+
+
 def check_attention(
     q: Tensor,
     k: Tensor,
@@ -28,6 +33,7 @@ def check_attention(
     sizes: Sequence[int],
     dropout_p: float,
     seed: Tensor | None,
+    tolerance: float = 0.0,
 ) -> None:
     """Raises ValueError unless q `[B, Hq, Nq, D]`, k `[B, Hk, Nk, D]`, v `[B, Hk, Nk, Dv]` and the rest fit."""
     if not (q.dim() == k.dim() == v.dim() == 4):
@@ -57,6 +63,7 @@ def check_attention(
             _fail("attention", f"device differs: q is on {q.device}, captured tensor {slot} on {tensor.device}")
     if topk < 1:
         _fail("attention", f"topk is {topk}, expected at least 1")
+    _check_tolerance("attention", tolerance)
     if not 0.0 <= dropout_p <= 1.0:
         _fail("attention", f"dropout_p is {dropout_p}, expected a probability in [0, 1]")
     if dropout_p > 0.0 and seed is None:
@@ -96,13 +103,14 @@ def check_backward(
             _fail("attention_backward", f"captured tensor {slot} is {tensor.dtype}, which cannot have a gradient")
 
 
-def check_softmax(scores: Tensor, dim: int, topk: int, dtype: torch.dtype) -> int:
+def check_softmax(scores: Tensor, dim: int, topk: int, dtype: torch.dtype, tolerance: float = 0.0) -> int:
     """The dimension counted from the front.  Raises IndexError or ValueError."""
     dims = max(scores.dim(), 1)
     if not -dims <= dim < dims:
         raise IndexError(f"kvt::topk_softmax: dim is {dim}, expected a dimension of {scores.dim()}-d scores")
     if topk < 1:
         _fail("topk_softmax", f"topk is {topk}, expected at least 1")
+    _check_tolerance("topk_softmax", tolerance)
     if not (scores.is_floating_point() and dtype.is_floating_point):
         _fail("topk_softmax", f"scores and result must be floating point: {scores.dtype} -> {dtype}")
     return dim % dims

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ARGUMENTS = 10  # before the captured tensors
+_ARGUMENTS = 11  # before the captured tensors
 
 
 class Attention(torch.autograd.Function):
-    """apply(q, k, v, score, weight, topk, sizes, dropout_p, seed, lowering, *captured) -> out, logsumexp, threshold."""
+    """apply(q, k, v, score, weight, topk, sizes, dropout_p, seed, lowering, tolerance, *captured) ->
+    out, logsumexp, threshold."""
 
     generate_vmap_rule = True
 
@@ -26,7 +27,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        q, k, v, score, weight, topk, sizes, dropout_p, seed, lowering, *captured = inputs
+        q, k, v, score, weight, topk, sizes, dropout_p, seed, lowering, _tolerance, *captured = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(q, k, v, seed, *output, *captured)
         ctx.rest = (score, weight, topk, sizes, dropout_p, lowering)

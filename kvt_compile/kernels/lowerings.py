@@ -47,8 +47,12 @@ class Lowering(Protocol):
         sizes: Sequence[int],
         dropout_p: float,
         seed: Tensor | None,
+        tolerance: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(out, logsumexp, threshold), all contiguous."""
+        """(out, logsumexp, threshold), all contiguous.
+
+        `tolerance` allows, and does not ask for, another k in every row: any in `topk.kept_range(topk, tolerance)`.
+        A lowering that selects exactly may ignore it.  A backward needs none: the thresholds say what was kept."""
 
     def backward(
         self,
@@ -68,8 +72,10 @@ class Lowering(Protocol):
     ) -> Gradients:
         """(dq, dk, dv, [dcaptured]), contiguous, in their tensors' dtypes; None where `spec.needs_grad` is False."""
 
-    def softmax(self, scores: Tensor, dim: int, topk: int, dtype: torch.dtype) -> Tensor:
-        """Weights of the kept keys along `dim` (0 <= dim < max(scores.dim(), 1)), contiguous, in `dtype`."""
+    def softmax(self, scores: Tensor, dim: int, topk: int, dtype: torch.dtype, tolerance: float = 0.0) -> Tensor:
+        """Weights of the kept keys along `dim` (0 <= dim < max(scores.dim(), 1)), contiguous, in `dtype`.
+
+        `tolerance` as for `forward`."""
 
     def softmax_backward(self, grad: Tensor, weights: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
         """w * (g - sum(w * g)) along `dim`, contiguous, in `input_dtype`."""

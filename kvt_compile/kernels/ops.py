@@ -7,7 +7,9 @@
 
 q `[B, Hq, Nq, D]`, k `[B, Hk, Nk, D]`, v `[B, Hk, Nk, Dv]` with any strides; out `[B, Hq, Nq, Dv]` in v's dtype;
 logsumexp and threshold `[B, Hq, Nq]` in float32 (float64 when q is float64), not differentiable.  All results are
-contiguous.  Everything that changes a result is an argument, so compile caches key on it by themselves.
+contiguous.  Everything that changes a result is an argument, so compile caches key on it by themselves.  `tolerance` lets
+a row keep another number of keys than topk (`kvt_compile.topk.kept_range`) and has a default, so that programs saved
+without it still load; the backward reads what was kept from the thresholds.
 
 Raw `Library.define`/`impl` and not `custom_op`: the schema stands here as text that a reader and a saved program can be
 checked against, and a call costs 2 to 5 microseconds less (measured: 12 against 14, 19 against 24 with a gradient).
@@ -33,8 +35,8 @@ LIBRARY = torch.library.Library("kvt", "DEF")
 # flexible_layout: results are contiguous whatever the strides of the inputs, so Inductor may choose those freely
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 LIBRARY.define(
-    f"attention(Tensor q, Tensor k, Tensor v, Tensor[] captured, {_COMMON}, str lowering)"
-    " -> (Tensor out, Tensor logsumexp, Tensor threshold)",
+    f"attention(Tensor q, Tensor k, Tensor v, Tensor[] captured, {_COMMON}, str lowering,"
+    " float tolerance=0.0) -> (Tensor out, Tensor logsumexp, Tensor threshold)",
     tags=_TAGS,
 )
 LIBRARY.define(
@@ -44,7 +46,7 @@ LIBRARY.define(
     tags=_TAGS,
 )
 LIBRARY.define(
-    "topk_softmax(Tensor scores, int dim, SymInt topk, ScalarType dtype, str lowering) -> Tensor",
+    "topk_softmax(Tensor scores, int dim, SymInt topk, ScalarType dtype, str lowering, float tolerance=0.0) -> Tensor",
     tags=_TAGS,
 )
 LIBRARY.define(
@@ -75,12 +77,13 @@ def _attention(
     dropout_p: float,
     seed: Tensor | None,
     lowering: str,
+    tolerance: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_attention(q, k, v, captured, score, weight, topk, sizes, dropout_p, seed)
+    check_attention(q, k, v, captured, score, weight, topk, sizes, dropout_p, seed, tolerance)
     spec = KernelSpec.of(q, k, v, captured, score, weight, len(sizes), dropout_p)
     chosen = lowerings.choose(lowering, spec, q.device.type)
     with _without_autocast(q.device.type):
-        return chosen.forward(spec, q, k, v, captured, min(topk, k.shape[2]), sizes, dropout_p, seed)
+        return chosen.forward(spec, q, k, v, captured, min(topk, k.shape[2]), sizes, dropout_p, seed, tolerance)
 
 
 def _attention_fake(
@@ -95,8 +98,9 @@ def _attention_fake(
     dropout_p: float,
     seed: Tensor | None,
     lowering: str,
+    tolerance: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_attention(q, k, v, captured, score, weight, topk, sizes, dropout_p, seed)
+    check_attention(q, k, v, captured, score, weight, topk, sizes, dropout_p, seed, tolerance)
     rows = q.shape[:3]
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     return (
@@ -107,7 +111,7 @@ def _attention_fake(
 
 
 def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, captured, score, weight, topk, sizes, dropout_p, seed, lowering = inputs
+    q, k, v, captured, score, weight, topk, sizes, dropout_p, seed, lowering, _tolerance = inputs
     out, logsumexp, threshold = output
     ctx.mark_non_differentiable(logsumexp, threshold)
     ctx.save_for_backward(q, k, v, *captured, out, logsumexp, threshold, seed)
@@ -124,8 +128,10 @@ def _attention_autograd(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple[
         score, weight, topk, sizes, dropout_p, seed, needs_grad, lowering,
     )  # fmt: skip
     dq, dk, dv, *dcaptured = (x if need else None for x, need in zip((dq, dk, dv, *dcaptured), needs_grad, strict=True))
-    # register_autograd takes a list of numbers for one value, and an empty list for a list of tensors
-    return dq, dk, dv, list(dcaptured), None, None, None, None if sizes else [], None, None, None
+    # register_autograd takes a list of numbers for one value, and an empty list for a list of tensors; it wants as many
+    # results as there were arguments, and the dispatcher drops a last one that equals its default
+    others = [None] * (len(ctx.needs_input_grad) - 8)
+    return dq, dk, dv, list(dcaptured), None, None, None, None if sizes else [], *others
 
 
 # --- kvt::attention_backward ------------------------------------------------------------------------------------------
@@ -193,30 +199,34 @@ def _attention_backward_fake(
 # --- kvt::topk_softmax ------------------------------------------------------------------------------------------------
 
 
-def _topk_softmax(scores: Tensor, dim: int, topk: int, dtype: torch.dtype, lowering: str) -> Tensor:
-    dim = check_softmax(scores, dim, topk, dtype)
+def _topk_softmax(
+    scores: Tensor, dim: int, topk: int, dtype: torch.dtype, lowering: str, tolerance: float = 0.0
+) -> Tensor:
+    dim = check_softmax(scores, dim, topk, dtype, tolerance)
     if scores.numel() == 0:
         return torch.empty(scores.shape, dtype=dtype, device=scores.device)
     chosen = _choose_softmax(lowering, scores.dtype, dtype, scores.device.type)
     with _without_autocast(scores.device.type):
         keys = scores.shape[dim] if scores.dim() else 1
-        return chosen.softmax(scores, dim, min(topk, keys), dtype)
+        return chosen.softmax(scores, dim, min(topk, keys), dtype, tolerance)
 
 
-def _topk_softmax_fake(scores: Tensor, dim: int, topk: int, dtype: torch.dtype, lowering: str) -> Tensor:
-    check_softmax(scores, dim, topk, dtype)
+def _topk_softmax_fake(
+    scores: Tensor, dim: int, topk: int, dtype: torch.dtype, lowering: str, tolerance: float = 0.0
+) -> Tensor:
+    check_softmax(scores, dim, topk, dtype, tolerance)
     return scores.new_empty(scores.shape, dtype=dtype)
 
 
 def _topk_softmax_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    scores, dim, _, _, lowering = inputs
+    scores, dim, _, _, lowering, _tolerance = inputs
     ctx.save_for_backward(output)
     ctx.rest = (dim, scores.dtype, lowering)
 
 
 def _topk_softmax_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     (weights,) = ctx.saved_tensors
-    return torch.ops.kvt.topk_softmax_backward(grad, weights, *ctx.rest), None, None, None, None
+    return torch.ops.kvt.topk_softmax_backward(grad, weights, *ctx.rest), None, None, None, None, None
 
 
 def _topk_softmax_backward(grad: Tensor, weights: Tensor, dim: int, input_dtype: torch.dtype, lowering: str) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kvt_compile.kernels import dropout
 from kvt_compile.kernels import score as language
+from kvt_compile.topk import kept_range
 
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "lt": torch.lt,
@@ -83,17 +84,47 @@ def reference_attention(
     dropout_p and seed as for `kvt::attention`.
     """
     heads, keys = q.shape[1], k.shape[2]
-    k, v = (x.to(dtype).repeat_interleave(heads // max(x.shape[1], 1), dim=1) for x in (k, v))
-    names = _coordinates((*q.shape[:3], keys), q.device) | {f"n{n}": torch.tensor(x) for n, x in enumerate(sizes)}
-    s = q.to(dtype) @ k.transpose(-1, -2)
-    t = _evaluate(language.parse(score), names | {"s": s}, captured, dtype).to(dtype).expand(s.shape)
+    v = v.to(dtype).repeat_interleave(heads // max(v.shape[1], 1), dim=1)
+    names = _names(q, k, sizes)
+    t = reference_scores(q, k, captured, score=score, sizes=sizes, dtype=dtype)
     p, logsumexp, threshold, kept = reference_softmax(t, topk)
-    w = _evaluate(language.parse(weight), names | {"p": p}, captured, dtype).to(dtype).expand(s.shape)
+    w = _evaluate(language.parse(weight), names | {"p": p}, captured, dtype).to(dtype).expand(t.shape)
     if dropout_p > 0.0 and seed is not None:
         b, h, i, j = (names[x] for x in "bhij")
         offset = ((b * heads + h) * q.shape[2] + i) * keys + j
         w = torch.where(dropout.dropped(offset, seed, dropout_p), 0.0, w * dropout.keep_scale(dropout_p))
     return Reference(w @ v, logsumexp, threshold, kept)
+
+
+def reference_scores(
+    q: Tensor,
+    k: Tensor,
+    captured: Sequence[Tensor] = (),
+    *,
+    score: str = "s",
+    sizes: Sequence[int] = (),
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """The final scores t `[B, Hq, Nq, Nk]` in `dtype`; arguments as for `reference_attention`."""
+    s = q.to(dtype) @ k.to(dtype).repeat_interleave(q.shape[1] // max(k.shape[1], 1), dim=1).transpose(-1, -2)
+    names = _names(q, k, sizes) | {"s": s}
+    return _evaluate(language.parse(score), names, captured, dtype).to(dtype).expand(s.shape)
+
+
+def within_tolerance(t: Tensor, kept: Tensor, topk: int, tolerance: float) -> Tensor:
+    """Scores t and kept `[..., Nk]` -> `[...]` bool: whether a row keeps what it may under a tolerance.
+
+    That is what it would keep, exactly and with all ties, for some k' in `kept_range(topk, tolerance)`.  A row that
+    dense softmax makes NaN may say anything.
+    """
+    low, high = kept_range(topk, tolerance)
+    valid = t > -torch.inf
+    broken = (t.isnan() | (t == torch.inf)).any(-1)
+    smallest = torch.where(kept, t, torch.inf).amin(-1, keepdim=True)
+    closed = (kept == ((t >= smallest) & valid)).all(-1)
+    enough = kept.sum(-1) >= valid.sum(-1).clamp(max=low)
+    few = (t > smallest).sum(-1) < high  # the keys above the ties at the threshold: the ties may exceed
+    return (closed & enough & few) | broken
 
 
 def reference_softmax(t: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -112,6 +143,11 @@ def reference_softmax(t: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor, Ten
     weights = masked.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
     threshold = tau.masked_fill((kept == valid).all(-1, keepdim=True), -torch.inf).masked_fill(broken, torch.nan)
     return weights, masked.logsumexp(-1).masked_fill(broken.squeeze(-1), torch.nan), threshold.squeeze(-1), kept
+
+
+def _names(q: Tensor, k: Tensor, sizes: Sequence[int]) -> dict[str, Tensor]:
+    coordinates = _coordinates((*q.shape[:3], k.shape[2]), q.device)
+    return coordinates | {f"n{n}": torch.tensor(x) for n, x in enumerate(sizes)}
 
 
 def _coordinates(shape: Sequence[int], device: torch.device) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ class ReferenceLowering:
         sizes: Sequence[int],
         dropout_p: float,
         seed: Tensor | None,
+        tolerance: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         result = reference_attention(
             q, k, v, captured, topk=topk, score=spec.score, weight=spec.weight,
@@ -81,7 +82,7 @@ class ReferenceLowering:
             gradients[n] = gradient.to(inputs[n].dtype).contiguous()
         return gradients[0], gradients[1], gradients[2], gradients[3:]
 
-    def softmax(self, scores: Tensor, dim: int, topk: int, dtype: torch.dtype) -> Tensor:
+    def softmax(self, scores: Tensor, dim: int, topk: int, dtype: torch.dtype, tolerance: float = 0.0) -> Tensor:
         rows = scores.double().reshape(1) if scores.dim() == 0 else scores.double().movedim(dim, -1)
         weights = reference_softmax(rows, topk)[0]
         return weights.movedim(-1, dim).to(dtype).contiguous().view(scores.shape)

@@ -89,7 +89,8 @@ class _Writer:
                     if self._is_scale(factor):
                         below = f"<msqrt>{_number(float(str(self._head_dim)))}</msqrt>"
                         return f"<mfrac>{_row(self.write(rest)[0])}{below}</mfrac>", _PRODUCT
-                return _row(self.at(node.left, _PRODUCT), _op("⁢"), self.at(node.right, _PRODUCT)), _PRODUCT
+                sign = "⁢" if isinstance(node.left, ast.Constant) else "·"  # invisible after a number
+                return _row(self.at(node.left, _PRODUCT), _op(sign), self.at(node.right, _PRODUCT)), _PRODUCT
             case ast.Div():
                 return f"<mfrac>{_row(self.write(node.left)[0])}{_row(self.write(node.right)[0])}</mfrac>", _PRODUCT
             case ast.Pow():

@@ -19,6 +19,7 @@ from .meaning_layout import PULL, REARRANGES
 from .provenance import kind_of_axis
 from .read import DROP, Leaf, Reader, aligned
 from .site import Axis, Groups, Operand
+from .sizes import size_sources
 from .values import Dim, Value, product, same
 
 
@@ -97,9 +98,10 @@ def assemble(reading: Reading, facts: Facts) -> Assembled:
     weights, has_dropout = _without_dropout(reading.weights, reading.anchor)
     score, weight = printed.expression(scores), printed.expression(weights)
     _check_weight(weight, reading.anchor)
+    operands = Operand(q, q_at, q_dtype), Operand(k, k_at, q_dtype), Operand(v, v_at, v_dtype)
+    _check_sizes(operands, groups, reading.anchor)
     return Assembled(
-        axis, groups,
-        Operand(q, q_at, q_dtype), Operand(k, k_at, q_dtype), Operand(v, v_at, v_dtype),
+        axis, groups, *operands,
         score, weight, tuple(printed.captured), tuple(printed.sizes), has_dropout,
         (reading.query[0], reading.key[0], reading.value[0]),
     )  # fmt: skip
@@ -158,7 +160,8 @@ def _scale(reader: Reader, other: object, coords: Coords) -> sympy.Expr | None:
 
 
 def _atoms(coords: Coords) -> set[Atom]:
-    return {a for c in coords for a in c.digits}
+    """The counters that run; a constant digit is a matter of reading the operand."""
+    return {a for c in coords for a in c.digits if a.fixed is None}
 
 
 def _groups(reading: Reading, q: Coords, k: Coords, v: Coords) -> Groups:
@@ -166,7 +169,7 @@ def _groups(reading: Reading, q: Coords, k: Coords, v: Coords) -> Groups:
     keys = space.resolve(reading.keys).digits
     features = space.resolve(reading.features).digits
     in_q, in_k, in_v = _atoms(q), _atoms(k), _atoms(v)
-    rows = [space.resolve(c).digits for c in reading.rows]
+    rows = [[a for a in space.resolve(c).digits if a.fixed is None] for c in reading.rows]
     if not set(keys) <= in_k or not set(keys) <= in_v or set(keys) & in_q:
         raise Miss("axes", anchor, "the softmax axis is not one axis shared by the keys and the values alone")
     if not set(features) <= in_q or not set(features) <= in_k:
@@ -197,6 +200,19 @@ def _groups(reading: Reading, q: Coords, k: Coords, v: Coords) -> Groups:
     if everything - _atoms(space.resolve_all(reading.out)):
         raise Miss("axes", anchor, "the product with the values sums over more than the keys")
     return Groups(tuple(rest), tuple(heads), tuple(group), queries, keys, features, value_features)
+
+
+def _check_sizes(operands: tuple[Operand, Operand, Operand], groups: Groups, anchor: Value) -> None:
+    """Every size the rewrite will have to write down must be a number or readable from an operand."""
+    sources = size_sources(operands)
+    digits = [a for x in operands for coord in x.coords for a in coord.digits]
+    digits += [a for name in groups.__dataclass_fields__ for a in getattr(groups, name)]
+    if any(not isinstance(a.size, int) and a not in sources for a in digits):
+        raise Miss("axes", anchor, "an axis has a dynamic size that is no dimension of queries, keys or values")
+    for operand in operands:
+        for coord in operand.coords:
+            if coord.step != 1 and not all(isinstance(a.size, int) for a in coord.digits):
+                raise Miss("axes", anchor, "every so many elements are taken of an axis whose size is dynamic")
 
 
 class _Printed:

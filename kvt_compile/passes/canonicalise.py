@@ -265,6 +265,8 @@ def _mutates(node: fx.Node) -> bool:
 def _setitem(state: _State, node: fx.Node) -> None:
     target_node, items, written = node.args
     assert isinstance(target_node, fx.Node)
+    if _is_there_already(target_node, items, written):
+        return
     target = state.env[target_node]
     builder = Builder(node, target.shape, target.dtype, state.modules)
     view = index(builder, target, _lookup(state, items))
@@ -273,6 +275,22 @@ def _setitem(state: _State, node: fx.Node) -> None:
         source = _lookup(state, written)
         new = _scatter(target, view, source, builder)
     _store(state, node, target_node, new or _opaque_value(state, node, meta_value(target_node)))
+
+
+def _is_there_already(target: fx.Node, items: Any, written: Any) -> bool:
+    """`x[i] += y` ends with writing to x[i] what x[i] holds."""
+    if not isinstance(written, fx.Node) or storage_of(written) is None or storage_of(written) != storage_of(target):
+        return False
+    where = fx.map_arg(items, meta_value)
+    if any(isinstance(item, torch.Tensor) for item in (where if isinstance(where, tuple) else (where,))):
+        return False  # reading at positions known only at run time copies
+    view, source = meta_value(target)[where], meta_value(written)
+    same_place = view.untyped_storage()._cdata == source.untyped_storage()._cdata
+    return bool(same_place and _extent(view) == _extent(source))
+
+
+def _extent(x: torch.Tensor) -> tuple[Any, ...]:
+    return (x.dtype, x.storage_offset(), tuple(x.shape), tuple(x.stride()))
 
 
 def _scatter(target: Value, view: Value, written: Any, builder: Builder) -> Value | None:
@@ -345,8 +363,8 @@ def _store(state: _State, node: fx.Node, target: fx.Node, new: Value) -> None:
     builder = Builder(node, old.shape, old.dtype, state.modules)
     # up: from the written view to the tensor it views, until the storage's first node
     child, child_new = old, new
-    while child.kind == "layout" and any(child.inputs[0] is v for v in before.values()):
-        parent = child.inputs[0]
+    while child.kind == "layout" and any(child.inputs[0] is v or child.inputs[0].node is child.node for v in before.values()):
+        parent = child.inputs[0]  # held by a node, or one of several steps a node takes (x[1:, 1:])
         updated = _put(parent, [child], child_new, replace(builder, shape=parent.shape, dtype=parent.dtype))
         if updated is None:
             updated = _forgotten(node, parent)

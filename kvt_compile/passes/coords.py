@@ -189,10 +189,13 @@ class Space:
 
     def shifted(self, coord: Coord, start: int, step: int) -> Coord | None:
         """start + step*coordinate: what reading through a slice does; undoes `inside` exactly."""
-        if step == 1 and coord.plain and len(coord.digits) == 1:
-            derived = coord.digits[0].derived
-            if derived is not None and derived.start == start and coord.digits[0] not in self._split:
-                return derived.of
+        if step == 1 and coord.plain and coord.digits:
+            atom = coord.digits[0]
+            while (parent := self.parent_of(atom)) is not None:
+                atom = parent[0]
+            if atom.derived is not None and atom.derived.start == start:
+                if tuple(self._leaves((atom,))) == self.resolve(coord).digits:
+                    return atom.derived.of
         if coord.step != 1 and step != 1:
             return None
         return Coord(coord.digits, start + step * coord.start, step * coord.step)

@@ -17,8 +17,9 @@ from torch import fx
 from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
-from .coords import Atom
+from .coords import Atom, Coord
 from .site import Operand
+from .sizes import SizeSource, is_part, size_sources
 from .values import meta_value, product
 
 aten = torch.ops.aten
@@ -31,7 +32,7 @@ class Emitter:
     def __init__(self, graph: fx.Graph, before: fx.Node, like: fx.Node, renamed: dict[fx.Node, fx.Node]) -> None:
         self._graph, self._before, self._like, self._renamed = graph, before, like, renamed
         self._key = "example_value" if "example_value" in like.meta else "val"
-        self._sizes: dict[Atom, tuple[fx.Node, int, Group]] = {}
+        self._sizes: dict[Atom, SizeSource] = {}
 
     def node(self, node: fx.Node) -> fx.Node:
         """The node that now stands for `node`."""
@@ -57,16 +58,9 @@ class Emitter:
 
     # ---- sizes -----------------------------------------------------------------------------------------------------
 
-    def know_sizes(self, operand: Operand) -> None:
-        """Remembers where dynamic sizes can be read: dimensions of an operand that is in the graph."""
-        assert operand.value.holder is not None
-        node = self.node(operand.value.holder)
-        for dim, coord in enumerate(operand.coords):
-            for atom in coord.digits:
-                if not isinstance(atom.size, int):
-                    best = self._sizes.get(atom)
-                    if best is None or len(best[2]) > len(coord.digits):
-                        self._sizes[atom] = (node, dim, coord.digits)
+    def know_sizes(self, *operands: Operand) -> None:
+        """Remembers where dynamic sizes can be read: dimensions of operands that are in the graph."""
+        self._sizes = size_sources(operands)
 
     def size(self, atoms: Group) -> Any:
         """The product of the atoms' sizes: an int, or a node that holds it."""
@@ -79,12 +73,10 @@ class Emitter:
         return result
 
     def _dynamic(self, atom: Atom) -> fx.Node:
-        if atom not in self._sizes:
-            raise NotImplementedError(f"the dynamic size {atom.size} is not a dimension of q, k or v")
-        node, dim, digits = self._sizes[atom]
-        size = self.call(aten.sym_size.int, node, dim)
-        others = [a for a in digits if a is not atom]
-        return size if not others else self.call(operator.floordiv, size, self.size(tuple(others)))
+        source = self._sizes[atom]
+        assert source.operand.value.holder is not None
+        size = self.call(aten.sym_size.int, self.node(source.operand.value.holder), source.dim)
+        return size if not source.others else self.call(operator.floordiv, size, self.size(source.others))
 
     # ---- axes ------------------------------------------------------------------------------------------------------
 
@@ -92,9 +84,32 @@ class Emitter:
         """The operand as a tensor with one dimension per group; axes it lacks are expanded (stride 0)."""
         assert operand.value.holder is not None
         x = self.node(operand.value.holder)
-        x = self.arrange(x, [c.digits for c in operand.coords], groups)
+        for dim in range(len(operand.coords)):
+            if is_part(operand, dim):
+                x = self._part(x, dim, operand.coords[dim])
+        x = self.arrange(*self._selected(x, [c.digits for c in operand.coords]), groups)
         fake = meta_value(x)
         return x if fake.dtype == operand.dtype else self.call(aten.to.dtype, x, operand.dtype)
+
+    def _part(self, x: fx.Node, dim: int, coord: Coord) -> fx.Node:
+        """The slice of a dimension that a coordinate runs over."""
+        size = self.size(coord.digits)
+        if isinstance(size, int):
+            end = coord.start + coord.step * (size - 1) + 1
+            return self.call(aten.slice.Tensor, x, dim, coord.start, end, coord.step)
+        return self.call(aten.slice.Tensor, x, dim, coord.start, self.call(operator.add, size, coord.start))
+
+    def _selected(self, x: fx.Node, dims: Sequence[Group]) -> tuple[fx.Node, list[Group]]:
+        """Without the digits that are constants: (tensor, the atoms of its dimensions)."""
+        if not any(a.fixed is not None for dim in dims for a in dim):
+            return x, list(dims)
+        atoms = [a for dim in dims for a in dim]
+        if any(len(dim) != 1 for dim in dims):
+            x = self._reshape(x, [(a,) for a in atoms])
+        for position in reversed(range(len(atoms))):
+            if atoms[position].fixed is not None:
+                x = self.call(aten.select.int, x, position, atoms[position].fixed)
+        return x, [(a,) for a in atoms if a.fixed is None]
 
     def arrange(self, x: fx.Node, dims: Sequence[Group], groups: Sequence[Group]) -> fx.Node:
         """From dimensions `dims` to dimensions `groups`, both in atoms."""

@@ -41,6 +41,7 @@ def run_passes(
     policy: Policy,
     *,
     lowering: str = "auto",
+    tolerance: float = 0.0,
     origins: dict[str, str] | None = None,
     apply: bool = True,
     watch: Watch | None = None,
@@ -51,6 +52,7 @@ def run_passes(
         gm: graph with fake values in its nodes' meta; changed in place when `apply`.
         policy: which sites to rewrite and how many keys to keep.
         lowering: name of the lowering the new nodes ask for.
+        tolerance: by which share of k the number of keys a row keeps may differ from k.
         origins: placeholder name -> "parameter" | "buffer", where the capture knows.
         apply: False only finds and decides (composites are still expanded, with the same meaning).
         watch: is shown every graph between the passes; it must not change it.
@@ -65,14 +67,33 @@ def run_passes(
         if watch:
             watch("found", name, graph, decided, found.refusals)
         if apply:
-            changed |= rewrite(graph, decided, lowering)
+            changed |= rewrite(graph, decided, lowering, tolerance)
             if watch:
                 watch("rewritten", name, graph, decided, found.refusals)
         decisions += decided
         refusals += found.refusals
-        for refusal in found.refusals:
-            log.debug("left alone: %s (%s): %s", refusal.node, refusal.where, refusal.reason)
+        if log.isEnabledFor(logging.DEBUG):
+            _tell(decided, found.refusals)
     return PassResult(changed, tuple(decisions), tuple(refusals))
+
+
+def _tell(decided: Sequence[Decision], refusals: Sequence[Refusal]) -> None:
+    """One record a site and a refusal; `record.kvt` has the same as data, for handlers that write JSON."""
+    for decision in decided:
+        site = decision.site
+        facts = {
+            "event": "left dense" if decision.topk is None else site.tier, "module": site.where.module,
+            "file": site.where.file, "line": site.where.line, "queries": site.queries, "keys": site.keys,
+            "topk": decision.topk, "score": site.score, "reason": decision.reason or site.tier_reason,
+        }  # fmt: skip
+        kept = decision.reason if decision.topk is None else f"k = {decision.topk} of {site.keys}, score {site.score}"
+        log.debug("%s: %s: %s", facts["event"], site.where, kept, extra={"kvt": facts})
+    for refusal in refusals:
+        facts = {
+            "event": "left alone", "module": refusal.where.module, "file": refusal.where.file,
+            "line": refusal.where.line, "node": refusal.node.name, "step": refusal.step, "reason": refusal.reason,
+        }  # fmt: skip
+        log.debug("left alone: %s (%s): %s", refusal.node, refusal.where, refusal.reason, extra={"kvt": facts})
 
 
 def nested_graphs(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:

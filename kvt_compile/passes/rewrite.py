@@ -21,6 +21,8 @@ from .site import Fused, ScoresKept
 from .values import Value, meta_value
 
 aten = torch.ops.aten
+How = tuple[str, float]
+"""The last arguments of a forward op: lowering, tolerance."""
 
 
 class DropoutRate(nn.Module):
@@ -34,7 +36,9 @@ class DropoutRate(nn.Module):
         return self.p if self.training else 0.0
 
 
-def rewrite(gm: fx.GraphModule, decisions: Iterable[Decision], lowering: str = "auto") -> bool:
+def rewrite(
+    gm: fx.GraphModule, decisions: Iterable[Decision], lowering: str = "auto", tolerance: float = 0.0
+) -> bool:
     """Rewrites every decided site of the graph in place and returns whether anything changed.
 
     The graph is linted before and after; a site whose decision has no k is not touched.
@@ -46,9 +50,9 @@ def rewrite(gm: fx.GraphModule, decisions: Iterable[Decision], lowering: str = "
             continue
         plan = decision.site.plan
         if isinstance(plan, Fused):
-            _fuse(gm, plan, decision.topk, lowering, renamed)
+            _fuse(gm, plan, decision.topk, (lowering, tolerance), renamed)
         else:
-            _keep_scores(gm.graph, plan, decision.topk, lowering, renamed)
+            _keep_scores(gm.graph, plan, decision.topk, (lowering, tolerance), renamed)
     if not renamed:
         return False
     gm.graph.lint()
@@ -56,10 +60,9 @@ def rewrite(gm: fx.GraphModule, decisions: Iterable[Decision], lowering: str = "
     return True
 
 
-def _fuse(gm: fx.GraphModule, plan: Fused, topk: TopK, lowering: str, renamed: dict[fx.Node, fx.Node]) -> None:
+def _fuse(gm: fx.GraphModule, plan: Fused, topk: TopK, how: How, renamed: dict[fx.Node, fx.Node]) -> None:
     emit = Emitter(gm.graph, plan.node, plan.node, renamed)
-    for operand in (plan.q, plan.k, plan.v):
-        emit.know_sizes(operand)
+    emit.know_sizes(plan.q, plan.k, plan.v)
     g = plan.groups
     heads = (*g.kv_heads, *g.group)
     q = emit.operand(plan.q, (g.batch, heads, g.queries, g.features))
@@ -70,7 +73,7 @@ def _fuse(gm: fx.GraphModule, plan: Fused, topk: TopK, lowering: str, renamed: d
     rate, seed = _dropout(gm, plan, emit, q)
     call = emit.call(
         torch.ops.kvt.attention.default, q, k, v, captured, plan.score, plan.weight,
-        _keys_to_keep(emit, topk, emit.size(g.keys)), sizes, rate, seed, lowering,
+        _keys_to_keep(emit, topk, emit.size(g.keys)), sizes, rate, seed, *how,
     )  # fmt: skip
     out = emit.call(operator.getitem, call, 0)
     out = emit.arrange(out, (g.batch, heads, g.queries, g.value_features), plan.out)
@@ -106,7 +109,7 @@ def _keys_to_keep(emit: Emitter, topk: TopK, keys: Any) -> Any:
     return emit.call(operator.floordiv, emit.call(operator.add, scaled, share.denominator - 1), share.denominator)
 
 
-def _keep_scores(graph: fx.Graph, plan: ScoresKept, topk: TopK, lowering: str, renamed: dict[fx.Node, fx.Node]) -> None:
+def _keep_scores(graph: fx.Graph, plan: ScoresKept, topk: TopK, how: How, renamed: dict[fx.Node, fx.Node]) -> None:
     emit = Emitter(graph, plan.node, plan.node, renamed)
     assert plan.scores.holder is not None
     scores = emit.node(plan.scores.holder)
@@ -114,7 +117,7 @@ def _keep_scores(graph: fx.Graph, plan: ScoresKept, topk: TopK, lowering: str, r
     keys = size if isinstance(size, int) else emit.call(aten.sym_size.int, scores, plan.dim)
     dtype = meta_value(plan.node).dtype
     new = emit.call(
-        torch.ops.kvt.topk_softmax.default, scores, plan.dim, _keys_to_keep(emit, topk, keys), dtype, lowering
+        torch.ops.kvt.topk_softmax.default, scores, plan.dim, _keys_to_keep(emit, topk, keys), dtype, *how
     )
     if plan.written:
         new = emit.call(aten.clone.default, new)

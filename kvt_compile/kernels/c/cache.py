@@ -13,6 +13,7 @@ import logging
 import os
 import tempfile
 import warnings
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -43,6 +44,32 @@ def load(source: str, settings: Settings) -> ctypes.CDLL:
                 "Set KVT_CACHE_DIR to a folder that can be written."
             )
     return ctypes.CDLL(str(path))
+
+
+@dataclass(frozen=True)
+class Built:
+    """A kernel in the cache: its object, and the source beside it."""
+
+    path: Path
+
+    @property
+    def source(self) -> Path:
+        return self.path.with_suffix(".c")
+
+    @property
+    def size(self) -> int:
+        """Bytes of both files."""
+        return sum(x.stat().st_size for x in (self.path, self.source) if x.exists())
+
+    def remove(self) -> None:
+        """A process that has it loaded keeps it; others build it again."""
+        for path in (self.path, self.source):
+            path.unlink(missing_ok=True)
+
+
+def built(cache: Path) -> list[Built]:
+    """Every kernel kept in a cache folder, by name."""
+    return [Built(path) for path in sorted((cache / "c").glob("*.so"))]
 
 
 def is_whole(path: Path) -> bool:

@@ -62,9 +62,10 @@ class CLowering:
         sizes: Sequence[int],
         dropout_p: float,
         seed: Tensor | None,
+        tolerance: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if not self.built(spec):
-            return self.fallback.forward(spec, q, k, v, captured, topk, sizes, dropout_p, seed)
+            return self.fallback.forward(spec, q, k, v, captured, topk, sizes, dropout_p, seed, tolerance)
         return launch.forward(spec, self.settings, q, k, v, captured, topk, sizes, dropout_p, seed)
 
     def backward(
@@ -91,10 +92,10 @@ class CLowering:
             spec, self.settings, grad_out, q, k, v, captured, logsumexp, threshold, topk, sizes, dropout_p, seed
         )
 
-    def softmax(self, scores: Tensor, dim: int, topk: int, dtype: torch.dtype) -> Tensor:
+    def softmax(self, scores: Tensor, dim: int, topk: int, dtype: torch.dtype, tolerance: float = 0.0) -> Tensor:
         spec = rows.spec_of(scores.dtype, dtype)
         if not self.built(spec):
-            return self.fallback.softmax(scores, dim, topk, dtype)
+            return self.fallback.softmax(scores, dim, topk, dtype, tolerance)
         return rows.softmax(spec, self.settings, scores, dim, topk, dtype)
 
     def softmax_backward(self, grad: Tensor, weights: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:

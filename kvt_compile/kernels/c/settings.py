@@ -1,6 +1,6 @@
 """Environment -> settings of the C lowering.  The one place of `kernels/c` that reads the environment.
 
-KVT_CACHE_DIR      folder of built kernels (default: $XDG_CACHE_HOME/kvt_compile, ~/.cache/kvt_compile)
+KVT_CACHE_DIR      folder of built kernels (see `kernels/cache_folder.py`)
 CC                 C compiler (default: the first of cc, gcc, clang on the PATH)
 KVT_CPU            "native" (default) or an instruction set of `toolchain.TARGETS`
 """
@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+
+from kvt_compile.kernels.cache_folder import cache_folder
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,4 @@ class Settings:
 
 def from_environment() -> Settings:
     """Settings as the environment has them now."""
-    own, base = os.environ.get("KVT_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        cache = Path(own).expanduser()
-    else:
-        cache = (Path(base) if base and Path(base).is_absolute() else Path("~/.cache").expanduser()) / "kvt_compile"
-    return Settings(cache, os.environ.get("CC") or None, os.environ.get("KVT_CPU") or "native")
+    return Settings(cache_folder(), os.environ.get("CC") or None, os.environ.get("KVT_CPU") or "native")

@@ -1,0 +1,28 @@
+"""Kernel + GPU + shape -> the fastest of some candidates, measured once and kept on disk.  Knows nothing of Triton.
+
+    key.py     what a result holds for      store.py      result <-> readable JSON file     timing.py  how long a run takes
+    mode.py    what the user asked for      transfer.py   results <-> one file              lock.py    one process at a time
+    tuner.py   the choice itself            progress.py   what a person sees meanwhile
+
+A kernel's launcher calls `pick(Key.on(device, ...), candidates, default, run, requested(spec))`.
+"""
+
+from __future__ import annotations
+
+from kvt_compile.kernels.tune.key import Key, ShapeClass, digest
+from kvt_compile.kernels.tune.mode import Mode, request, requested
+from kvt_compile.kernels.tune.tuner import Candidate, Tuner, Unfit, pick, watching
+
+__all__ = [
+    "Candidate",
+    "Key",
+    "Mode",
+    "ShapeClass",
+    "Tuner",
+    "Unfit",
+    "digest",
+    "pick",
+    "request",
+    "requested",
+    "watching",
+]

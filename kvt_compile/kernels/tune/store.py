@@ -1,0 +1,159 @@
+"""Result <-> file: <cache>/tune/<gpu>/<part>-<sizes>-<digest>.json, one result a file, key and winner in readable form.
+
+One file each, so that nothing is ever read, changed and written back: any number of processes may write, and a damaged
+file costs one result.  A file appears by atomic rename.  Results that come with the package (`shipped/`, one file per
+GPU in the form of `transfer.py`) are looked up after the user's own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from kvt_compile.kernels.tune.key import Key, checked
+
+FORMAT = 1
+SHIPPED = Path(__file__).parent / "shipped"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One candidate and its median."""
+
+    candidate: Mapping[str, Any]
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """One candidate that could not be timed, and why."""
+
+    candidate: Mapping[str, Any]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One result."""
+
+    key: Key
+    winner: Mapping[str, Any]
+    measured: tuple[Measured, ...] = ()
+    dropped: tuple[Dropped, ...] = ()
+    date: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Entry:
+        """Raises ValueError naming the field that is missing or wrong."""
+        if isinstance(data, dict) and data.get("format") != FORMAT:
+            raise ValueError(f"format is {data.get('format')!r}, expected {FORMAT}")
+        fields = {"format": int, "key": dict, "winner": dict, "measured": list, "dropped": list, "date": str}
+        values = checked(data, fields, "the result")
+        measured = [checked(x, {"candidate": dict, "milliseconds": float}, "measured") for x in values["measured"]]
+        dropped = [checked(x, {"candidate": dict, "reason": str}, "dropped") for x in values["dropped"]]
+        return cls(
+            Key.from_dict(values["key"]),
+            values["winner"],
+            tuple(Measured(**x) for x in measured),
+            tuple(Dropped(**x) for x in dropped),
+            values["date"],
+        )
+
+
+class Store:
+    """The results below a folder, and the shipped ones."""
+
+    def __init__(self, folder: Path, shipped: Path = SHIPPED) -> None:
+        self.folder, self.shipped = folder, shipped
+
+    def path(self, key: Key) -> Path:
+        return self.folder / key.folder / f"{key.name}.json"
+
+    def lock(self, key: Key) -> Path:
+        """One for all kernels of a GPU: two at once would spoil each other's times."""
+        return self.folder / key.folder / ".lock"
+
+    def load(self, key: Key) -> Entry | None:
+        """The user's result, else the shipped one, else None.  A damaged file gets a warning that names it."""
+        path = self.path(key)
+        entry = read_entry(path)
+        if entry is not None and entry.key != key:
+            warn_once(f"{path} holds another result than its name says (for {entry.key}) and is ignored: remove it")
+            entry = None
+        return entry or self._shipped.get(key)
+
+    def save(self, entry: Entry) -> Path:
+        """Raises OSError where the folder cannot be written."""
+        path = self.path(entry.key)
+        write_atomically(path, json.dumps(entry.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        return path
+
+    def entries(self) -> Iterator[tuple[Path, Entry]]:
+        """The user's own results, by file name."""
+        for path in self.files():
+            entry = read_entry(path)
+            if entry is not None:
+                yield path, entry
+
+    def files(self) -> list[Path]:
+        """Every file of a result, damaged ones too."""
+        return sorted(self.folder.glob("*/*.json"))
+
+    @cached_property
+    def _shipped(self) -> dict[Key, Entry]:
+        from kvt_compile.kernels.tune.transfer import BadFile, parse
+
+        found: dict[Key, Entry] = {}
+        for path in sorted(self.shipped.glob("*.json")):
+            try:
+                found |= {entry.key: entry for entry in parse(path)}
+            except BadFile as error:
+                warn_once(f"{error}; the results in it are ignored")
+        return found
+
+
+def read_entry(path: Path) -> Entry | None:
+    """The result in a file; None where there is no file, or, with a warning that names it, no readable one."""
+    try:
+        return parse_entry(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        warn_once(f"the tuning result {path} cannot be read and is ignored: {error}; it will be replaced when tuned again")
+        return None
+
+
+def parse_entry(path: Path) -> Entry:
+    """The result in a file.  Raises OSError, or ValueError saying what is wrong with it."""
+    try:
+        return Entry.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A reader sees the old file, or none, or the whole new one.  Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # in the same folder, as a rename is atomic only there
+    with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent, ignore_cleanup_errors=True) as work:
+        new = Path(work, path.name)
+        with new.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+
+
+@lru_cache(maxsize=256)
+def warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)

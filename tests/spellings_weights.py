@@ -1,0 +1,165 @@
+"""Spellings of what happens to the attention weights: dropout, gates, mixtures of maps, other readers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from spellings import B, D, H, N, spelling
+from torch import Tensor, nn
+
+
+@spelling("fused", weight="p")
+def dropout_of_nothing(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.dropout((q @ k.mT).softmax(-1), p=0.0, training=True) @ v
+
+
+@spelling("fused", weight="p")
+def dropout_in_evaluation(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.dropout((q @ k.mT).softmax(-1), 0.3, False) @ v
+
+
+@spelling("fused", weight="p")
+def dropout_module(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return m.dropout((q @ k.mT).softmax(-1)) @ v
+
+
+@spelling("fused", weight="p*c0[h, 0, 0]")
+def head_gate(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.mT).softmax(-1) * m.p("gate", H, 1, 1)) @ v
+
+
+@spelling("fused")
+def head_gate_beside_a_bias(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q * m.p("scale")) @ k.mT + m.p("bias", H, N, N)
+    return (scores.softmax(-1) * torch.sigmoid(m.p("gate", H, 1, 1))) @ v
+
+
+@spelling("fused")
+def mask_after_the_softmax(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.mT).softmax(-1) * m.b("mask", lambda: (torch.rand(N, N) < 0.7).float()).to(q.dtype)) @ v
+
+
+@spelling("fused", weight="0.5*p")
+def weights_scaled(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.mT).softmax(-1) / 2) @ v
+
+
+@spelling("scores-kept", reason="not pointwise")
+def talking_heads(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """CaiT: a linear map over the heads before and after."""
+    before, after = m.layer("before", lambda: nn.Linear(H, H)), m.layer("after", lambda: nn.Linear(H, H))
+    scores = before((q @ k.mT).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return after(scores.softmax(-1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2) @ v
+
+
+@spelling("scores-kept", reason="not pointwise")
+def talking_heads_by_convolution(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """EfficientFormer v2."""
+    before, after = m.layer("before", lambda: nn.Conv2d(H, H, 1)), m.layer("after", lambda: nn.Conv2d(H, H, 1))
+    return after(before(q @ k.mT).softmax(-1)) @ v
+
+
+@spelling("scores-kept")
+def talking_heads_by_einsum(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.einsum("bhij,hg->bgij", (q @ k.mT).softmax(-1), m.p("mix", H, H))
+    return weights @ v
+
+
+@spelling("scores-kept")
+def re_attention(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """DeepViT: heads mixed after the softmax, then normalised."""
+    weights = torch.einsum("bhij,hg->bgij", (q @ k.mT).softmax(-1), m.p("theta", H, H))
+    return m.layer("norm", lambda: nn.BatchNorm2d(H).eval())(weights) @ v
+
+
+@spelling("scores-kept")
+def difference_of_two_halves(m: Any, x: Tensor) -> Tensor:
+    """Differential attention: one softmax over doubled heads."""
+    q, k, v = (y.reshape(B, H, N, 2, D // 2).transpose(2, 3).reshape(B, 2 * H, N, D // 2) for y in m.heads(x))
+    weights = (q @ k.mT).softmax(-1).view(B, H, 2, N, N)
+    return (weights[:, :, 0] - m.p("lam") * weights[:, :, 1]) @ v[:, :H]
+
+
+@spelling("scores-kept", "scores-kept", reason="revives")
+def difference_of_two_softmaxes(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    first, second = (q[..., :2] @ k[..., :2].mT).softmax(-1), (q[..., 2:] @ k[..., 2:].mT).softmax(-1)
+    return (first - m.p("lam") * second) @ v
+
+
+@spelling("fused", "fused")
+def difference_of_two_outputs(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The fused spelling: two calls of SDPA."""
+    first = F.scaled_dot_product_attention(q[..., :2], k[..., :2], v)
+    return first - m.p("lam") * F.scaled_dot_product_attention(q[..., 2:], k[..., 2:], v)
+
+
+@spelling("scores-kept", "refused")
+def positional_gate(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """ConViT: a mixture of content attention and a learned positional map, normalised again."""
+    content = (q @ k.mT).softmax(-1)
+    positions = m.layer("positions", lambda: nn.Linear(3, H))(m.b("where", lambda: torch.randn(N, N, 3)))
+    gate = torch.sigmoid(m.p("gate", H)).view(1, -1, 1, 1)
+    weights = (1.0 - gate) * content + gate * positions.permute(2, 0, 1)[None].softmax(-1)
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+@spelling("scores-kept", reason="read by")
+def weights_returned(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    weights = (q @ k.mT * 0.5).softmax(-1)
+    return weights @ v, weights
+
+
+@spelling("scores-kept", reason="read by")
+def weights_averaged_over_heads(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    weights = (q @ k.mT * 0.5).softmax(-1)
+    return weights @ v, weights.mean(1)
+
+
+@spelling("scores-kept", reason="read by")
+def scores_returned(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    scores = q @ k.mT
+    return scores.softmax(-1) @ v, scores
+
+
+@spelling("scores-kept", reason="read by")
+def two_values(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One map, two products: the map is worth making once."""
+    weights = (q @ k.mT).softmax(-1)
+    return weights @ v + weights @ torch.sin(v)
+
+
+@spelling("scores-kept", reason="read by")
+def two_values_and_another_reader(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    weights = (q @ k.mT).softmax(-1)
+    return weights @ v + weights @ torch.sin(v), weights.amax()
+
+
+@spelling("scores-kept", "scores-kept")
+def one_product_two_softmaxes(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Grounding DINO: each side attends to the other."""
+    scores = q @ k.mT
+    return scores.softmax(-1) @ v + scores.mT.softmax(-1) @ torch.sin(v)
+
+
+@spelling("scores-kept")
+def renormalised(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT).softmax(-1) * m.p("gain", N).exp()
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+@spelling("scores-kept", reason="revives")
+def weights_plus_a_constant(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.mT).softmax(-1) + 0.01) @ v
+
+
+@spelling("scores-kept", reason="revives")
+def one_minus_the_weights(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (1 - (q @ k.mT).softmax(-1)) @ v
+
+
+@spelling("scores-kept", reason="revives")
+def weights_plus_identity(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A skip connection inside the map."""
+    return ((q @ k.mT).softmax(-1) + torch.eye(N, dtype=q.dtype)) @ v
