@@ -11,18 +11,19 @@ import numpy
 import pytest
 import skimage.io
 import torch
+from conftest import Result
 from factories import many
-from test_cli import FACTORIES, Result, kvt  # noqa: F401 - a fixture
 
 from kvt_compile import CalibratedPolicy
 from kvt_compile.cli.data import read
 from kvt_compile.cli.spec import Subject, Wanted, load
 
+FACTORIES = str(Path(__file__).parent / "factories.py")
 MANY = f"{FACTORIES}:many"
 Kvt = Callable[..., Result]
 
 
-def test_policy_table_and_plot(kvt: Kvt, tmp_path: Path) -> None:  # noqa: F811
+def test_policy_table_and_plot(kvt: Kvt, tmp_path: Path) -> None:
     out, plot = tmp_path / "policy.json", tmp_path / "curves.png"
     result = kvt("calibrate", MANY, "--mass", "0.9", "--batch-size", "12", "--out", str(out), "--plot", str(plot))
     assert result.code == 0, result.err
@@ -34,7 +35,7 @@ def test_policy_table_and_plot(kvt: Kvt, tmp_path: Path) -> None:  # noqa: F811
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_weights_and_json(kvt: Kvt, tmp_path: Path) -> None:  # noqa: F811
+def test_weights_and_json(kvt: Kvt, tmp_path: Path) -> None:
     model, (x,) = many()
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     numpy.savez(tmp_path / "data.npz", x=x.double().numpy())
@@ -94,7 +95,7 @@ MISTAKES: list[tuple[str, list[str], str]] = [
 
 
 @pytest.mark.parametrize(("arguments", "says"), [case[1:] for case in MISTAKES], ids=[case[0] for case in MISTAKES])
-def test_mistake_is_one_sentence_and_exit_code_2(kvt: Kvt, arguments: list[str], says: str) -> None:  # noqa: F811
+def test_mistake_is_one_sentence_and_exit_code_2(kvt: Kvt, arguments: list[str], says: str) -> None:
     result = kvt("calibrate", *arguments)
     assert result.code == 2
     assert result.out == ""
@@ -112,7 +113,7 @@ def test_mistake_is_one_sentence_and_exit_code_2(kvt: Kvt, arguments: list[str],
     ],
     ids=["image", "names", "archive"],
 )
-def test_unreadable_data_is_named(kvt: Kvt, tmp_path: Path, write: Any, says: str) -> None:  # noqa: F811
+def test_unreadable_data_is_named(kvt: Kvt, tmp_path: Path, write: Any, says: str) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
     write(folder)
