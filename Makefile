@@ -1,6 +1,6 @@
 # Every target sets up its environment first (tools/python) and is quick about it when there is nothing to do.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu golden resources check format bench zoo fuzz clean
+.PHONY: help demo test test-gpu golden resources check format docs bench zoo fuzz clean
 
 ARGS ?=
 
@@ -34,6 +34,11 @@ check:  ## lint, format, types, import arrows, file lengths
 format:  ## put the code into ruff's format
 	@./tools/python dev -m ruff check --fix .
 	@./tools/python dev -m ruff format .
+
+docs:  ## write the reference pages and build the site into build/site, strictly
+	@./tools/python docs tools/reference.py
+	@NO_MKDOCS_2_WARNING=1 ./tools/python docs -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 bench:  ## run every benchmark, or the demo's timings while there is none
 	@set -e; for file in benchmarks/[!_]*.py; do \

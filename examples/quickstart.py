@@ -2,6 +2,7 @@
 
     python examples/quickstart.py             looks, checks, then times (about two minutes on two CPU cores)
     python examples/quickstart.py --timings   only times
+    python examples/quickstart.py --small     a model of two layers on small images, not timed (what the tests run)
 
 The photographs ship with scikit-image.  No weights are downloaded: the model is random, which changes nothing about
 what is found, whether it is right and how long it takes.
@@ -13,7 +14,7 @@ import argparse
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import skimage.data
 import skimage.transform
@@ -30,10 +31,10 @@ MODEL, RATIO = "vit_tiny_patch16_224", 0.5
 console = Console(width=100, highlight=False)
 
 
-def photographs() -> Tensor:
-    """Four photographs as the model wants them: [4, 3, 224, 224], normalised."""
+def photographs(size: int = 224) -> Tensor:
+    """Four photographs as the model wants them: [4, 3, size, size], normalised."""
     pictures = (skimage.data.astronaut(), skimage.data.chelsea(), skimage.data.coffee(), skimage.data.rocket())
-    squares = [skimage.transform.resize(p, (224, 224), anti_aliasing=True) for p in pictures]
+    squares = [skimage.transform.resize(p, (size, size), anti_aliasing=True) for p in pictures]
     return (torch.stack([torch.from_numpy(s).permute(2, 0, 1) for s in squares]).float() - 0.5) / 0.5
 
 
@@ -46,7 +47,7 @@ def look(model: nn.Module, images: Tensor) -> None:
     console.rule("1. What is found")
     report = kvt_compile.explain(model, images, topk=RATIO)
     console.print(report)
-    assert report.counts["sites"] == report.counts["fused"] == 12
+    assert report.counts["sites"] == report.counts["fused"] == len(model.blocks)
 
 
 def say(what: str, result: str) -> None:
@@ -60,7 +61,9 @@ def check_inference(model: nn.Module, images: Tensor) -> None:
     dense, judge = model(images), exact(images.double())
 
     everything = {"topk": 1.0, "force_rewrite": True}
-    assert kvt_compile.explain(model, images, **everything).counts["fused"] == 12  # the rewritten path really runs
+    assert kvt_compile.explain(model, images, **everything).counts["fused"] == len(
+        model.blocks
+    )  # the rewritten path really runs
     rounding = error(dense, judge)
     ours = error(torch.compile(model, backend="kvt", options=everything)(images), judge)
     say("k = N against dense", f"float32 error {ours:.1e}; the dense model's own is {rounding:.1e}")
@@ -69,7 +72,7 @@ def check_inference(model: nn.Module, images: Tensor) -> None:
     # in float64 rounding moves no key across the threshold: the two must agree to the last digits
     theirs = patch(copy.deepcopy(exact), RATIO)(images.double())
     rewritten = kvt_compile.rewrite(exact, images.double(), topk=RATIO)
-    assert rewritten.report.counts["fused"] == 12
+    assert rewritten.report.counts["fused"] == len(model.blocks)
     difference = error(rewritten.module(images.double()), theirs)
     say("k = N/2 against the authors' code", f"float64 difference {difference:.1e}")
     assert difference < 1e-10
@@ -134,17 +137,22 @@ def time_all(model: nn.Module, images: Tensor, rounds: int = 15, seconds: float 
     console.print(table)
 
 
-def main() -> None:
+def main(options: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--timings", action="store_true", help="only the timings")
-    arguments = parser.parse_args()
+    parser.add_argument("--small", action="store_true", help="two layers, small images, no timings")
+    arguments = parser.parse_args(options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    model = timm.create_model(MODEL).eval().to(device)
-    images = photographs().to(device)
+    size = {"depth": 2, "img_size": 64} if arguments.small else {}
+    model = timm.create_model(MODEL, **size).eval().to(device)
+    images = photographs(size.get("img_size", 224)).to(device)
     if not arguments.timings:
         look(model, images)
         check_inference(model, images)
+    if arguments.small:
+        return
+    if not arguments.timings:
         check_training(model, images)
     time_all(model, images)
 

@@ -4,7 +4,9 @@ Every softmax(Q Kᵀ) V of a model is found, however it is spelled, and rewritte
 highest-scoring keys (KVT, arXiv 2106.00515).
 """
 
+from kvt_compile.adjust import options, set_topk
 from kvt_compile.backend import RefusalError
+from kvt_compile.calibration import CalibratedPolicy, CalibrationError, calibrate
 from kvt_compile.capture import CaptureError
 from kvt_compile.config import OptionError, Options
 from kvt_compile.explain import explain
@@ -14,14 +16,19 @@ from kvt_compile.report import Report
 from kvt_compile.rewrite import RewriteResult, rewrite
 
 __all__ = [
+    "CalibratedPolicy",
+    "CalibrationError",
     "CaptureError",
     "OptionError",
     "Options",
     "RefusalError",
     "Report",
     "RewriteResult",
+    "calibrate",
     "explain",
+    "options",
     "rewrite",
+    "set_topk",
     "topk_attention",
     "visualize",
 ]

@@ -26,6 +26,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
 from kvt_compile.passes.values import meta_value
+from kvt_compile.state import keep_state
 
 
 class CaptureError(RuntimeError):
@@ -68,6 +69,7 @@ def capture(
         return _from_program(copy.deepcopy(model), "torch.export program")
     if isinstance(model, fx.GraphModule):
         graph = fx.GraphModule(model, copy.deepcopy(model.graph))
+        keep_state(graph, model)
         if any(meta_value(node) is None for node in graph.graph.nodes if node.op != "output"):
             _propagate(graph, args, kwargs)
         return Captured(graph, "graph module")
@@ -77,7 +79,7 @@ def capture(
         return _by_symbolic_trace(model, args, kwargs)
     except Exception as traced:  # any Python in the model may fail under a tracer
         try:
-            program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
+            program = _export(model, tuple(args), dict(kwargs))
         except Exception as exported:
             raise CaptureError(
                 f"{type(model).__name__} cannot be captured as one graph: symbolic_trace says {_first_line(traced)}; "
@@ -85,6 +87,18 @@ def capture(
                 "torch.compile(model, backend='kvt') does not need one graph."
             ) from exported
         return _from_program(program, "torch.export")
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+    """With the first dimension of every input dynamic where the model lets it, as `_propagate` has it."""
+    shapes: Any = torch.export.ShapesCollection()
+    for x in pytree.tree_leaves((args, kwargs)):
+        if isinstance(x, torch.Tensor) and x.dim() and x.shape[0] > 1:
+            shapes[x] = {0: torch.export.Dim.AUTO}
+    try:
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception:  # whatever the model does with a size that is not a number
+        return torch.export.export(model, args, kwargs, strict=False)
 
 
 def _first_line(error: BaseException) -> str:
@@ -97,12 +111,16 @@ def _by_symbolic_trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[st
     bound.apply_defaults()
     # what is no tensor decides the model's control flow, so it is fixed (and checked at run time) rather than traced
     fixed = {name: value for name, value in bound.arguments.items() if isinstance(value, _SCALARS)}
+    before = set(vars(model))
     graph = _Tracer().trace(model, concrete_args=fixed)
     placeholders = (node for node in graph.nodes if node.op == "placeholder")
     for name, node in zip(bound.arguments, placeholders, strict=False):
         if str(node.target) == f"{name}_1":  # fx renames fixed arguments; callers know them by their own names
             node.target = name
     module = fx.GraphModule(model, graph, type(model).__name__)
+    keep_state(module, model)
+    for name in set(vars(model)) - before:  # the tracer left constants of the graph on the model
+        delattr(model, name)
     _propagate(module, args, kwargs)
     return Captured(module, "torch.fx.symbolic_trace")
 

@@ -9,11 +9,13 @@ from typing import Any
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from kvt_compile.adjust import make_adjustable
 from kvt_compile.backend import report_refusals, request_tuning
 from kvt_compile.capture import capture
 from kvt_compile.config import OptionError, make_options
 from kvt_compile.explain import build_report
 from kvt_compile.graphs import GraphRecorder
+from kvt_compile.modes import allow_modes, mode_of
 from kvt_compile.passes.decide import unmatched_patterns
 from kvt_compile.passes.pipeline import run_passes
 from kvt_compile.report import Report
@@ -49,6 +51,7 @@ def rewrite(
     """
     chosen = make_options(options)
     captured = capture(model, example_inputs, example_kwargs or {})
+    mode = mode_of(captured.graph.graph)
     recorder = GraphRecorder()
     result = run_passes(
         captured.graph,
@@ -64,10 +67,15 @@ def rewrite(
     request_tuning(result, chosen)
     report = build_report([result], chosen, recorder.finish())
     program = captured.program
-    if program is None:
-        return RewriteResult(captured.graph, report)
-    _keep_output_names(program)
-    return RewriteResult(program.module(check_guards=False), report, program)
+    module: nn.Module = captured.graph
+    if program is not None:
+        _keep_output_names(program)
+        module = program.module(check_guards=False)
+        assert isinstance(module, fx.GraphModule)
+        allow_modes(module, mode)
+    assert isinstance(module, fx.GraphModule)
+    make_adjustable(module)
+    return RewriteResult(module, report, program)
 
 
 def _keep_output_names(program: ExportedProgram) -> None:

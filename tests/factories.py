@@ -65,6 +65,25 @@ def chatty() -> tuple[nn.Module, tuple[Tensor]]:
     return stack()
 
 
+def many() -> tuple[nn.Module, tuple[Tensor]]:
+    """The same with inputs enough to calibrate on."""
+    return Stack(), (torch.randn(24, 10, 16),)
+
+
+def tiny_images() -> tuple[nn.Module, tuple[Tensor]]:
+    """Attention on pictures of 8 by 8."""
+
+    class Images(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.attention = nn.Conv2d(3, 16, 2, 2), Attention()
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            return self.attention(self.patches(pixels).flatten(2).transpose(1, 2)).mean(1)
+
+    return Images(), (torch.randn(2, 3, 8, 8),)
+
+
 def raising() -> None:
     raise ValueError("no such thing\nas a second line")
 

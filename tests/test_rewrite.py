@@ -176,3 +176,28 @@ def test_what_is_no_model_is_named() -> None:
         kvt_compile.rewrite(lambda x: x, torch.randn(1))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="got str"):
         kvt_compile.explain("vit")  # type: ignore[arg-type]
+
+
+def test_a_model_captured_by_export_takes_other_batches_where_it_lets_them() -> None:
+    model, x = Branching(on_data=False), torch.randn(2, 10, 32)
+    result = kvt_compile.rewrite(model, x, topk=4)
+    assert result.program is not None
+    for batch in (1, 3):
+        x = torch.randn(batch, 10, 32)
+        torch.testing.assert_close(result.module(x), model.net.by_hand(x, 4), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_model_captured_by_export_knows_the_mode_in_its_graph(training: bool) -> None:
+    x = torch.randn(2, 10, 32)
+    plain = kvt_compile.rewrite(Branching(on_data=False).train(training), x, topk=4)
+    assert plain.program is not None
+    assert plain.module.eval().training is False  # nothing in it depends on the mode
+    assert plain.module.train().training is True
+    model = Branching(on_data=False)
+    model.net = Net(dropout=0.5)
+    module = kvt_compile.rewrite(model.train(training), x, topk=4).module
+    module.train(training)
+    with pytest.raises(NotImplementedError, match=f"in {'training' if training else 'evaluation'} mode"):
+        module.train(not training)
+    assert torch.equal(module(x), module(x)) is not training

@@ -1,6 +1,6 @@
 """This machine -> an environment that runs the project; prints its interpreter, and on stderr what was done.
 
-    python tools/environment.py EXTRA        EXTRA: examples | test | dev, as in pyproject.toml
+    python tools/environment.py EXTRA        EXTRA: examples | test | docs | dev, as in pyproject.toml
 
 Two cases:
   as it is   the running interpreter is in an activated virtualenv or conda environment (or was named by PYTHON=...)
@@ -203,7 +203,7 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["--facts"]:
             print(json.dumps({"distributions": installed(), "site": sysconfig.get_path("purelib")}))
-        case ["examples" | "test" | "dev" as extra]:
+        case ["examples" | "test" | "docs" | "dev" as extra]:
             main(extra)
         case _:
             sys.exit(__doc__)

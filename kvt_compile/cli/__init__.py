@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from kvt_compile.cli.cache import app as cache
+from kvt_compile.cli.calibrate import calibrate
 from kvt_compile.cli.doctor import doctor
 from kvt_compile.cli.errors import UserError
 from kvt_compile.cli.explain import explain
@@ -27,6 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(explain)
+app.command()(calibrate)
 app.command()(look)
 app.command()(tune)
 app.command()(doctor)

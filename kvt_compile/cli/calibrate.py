@@ -1,0 +1,135 @@
+"""`kvt calibrate SPEC`: how many keys each attention of a model can do without, measured on sample inputs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import kvt_compile
+from kvt_compile.calibration.data import Batch
+from kvt_compile.cli.data import read
+from kvt_compile.cli.errors import UserError, in_one_line
+from kvt_compile.cli.explain import SPEC_HELP, attention_named, build
+from kvt_compile.cli.spec import Subject
+from kvt_compile.cli.weights import load_weights
+
+
+def calibrate(
+    spec: Annotated[str, typer.Argument(metavar="SPEC", help=SPEC_HELP, show_default=False)],
+    mass: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Every attention keeps this much of its mass, e.g. 0.99.")
+    ] = None,
+    cosine: Annotated[
+        float | None, typer.Option(metavar="COSINE", help="The output keeps this cosine with the dense model's.")
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="This share of the keys is kept, where it hurts least.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="A folder of images, or an .npz file with arrays named as the model's arguments.",
+            show_default="the inputs of the factory",
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A state_dict (.pt, .pth, .safetensors) to load first.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(metavar="FILE", help="Write the policy as JSON.")] = None,
+    plot: Annotated[str | None, typer.Option(metavar="FILE", help="Write the curves as .png, .svg or .pdf.")] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Examples to use at most.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples that run at a time.")] = 16,
+    holdout: Annotated[float, typer.Option(help="Share of the examples that the policy is checked on.")] = 0.5,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Only modules whose path matches; repeat for several.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Not modules whose path matches; repeat for several.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the images.", show_default="the model's own")
+    ] = None,
+    attn: Annotated[
+        str | None,
+        typer.Option(metavar="eager|sdpa", help="Which attention timm and transformers build.", show_default="theirs"),
+    ] = None,
+    preload: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", envvar="KVT_PRELOAD", help="A Python file to run before anything is imported."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Choose k for each attention of a model by measurement: for --mass, for --cosine or for --ratio.
+
+    Half of the examples are measured on; the choice is checked on the others, with a margin.
+    """
+    for option, path in (("--out", out), ("--plot", plot)):
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise UserError(f"{option}: there is no folder {str(Path(path).parent)!r}")
+    settings: dict[str, Any] = {"mass": mass, "cosine": cosine, "ratio": ratio}
+    settings |= {"batch_size": batch_size, "holdout": holdout}
+    settings |= {key: tuple(value) for key, value in (("include", include), ("exclude", exclude)) if value}
+    with contextlib.redirect_stdout(sys.stderr):  # what a model prints does not belong into our output
+        subject = build(spec, None, image_size, attention_named(attn), preload)
+        if weights is not None:
+            load_weights(subject.model, weights)
+        elif ".py:" not in spec:
+            typer.echo(f"kvt: {spec} has random weights, so this says little; give --weights or a factory", err=True)
+        inputs = _inputs(subject, data, examples, spec)
+        policy = _calibrate(subject, inputs, settings)
+    if out is not None:
+        try:
+            policy.save(out)
+        except OSError as error:
+            raise UserError(f"--out: {out!r} cannot be written: {in_one_line(error)}") from error
+    if plot is not None:
+        _plot(policy, plot)
+    if as_json:
+        typer.echo(json.dumps(policy.to_dict(), indent=2))
+    elif sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(policy)
+    else:
+        typer.echo(str(policy))
+
+
+def _inputs(subject: Subject, data: str | None, examples: int, spec: str) -> Batch:
+    if data is not None:
+        return Batch(*read(data, subject, examples))
+    if ".py:" not in spec:
+        raise UserError(
+            "--data is missing: a folder of images, or an .npz file with arrays named as the model's arguments"
+        )
+    return Batch(subject.args, dict(subject.kwargs))
+
+
+def _calibrate(subject: Subject, batch: Batch, settings: dict[str, Any]) -> kvt_compile.CalibratedPolicy:
+    model = subject.model.eval()
+    try:
+        return kvt_compile.calibrate(model, [batch], progress=True, **settings)
+    except (kvt_compile.CalibrationError, kvt_compile.OptionError) as error:
+        raise UserError(str(error)) from error
+    except Exception:
+        try:  # a model that fails by itself is the user's to mend
+            with torch.no_grad():
+                model(*batch.args, **batch.kwargs)
+        except Exception as error:
+            raise UserError(f"the model itself fails on these inputs: {in_one_line(error)}") from error
+        raise
+
+
+def _plot(policy: kvt_compile.CalibratedPolicy, name: str) -> None:
+    try:
+        policy.plot().savefig(name, dpi=150)
+    except ImportError as error:
+        raise UserError("--plot needs matplotlib; install it with: pip install matplotlib") from error
+    except (ValueError, OSError) as error:  # a format matplotlib does not write
+        raise UserError(f"--plot: {in_one_line(error)}") from error
