@@ -333,7 +333,7 @@ X = torch.randn(16, 10, 32)
         ({"mass": 0.9, "lowerin": "c"}, "did you mean 'lowering'"),
         ({"mass": 0.9, "exclude": ["*"]}, "no attention to calibrate in Net"),
     ],
-    ids=str,
+    ids=lambda x: x if isinstance(x, str) else "-".join(x) or "nothing",
 )
 def test_mistakes_say_what_to_do(arguments: dict[str, Any], says: str) -> None:
     from test_backend import Net
