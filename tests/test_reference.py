@@ -127,3 +127,17 @@ def test_a_fully_masked_row_is_zero_and_gives_no_gradient() -> None:
     gradients = torch.autograd.grad(out.sum(), (q, k, v))
     assert all(g.isfinite().all() for g in gradients)
     assert (gradients[0][:, :, 1] == 0).all()
+
+
+@pytest.mark.parametrize("lowering", ["reference", "c"])
+def test_keys_with_the_same_features_tie_wherever_they_stand(lowering: str) -> None:
+    """Padded windows have many of them; 67 keys reach every border of a blocked product."""
+    torch.manual_seed(0)
+    q, v = torch.randn(2, 3, 9, 24, dtype=torch.float64), torch.eye(67, dtype=torch.float64).expand(2, 3, 67, 67)
+    k = torch.randn(2, 3, 5, 24, dtype=torch.float64)[:, :, torch.arange(67) % 5]
+    out = torch.ops.kvt.attention(q, k, v, [], "0.2*s", "p", 20, [], 0.0, None, lowering)[0]
+    kept = out > 0
+    for first in range(5):
+        copies = kept[..., first::5]
+        assert (copies.all(-1) == copies.any(-1)).all()
+    assert kept.sum(-1).min() >= 20

@@ -116,8 +116,10 @@ _CHUNK = 2**22
 
 
 def _products(q: Tensor, k: Tensor) -> Tensor:
-    """q kT, every element summed in the same order: keys with the same features tie.  A matrix product of BLAS may round
-    the columns at its border another way."""
+    """q kT.  In float64 every element is summed in the same order: keys with the same features tie, where a matrix product
+    of BLAS may round the columns at its border another way.  In float32 it is what eager code computes."""
+    if q.dtype != torch.float64:
+        return q @ k.transpose(-1, -2)
     rows = max(1, _CHUNK // max(1, q.shape[0] * q.shape[1] * k.shape[2] * k.shape[3]))
     chunks = [(part.unsqueeze(3) * k.unsqueeze(2)).sum(-1) for part in q.split(rows, dim=2)]
     return torch.cat(chunks, dim=2)
