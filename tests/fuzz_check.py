@@ -238,7 +238,11 @@ def check(
     misses: list[list[str]] = []
     for choice in candidates:
         selection = Selection(topk, 10 * tolerance)
-        expected = run_original(program, choice, selection)
+        try:
+            expected = run_original(program, choice, selection)
+        except RuntimeError as error:  # its weights by hand may lie otherwise in memory than the program's own
+            assume("view size is not compatible" not in str(error))
+            raise
         assume(not selection.close and all(x.isfinite().all() for x in expected.outputs))
         misses.append(differences(selected, expected, tolerance))
         if not misses[-1]:

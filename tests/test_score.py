@@ -122,6 +122,8 @@ def test_derivative_is_autograd_s(text: str) -> None:
         ("minimum(1.0, s)", 1.0, 0.5),
         ("clamp(s, 0.0, 1.0)", 1.0, 1.0),
         ("clamp(s, 0.0, 1.0)", 1.5, 0.0),
+        ("(-s**2)**2.0", 0.0, 0.0),  # as f * 4 / s it would be NaN
+        ("(-s**2)**2.0", 1.5, 13.5),
     ],
 )
 def test_derivative_at_a_kink_is_torch_s(text: str, at: float, slope: float) -> None:

@@ -211,4 +211,20 @@ def derivative(expression: sympy.Expr, by: sympy.Expr) -> sympy.Expr:
     """d expression / d by, where `by` is a symbol (s, p) or one captured load; other loads count as constants."""
     names = {x: sympy.Dummy(f"c{x.slot}") for x in loads(expression)}
     back = {dummy: x for x, dummy in names.items()}
-    return sympy.diff(expression.xreplace(names), names.get(by, by)).xreplace(back)
+    powers = expression.xreplace(names).replace(_power_of_a_product, lambda x: _power(*x.args))
+    slope = sympy.diff(powers, names.get(by, by))
+    return slope.replace(_power, lambda base, exponent: base**exponent).xreplace(back)
+
+
+def _power_of_a_product(x: sympy.Basic) -> bool:
+    return bool(x.is_Pow and x.exp.is_number and (x.base.is_Mul or x.base.is_Pow))
+
+
+class _power(sympy.Function):  # noqa: N801 - named as the function it is
+    """base ** number, differentiated as such: sympy writes (-s**2)**2.0 * 4.0/s, which is NaN where s is 0."""
+
+    nargs = 2
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        base, exponent = self.args
+        return exponent * base ** (exponent - 1)
