@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.zoo import catalogue
+from benchmarks.zoo import ROOT, catalogue
 from benchmarks.zoo.catalogue import Entry, entries, unfold
 from benchmarks.zoo.compare import compare
 from benchmarks.zoo.judge import Verdict, judge
@@ -178,3 +178,11 @@ def test_page_shows_what_went_wrong() -> None:
     text = page([(entry, Verdict(entry.id, fused=1, missed=["blocks.1.attn (token)"]))])
     assert f"- `{entry.id}`: missed blocks.1.attn (token)" in text
     assert "## Problems" not in page([(entry, Verdict(entry.id, fused=2))])
+
+
+def test_documentation_shows_every_model() -> None:
+    text = (ROOT / "docs" / "zoo.md").read_text()
+    assert "## Problems" not in text
+    for entry in entries():
+        name = entry.id if entry.count or entry.others else entry.id.partition("/")[2]
+        assert name in text, f"{entry.id}: run `make zoo`"
