@@ -55,10 +55,11 @@ def _targets() -> tuple[str, ...]:
 
 
 def _for(target: str, site: SiteReport, spec: KernelSpec | SoftmaxSpec) -> Source | None:
-    from kvt_compile.kernels import triton
+    from kvt_compile.kernels import c, triton
 
-    reason = lowerings.get("c" if target == "cpu" else "triton").supports(spec)
-    if reason is not None and "not installed" not in reason:
+    # not `supports`, which asks about this machine's compiler and GPU too, and warns
+    reason = c.refusal(spec) if target == "cpu" else triton.refusal(spec)
+    if reason is not None:
         raise LookupError(f"nothing is generated for {_path(site)} on {target}: {reason}")
     if target == "cpu":
         return lowerings.get("c").source(spec)

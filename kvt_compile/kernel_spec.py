@@ -14,7 +14,7 @@ def spec_of(site: AttentionSite) -> KernelSpec | SoftmaxSpec | None:
     if not isinstance(plan, Fused):
         dtype = plan.scores.dtype
         assert dtype is not None
-        return SoftmaxSpec(dtype_name(dtype), dtype_name(meta_value(plan.node).dtype))
+        return SoftmaxSpec.of(dtype, meta_value(plan.node).dtype)
     if not isinstance(site.head_dim, int) or not isinstance(site.value_dim, int):
         return None
     return KernelSpec(

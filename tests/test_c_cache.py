@@ -26,7 +26,7 @@ SPEC = SoftmaxSpec("float32", "float32")
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """An empty cache, and nothing remembered from other tests."""
     launch.kernel.cache_clear()
-    cache._warn_once.cache_clear()
+    cache.warn_once.cache_clear()
     c_lowering.warn_once.cache_clear()
     return Settings(tmp_path / "cache")
 

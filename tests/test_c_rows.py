@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from hard_rows import ROWS, assert_kept
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import assert_close
@@ -21,43 +22,12 @@ def weights(scores: Tensor, topk: int, dim: int = -1, dtype: torch.dtype | None 
     return torch.ops.kvt.topk_softmax(scores, dim % scores.dim(), topk, dtype or scores.dtype, "c")
 
 
-def assert_kept(scores: Tensor, topk: int) -> None:
-    """Weights and, where a weight can be told from zero, the kept set."""
-    exact, _, _, kept = reference_softmax(scores.double(), topk)
-    actual = weights(scores, topk)
-    torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-6, equal_nan=True)
-    seen = kept & (exact > 1e-30)
-    assert torch.equal((actual > 0)[seen], kept[seen])
-    assert not (actual[~kept] > 0).any()
-
-
-ROWS = {
-    "normal": lambda n: torch.randn(40, n),
-    "skewed": lambda n: torch.randn(40, n).exp(),
-    "bimodal": lambda n: torch.randn(40, n) + 6.0 * torch.randint(0, 2, (40, n)),
-    "two values": lambda n: torch.randint(0, 2, (40, n)).float(),
-    "constant": lambda n: torch.full((40, n), 0.3),
-    "bfloat16 rounded": lambda n: torch.randn(40, n).bfloat16().float(),
-    "signed zeros": lambda n: torch.randint(-1, 2, (40, n)).float() * 0.0,
-    "denormal": lambda n: torch.randn(40, n) * 1e-41,
-    "huge": lambda n: torch.randn(40, n) * 1e38,
-    "one outlier": lambda n: torch.cat((torch.randn(40, n - 1), torch.full((40, 1), 1e30)), -1),
-    "masked": lambda n: torch.where(torch.rand(40, n) > 0.5, torch.randn(40, n), -INF),
-    "masked by the lowest number": lambda n: torch.where(torch.rand(40, n) > 0.5, torch.randn(40, n), -3.4e38),
-    "masked by -100": lambda n: torch.where(torch.rand(40, n) > 0.7, torch.randn(40, n), -100.0),
-    "causal": lambda n: torch.randn(n, n).masked_fill(torch.ones(n, n).triu(1).bool(), -INF),
-    "powers": lambda n: 2.0 ** torch.randint(-140, 100, (40, n)),
-    "neighbours": lambda n: 1.0 + torch.arange(n).float().expand(40, n) * 2**-23,
-    "nothing valid": lambda n: torch.full((40, n), -INF),
-}
-
-
 @pytest.mark.parametrize("kind", ROWS)
 def test_every_kind_of_row(kind: str) -> None:
     torch.manual_seed(0)
     for n in (2, 33, 197, 700):
         for topk in {1, 2, n // 8 + 1, n // 2, n - 1, n}:
-            assert_kept(ROWS[kind](n), topk)
+            assert_kept(weights, ROWS[kind](40, n), topk)
 
 
 @settings(max_examples=150)
@@ -78,7 +48,7 @@ def test_every_kind_of_row(kind: str) -> None:
     topk=st.integers(1, 7),
 )
 def test_any_rows(rows: list[list[float]], topk: int) -> None:
-    assert_kept(torch.tensor(rows), topk)
+    assert_kept(weights, torch.tensor(rows), topk)
 
 
 def test_nan_and_positive_infinity_make_a_row_nan_and_no_other() -> None:

@@ -6,19 +6,18 @@ import importlib
 import io
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Result
 from rich.console import Console
 from torch import Tensor
 from tuning import CANDIDATES, DEFAULT, KEY, FakeClock, speed
 
-from kvt_compile.cli import main
 from kvt_compile.cli.tuning_progress import Shown
 from kvt_compile.kernels import lowerings, tune
 from kvt_compile.kernels.aten import AtenLowering
@@ -31,31 +30,13 @@ FACTORIES = str(Path(__file__).parent / "factories.py")
 STACK = f"{FACTORIES}:stack"
 
 
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def kvt(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[Callable[..., Result]]:
+def kvt(kvt: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., Result]]:
     """Runs `kvt tune ARGUMENTS` in this process, with a cache folder of its own."""
-    monkeypatch.delenv("KVT_PRELOAD", raising=False)
     monkeypatch.setenv("KVT_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr("kvt_compile.kernels.tune.mode._requested", {})
     process_tuner.cache_clear()
-
-    def run(*arguments: str) -> Result:
-        with pytest.raises(SystemExit) as end:
-            main(["tune", *arguments])
-        printed = capsys.readouterr()
-        return Result(int(end.value.code or 0), printed.out, printed.err)
-
-    yield run
+    yield partial(kvt, "tune")
     process_tuner.cache_clear()
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hard_rows import ROWS, assert_kept
 from interpreted import NAME, Recorder, triton_on_cpu
 from oracles import assert_close
 from torch import Tensor
@@ -31,41 +32,11 @@ def weights(scores: Tensor, topk: int, dim: int = -1, dtype: torch.dtype | None 
     return torch.ops.kvt.topk_softmax(scores, dim % max(scores.dim(), 1), topk, dtype or scores.dtype, NAME)
 
 
-def assert_kept(scores: Tensor, topk: int) -> None:
-    """Weights and, where a weight can be told from zero, the kept set."""
-    exact, _, _, kept = reference_softmax(scores.double(), topk)
-    actual = weights(scores, topk)
-    torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-6, equal_nan=True)
-    seen = kept & (exact > 1e-30)
-    assert torch.equal((actual > 0)[seen], kept[seen])
-    assert not (actual[~kept] > 0).any()
-
-
-ROWS = {
-    "normal": lambda n: torch.randn(16, n),
-    "skewed": lambda n: torch.randn(16, n).exp(),
-    "bimodal": lambda n: torch.randn(16, n) + 6.0 * torch.randint(0, 2, (16, n)),
-    "two values": lambda n: torch.randint(0, 2, (16, n)).float(),
-    "constant": lambda n: torch.full((16, n), 0.3),
-    "bfloat16 rounded": lambda n: torch.randn(16, n).bfloat16().float(),
-    "signed zeros": lambda n: torch.randint(-1, 2, (16, n)).float() * 0.0,
-    "denormal": lambda n: torch.randn(16, n) * 1e-41,
-    "huge": lambda n: torch.randn(16, n) * 1e38,
-    "one outlier": lambda n: torch.cat((torch.randn(16, n - 1), torch.full((16, 1), 1e30)), -1),
-    "masked": lambda n: torch.where(torch.rand(16, n) > 0.5, torch.randn(16, n), -INF),
-    "masked by the lowest number": lambda n: torch.where(torch.rand(16, n) > 0.5, torch.randn(16, n), -3.4e38),
-    "masked by -100": lambda n: torch.where(torch.rand(16, n) > 0.7, torch.randn(16, n), -100.0),
-    "powers": lambda n: 2.0 ** torch.randint(-140, 100, (16, n)),
-    "neighbours": lambda n: 1.0 + torch.arange(n).float().expand(16, n) * 2**-23,
-    "nothing valid": lambda n: torch.full((16, n), -INF),
-}
-
-
 @pytest.mark.parametrize("rows", ROWS)
 def test_every_kind_of_row(rows: str, kind: Recorder) -> None:
     torch.manual_seed(0)
     for n, topk in ((2, 1), (33, 16), (61, 7), (61, 60)) if kind.kind == "resident" else ((37, 13),):
-        assert_kept(ROWS[rows](n), topk)
+        assert_kept(weights, ROWS[rows](16, n), topk)
 
 
 def test_nan_and_positive_infinity_make_a_row_nan_and_no_other(kind: Recorder) -> None:

@@ -42,7 +42,7 @@ class Beside:
         return results
 
     def softmax(self, scores: Tensor, dim: int, topk: int, dtype: torch.dtype, *more: Any) -> Tensor:
-        spec = SoftmaxSpec(str(scores.dtype).removeprefix("torch."), str(dtype).removeprefix("torch."))
+        spec = SoftmaxSpec.of(scores.dtype, dtype)
         weights = lowerings.choose(self.other, spec, scores.device.type).softmax(scores, dim, topk, dtype, *more)
         self._note(weights, lowerings.get("reference").softmax(scores, dim, topk, dtype, *more))
         return weights

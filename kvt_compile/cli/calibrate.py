@@ -15,13 +15,14 @@ import kvt_compile
 from kvt_compile.calibration.data import Batch
 from kvt_compile.cli.data import read
 from kvt_compile.cli.errors import UserError, in_one_line
-from kvt_compile.cli.explain import SPEC_HELP, attention_named, build
+from kvt_compile.cli.explain import attention_named, build
+from kvt_compile.cli.options import Attn, Exclude, ImageSize, Include, Preload, Spec
 from kvt_compile.cli.spec import Subject
 from kvt_compile.cli.weights import load_weights
 
 
 def calibrate(
-    spec: Annotated[str, typer.Argument(metavar="SPEC", help=SPEC_HELP, show_default=False)],
+    spec: Spec,
     mass: Annotated[
         float | None, typer.Option(metavar="SHARE", help="Every attention keeps this much of its mass, e.g. 0.99.")
     ] = None,
@@ -47,23 +48,11 @@ def calibrate(
     examples: Annotated[int, typer.Option(min=1, help="Examples to use at most.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples that run at a time.")] = 16,
     holdout: Annotated[float, typer.Option(help="Share of the examples that the policy is checked on.")] = 0.5,
-    include: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Only modules whose path matches; repeat for several.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Not modules whose path matches; repeat for several.")
-    ] = None,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Side of the images.", show_default="the model's own")
-    ] = None,
-    attn: Annotated[
-        str | None,
-        typer.Option(metavar="eager|sdpa", help="Which attention timm and transformers build.", show_default="theirs"),
-    ] = None,
-    preload: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", envvar="KVT_PRELOAD", help="A Python file to run before anything is imported."),
-    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    image_size: ImageSize = None,
+    attn: Attn = None,
+    preload: Preload = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Choose k for each attention of a model by measurement: for --mass, for --cosine or for --ratio.

@@ -17,15 +17,14 @@ import kvt_compile
 from kvt_compile.cli.busy import busy
 from kvt_compile.cli.errors import UserError, in_one_line
 from kvt_compile.cli.files import run_file
+from kvt_compile.cli.options import Attn, Batch, Exclude, ImageSize, Include, Preload, Spec
 from kvt_compile.cli.spec import Attention, Subject, Wanted, load
 from kvt_compile.cli.topk import parse_topk
 from kvt_compile.report import Report
 
-SPEC_HELP = "timm:NAME, torchvision:NAME, transformers:MODEL_TYPE or path/to/file.py:factory"
-
 
 def explain(
-    spec: Annotated[str, typer.Argument(metavar="SPEC", help=SPEC_HELP, show_default=False)],
+    spec: Spec,
     topk: Annotated[
         list[str] | None,
         typer.Option(
@@ -35,29 +34,17 @@ def explain(
             show_default="0.5",
         ),
     ] = None,
-    include: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Only modules whose path matches; repeat for several.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Not modules whose path matches; repeat for several.")
-    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
     force_rewrite: Annotated[
         bool, typer.Option("--force-rewrite", help="Rewrite also where K keeps every key.")
     ] = False,
     lowering: Annotated[str, typer.Option(metavar="NAME", help="How sites are computed.")] = "auto",
-    batch: Annotated[int | None, typer.Option(min=1, help="Examples in the batch.", show_default="2")] = None,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Side of the images.", show_default="the model's own")
-    ] = None,
-    attn: Annotated[
-        str | None,
-        typer.Option(metavar="eager|sdpa", help="Which attention timm and transformers build.", show_default="theirs"),
-    ] = None,
+    batch: Batch = None,
+    image_size: ImageSize = None,
+    attn: Attn = None,
     train: Annotated[bool, typer.Option("--train", help="The model in training mode instead of inference.")] = False,
-    preload: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", envvar="KVT_PRELOAD", help="A Python file to run before anything is imported."),
-    ] = None,
+    preload: Preload = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     source: Annotated[
         str | None,

@@ -13,14 +13,15 @@ import typer
 import kvt_compile
 from kvt_compile.cli.busy import busy
 from kvt_compile.cli.errors import UserError
-from kvt_compile.cli.explain import SPEC_HELP, attention_named, build, run_once
+from kvt_compile.cli.explain import attention_named, build, run_once
+from kvt_compile.cli.options import Attn, ImageSize, Include, Preload, Spec
 from kvt_compile.cli.topk import parse_topk
 from kvt_compile.cli.weights import load_weights
 from kvt_compile.look.picture import ImageError, open_image
 
 
 def look(
-    spec: Annotated[str, typer.Argument(metavar="SPEC", help=SPEC_HELP, show_default=False)],
+    spec: Spec,
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder for the figures; made if it is not there.")],
     image: Annotated[
         str | None, typer.Option(metavar="FILE", help="A photograph to look at.", show_default="random inputs")
@@ -32,9 +33,7 @@ def look(
     topk: Annotated[
         list[str] | None, typer.Option(metavar="K", help="Keys kept per query, as for kvt explain.", show_default="0.5")
     ] = None,
-    site: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Only modules whose path matches; repeat for several.")
-    ] = None,
+    site: Include = None,
     query: Annotated[
         list[str] | None,
         typer.Option(
@@ -46,17 +45,9 @@ def look(
     prefix: Annotated[
         int | None, typer.Option(min=0, help="Tokens before the patches (CLS, registers).", show_default="found out")
     ] = None,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Side of the images.", show_default="the model's own")
-    ] = None,
-    attn: Annotated[
-        str | None,
-        typer.Option(metavar="eager|sdpa", help="Which attention timm and transformers build.", show_default="theirs"),
-    ] = None,
-    preload: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", envvar="KVT_PRELOAD", help="A Python file to run before anything is imported."),
-    ] = None,
+    image_size: ImageSize = None,
+    attn: Attn = None,
+    preload: Preload = None,
 ) -> None:
     """Draw what attention keeps: kept keys over the image, mass inside the top k, distance of the kept keys.
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kvt_compile.cli.errors import UserError
-from kvt_compile.cli.explain import SPEC_HELP, attention_named, build, run_once
+from kvt_compile.cli.explain import attention_named, build, run_once
+from kvt_compile.cli.options import SPEC_HELP, Attn, Batch, ImageSize, Preload
 from kvt_compile.cli.topk import parse_topk
 from kvt_compile.cli.tuning_progress import Shown
 from kvt_compile.config import OptionError
@@ -50,18 +51,10 @@ def tune(
         ),
     ] = None,
     train: Annotated[bool, typer.Option("--train", help="The backward too.")] = False,
-    batch: Annotated[int | None, typer.Option(min=1, help="Examples in the batch.", show_default="2")] = None,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Side of the images.", show_default="the model's own")
-    ] = None,
-    attn: Annotated[
-        str | None,
-        typer.Option(metavar="eager|sdpa", help="Which attention timm and transformers build.", show_default="theirs"),
-    ] = None,
-    preload: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", envvar="KVT_PRELOAD", help="A Python file to run before anything is imported."),
-    ] = None,
+    batch: Batch = None,
+    image_size: ImageSize = None,
+    attn: Attn = None,
+    preload: Preload = None,
 ) -> None:
     """Measure block sizes for the kernels of a model, or of one shape, on this machine's GPU, and keep the best.
 

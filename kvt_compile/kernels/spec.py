@@ -181,3 +181,8 @@ class SoftmaxSpec:
 
     dtype: str
     out_dtype: str
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, out_dtype: torch.dtype) -> SoftmaxSpec:
+        """The spec of scores of `dtype` and weights of `out_dtype`."""
+        return cls(dtype_name(dtype), dtype_name(out_dtype))

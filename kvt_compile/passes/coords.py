@@ -111,6 +111,10 @@ class Space:
     def resolve_all(self, coords: Iterable[Coord]) -> Coords:
         return tuple(self.resolve(c) for c in coords)
 
+    def atoms_of(self, coords: Iterable[Coord]) -> set[Atom]:
+        """Every atom that some of the coordinates run over."""
+        return {a for c in self.resolve_all(coords) for a in c.digits}
+
     def _leaves(self, atoms: Iterable[Atom]) -> Iterable[Atom]:
         for atom in atoms:
             if atom in self._split:

@@ -195,8 +195,8 @@ class _Attempt:
         self._find_product()
 
     def _summed(self, operands: tuple[tuple[Value, Coords], tuple[Value, Coords]]) -> set[object]:
-        kept = {a for c in self.space.resolve_all(self.out) for a in c.digits}
-        both = [{a for c in self.space.resolve_all(at) for a in c.digits} for _, at in operands]
+        kept = self.space.atoms_of(self.out)
+        both = [self.space.atoms_of(at) for _, at in operands]
         return (both[0] & both[1]) - kept  # type: ignore[return-value]
 
     def _find_product(self) -> None:
@@ -208,7 +208,7 @@ class _Attempt:
                 continue
             operands = contraction_inputs(self.space, leaf.value, leaf.coords)
             keys = set(self.space.resolve(self.coords[self.dim]).digits)
-            have = [keys & {a for c in self.space.resolve_all(at) for a in c.digits} for _, at in operands]
+            have = [keys & self.space.atoms_of(at) for _, at in operands]
             sides = [found == keys for found in have]
             if sides.count(True) != 1 or all(have):
                 reason = "the softmax axis does not come from one operand of the product alone"
@@ -241,8 +241,8 @@ class _Attempt:
         Mixing heads (an axis of both) leaves queries and keys what they are; a linear layer over the product's last axis,
         as between two blocks of a model, does not.
         """
-        own = {a for c in self.space.resolve_all(self.coords) for a in c.digits}
-        left, right = ({a for c in self.space.resolve_all(at) for a in c.digits} for _, at in operands)
+        own = self.space.atoms_of(self.coords)
+        left, right = (self.space.atoms_of(at) for _, at in operands)
         free = (a for a in left ^ right if a.fixed is None and self.space.root_of(a).derived is None)
         return any(a not in own for a in free)
 

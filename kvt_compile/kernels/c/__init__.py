@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from kvt_compile.kernels.c.generate import source
-from kvt_compile.kernels.c.lowering import LOWERING, CLowering
+from kvt_compile.kernels.c.lowering import LOWERING, CLowering, refusal
 from kvt_compile.kernels.c.settings import Settings
 
-__all__ = ["LOWERING", "CLowering", "Settings", "source"]
+__all__ = ["LOWERING", "CLowering", "Settings", "refusal", "source"]

@@ -12,13 +12,13 @@ import hashlib
 import logging
 import os
 import tempfile
-import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from kvt_compile.kernels.c.settings import Settings
 from kvt_compile.kernels.c.toolchain import BuildError, Compiler, find_compiler
+from kvt_compile.kernels.warn import warn_once
 
 log = logging.getLogger(__name__)
 _MARK = b"kvt-object-1"
@@ -38,7 +38,7 @@ def load(source: str, settings: Settings) -> ctypes.CDLL:
             path = folder / f"{name}.so"
             if not is_whole(path):
                 build_anywhere(source, path, compiler)
-            _warn_once(
+            warn_once(
                 f"kvt_compile cannot keep built kernels in {settings.cache}: {error}\n"
                 f"They are built in {folder} instead, again in every process. "
                 "Set KVT_CACHE_DIR to a folder that can be written."
@@ -120,8 +120,3 @@ def _temporary_folder() -> Path:
 
 
 _keep: list[tempfile.TemporaryDirectory[str]] = []
-
-
-@lru_cache(maxsize=64)
-def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -12,7 +12,6 @@ import struct
 from collections.abc import Sequence
 from functools import lru_cache
 
-import sympy
 import torch
 from torch import Tensor
 
@@ -20,9 +19,9 @@ from kvt_compile.kernels.c import cache
 from kvt_compile.kernels.c.generate import source
 from kvt_compile.kernels.c.gradients import separated_axes
 from kvt_compile.kernels.c.layout import MATRICES, fields
-from kvt_compile.kernels.c.scalar import guarded_loads, plain_index
 from kvt_compile.kernels.c.settings import Settings
 from kvt_compile.kernels.dropout import keep_scale
+from kvt_compile.kernels.expressions import check_captured
 from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
 
 Arguments = dict[str, int | float]
@@ -191,31 +190,4 @@ def _arguments(
     return arguments
 
 
-def check_captured(spec: KernelSpec, captured: Sequence[Tensor], extents: dict[str, int]) -> None:
-    """Raises ValueError when a coordinate that indexes a captured tensor outside every where() leaves the tensor: such
-    indices are not clamped in the kernel."""
-    for slot, dim, name, value in _unclamped(spec):
-        needed = extents[name] if name else value + 1
-        if captured[slot].shape[dim] < needed:
-            raise ValueError(
-                f"captured tensor {slot} has size {captured[slot].shape[dim]} in dimension {dim}, "
-                f"which is indexed by {name or value}: expected at least {needed}"
-            )
-    for slot, c in enumerate(captured):
-        if c.numel() == 0:
-            raise ValueError(f"captured tensor {slot} has no elements (shape {tuple(c.shape)})")
-
-
-@lru_cache(maxsize=1024)
-def _unclamped(spec: KernelSpec) -> tuple[tuple[int, int, str, int], ...]:
-    guarded = guarded_loads(spec.score_expression) | guarded_loads(spec.weight_expression)
-    found = []
-    for x in {*spec.score_loads, *spec.weight_loads} - guarded:
-        for dim, index in enumerate(x.index):
-            if plain_index(index):
-                constant = isinstance(index, sympy.Integer)
-                found.append((x.slot, dim, "" if constant else str(index), int(index) if constant else 0))
-    return tuple(sorted(found))
-
-
-__all__ = ["Kernel", "backward", "backward_plan", "check_captured", "forward", "kernel"]
+__all__ = ["Kernel", "backward", "backward_plan", "forward", "kernel"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -13,18 +12,14 @@ from torch import Tensor
 from kvt_compile.kernels import aten
 from kvt_compile.kernels.c import launch, rows
 from kvt_compile.kernels.c.generate import source
-from kvt_compile.kernels.c.scalar import ELEMENTS, NotGenerated
+from kvt_compile.kernels.c.scalar import ELEMENTS
+from kvt_compile.kernels.expressions import NotGenerated
 from kvt_compile.kernels.c.settings import Settings, from_environment
 from kvt_compile.kernels.c.toolchain import BuildError, find_compiler
 from kvt_compile.kernels.lowerings import Gradients, Lowering
 from kvt_compile.kernels.source import Source
 from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
-
-
-@lru_cache(maxsize=64)
-def warn_once(message: str) -> None:
-    """One warning per process and message: a model calls the same kernel in every layer."""
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
+from kvt_compile.kernels.warn import warn_once
 
 
 class CLowering:
@@ -93,13 +88,13 @@ class CLowering:
         )
 
     def softmax(self, scores: Tensor, dim: int, topk: int, dtype: torch.dtype, tolerance: float = 0.0) -> Tensor:
-        spec = rows.spec_of(scores.dtype, dtype)
+        spec = SoftmaxSpec.of(scores.dtype, dtype)
         if not self.built(spec):
             return self.fallback.softmax(scores, dim, topk, dtype, tolerance)
         return rows.softmax(spec, self.settings, scores, dim, topk, dtype)
 
     def softmax_backward(self, grad: Tensor, weights: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
-        spec = rows.spec_of(input_dtype, weights.dtype)
+        spec = SoftmaxSpec.of(input_dtype, weights.dtype)
         if grad.dtype != weights.dtype or not self.built(spec):
             return self.fallback.softmax_backward(grad, weights, dim, input_dtype)
         return rows.softmax_backward(spec, self.settings, grad, weights, dim, input_dtype)

@@ -10,14 +10,9 @@ from torch import Tensor
 from kvt_compile.kernels.c import launch
 from kvt_compile.kernels.c.layout import SOFTMAX_FIELDS
 from kvt_compile.kernels.c.settings import Settings
-from kvt_compile.kernels.spec import SoftmaxSpec, dtype_name
+from kvt_compile.kernels.spec import SoftmaxSpec
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-
-
-def spec_of(dtype: torch.dtype, out_dtype: torch.dtype) -> SoftmaxSpec:
-    """The spec of scores of `dtype` and weights of `out_dtype`."""
-    return SoftmaxSpec(dtype_name(dtype), dtype_name(out_dtype))
 
 
 def softmax(spec: SoftmaxSpec, settings: Settings, scores: Tensor, dim: int, topk: int, dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Literal
 import sympy
 
 from kvt_compile.kernels import score as language
+from kvt_compile.kernels.expressions import COMPARE, NotGenerated, guarded_loads, nonnegative, plain_index
 from kvt_compile.kernels.spec import KernelSpec
 
 Kind = Literal["real", "int", "bool"]
@@ -30,12 +31,7 @@ ELEMENTS = {
 }
 """torch dtype -> C type of an element in memory (float16 and bfloat16 are defined by the generated source)."""
 
-COMPARE = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 LIBRARY = ("exp", "log", "sqrt", "sin", "cos", "tanh", "erf")
-
-
-class NotGenerated(ValueError):  # noqa: N818 - the reason is shown to people as it is
-    """The reason why an expression cannot be written in C."""
 
 
 @dataclass(frozen=True)
@@ -49,20 +45,6 @@ class Text:
 def depends_on(expression: sympy.Expr) -> frozenset[str]:
     """Names of the symbols an expression reads, inside load indices too."""
     return frozenset(str(x) for x in expression.free_symbols)
-
-
-def plain_index(index: sympy.Expr) -> bool:
-    """True for a constant or one coordinate: what is checked once at launch instead of clamped at every load."""
-    return isinstance(index, sympy.Integer) or index in (language.b, language.h, language.i, language.j)
-
-
-def guarded_loads(expression: sympy.Expr, inside: bool = False) -> frozenset[language.load]:
-    """Loads inside a branch of a where(): their index may leave the tensor while the branch is not taken."""
-    found = frozenset({expression}) if inside and isinstance(expression, language.load) else frozenset()
-    for position, argument in enumerate(expression.args):
-        branch = isinstance(expression, language.where) and position > 0
-        found |= guarded_loads(argument, inside or branch)
-    return found
 
 
 def constant(value: sympy.Expr, wide: bool) -> str:
@@ -79,15 +61,6 @@ def constant(value: sympy.Expr, wide: bool) -> str:
     if not wide and abs(float(value)) > 3.4028235677973366e38:
         return "-(real)INFINITY" if text[0] == "-" else "(real)INFINITY"
     return text if wide else f"{text}f"
-
-
-def nonnegative(x: sympy.Expr) -> bool:
-    """Whether C's division, which rounds towards zero, agrees with the language's, which rounds down."""
-    if isinstance(x, sympy.Symbol | sympy.Number):
-        return bool(x.is_nonnegative)
-    if isinstance(x, sympy.Add | sympy.Mul | language.floordiv | language.mod):
-        return all(nonnegative(argument) for argument in x.args)
-    return False
 
 
 class ScalarPrinter:

@@ -14,10 +14,10 @@ from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton.blocks import Blocks
 from kvt_compile.kernels.triton.candidates import default
 from kvt_compile.kernels.triton.generate import module_source
-from kvt_compile.kernels.triton.lowering import LOWERING, TritonLowering
+from kvt_compile.kernels.triton.lowering import LOWERING, TritonLowering, refusal
 from kvt_compile.kernels.triton.targets import TARGETS, parts_of, precision
 
-__all__ = ["LOWERING", "TARGETS", "Blocks", "TritonLowering", "source"]
+__all__ = ["LOWERING", "TARGETS", "Blocks", "TritonLowering", "refusal", "source"]
 
 
 def source(spec: KernelSpec | SoftmaxSpec, target: str = "sm_90", queries: int = 1024, keys: int = 1024) -> str:

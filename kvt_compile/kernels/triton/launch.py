@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvt_compile.kernels.c.launch import check_captured
+from kvt_compile.kernels.expressions import check_captured
 from kvt_compile.kernels import tune
 from kvt_compile.kernels.dropout import keep_scale
 from kvt_compile.kernels.lowerings import Gradients

@@ -4,7 +4,6 @@ where Triton is missing."""
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
@@ -21,15 +20,10 @@ from kvt_compile.kernels.triton import rows
 from kvt_compile.kernels.triton.generate import module_source
 from kvt_compile.kernels.triton.launch import LARGEST, Launcher
 from kvt_compile.kernels.triton.scalar import ELEMENTS, NotGenerated
+from kvt_compile.kernels.warn import warn_once
 
 LARGEST_HEAD = 256
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-
-
-@lru_cache(maxsize=64)
-def warn_once(message: str) -> None:
-    """One warning per process and message: a model calls the same kernel in every layer."""
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 class TritonLowering:
@@ -115,10 +109,10 @@ class TritonLowering:
         if scores.dim() and scores.shape[dim] > LARGEST:
             return self.fallback.softmax(scores, dim, topk, dtype, tolerance)
         with self.context():
-            return rows.softmax(self.launcher, rows.spec_of(scores.dtype, dtype), scores, dim, topk, dtype, tolerance)
+            return rows.softmax(self.launcher, SoftmaxSpec.of(scores.dtype, dtype), scores, dim, topk, dtype, tolerance)
 
     def softmax_backward(self, grad: Tensor, weights: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
-        spec = rows.spec_of(input_dtype, weights.dtype)
+        spec = SoftmaxSpec.of(input_dtype, weights.dtype)
         with self.context():
             return rows.softmax_backward(self.launcher, spec, grad, weights, dim, input_dtype)
 

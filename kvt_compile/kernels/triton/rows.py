@@ -7,16 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from kvt_compile.kernels.spec import SoftmaxSpec, dtype_name
+from kvt_compile.kernels.spec import SoftmaxSpec
 from kvt_compile.kernels.triton.blocks import Blocks
 from kvt_compile.kernels.triton.choose import Call
 from kvt_compile.kernels.triton.launch import Launcher, constexprs, kept, options
 from kvt_compile.kernels.triton.module import module
-
-
-def spec_of(dtype: torch.dtype, out_dtype: torch.dtype) -> SoftmaxSpec:
-    """The spec of scores of `dtype` and weights of `out_dtype`."""
-    return SoftmaxSpec(dtype_name(dtype), dtype_name(out_dtype))
 
 
 def softmax(

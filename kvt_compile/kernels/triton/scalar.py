@@ -13,7 +13,7 @@ from typing import Literal
 import sympy
 
 from kvt_compile.kernels import score as language
-from kvt_compile.kernels.c.scalar import COMPARE, NotGenerated, guarded_loads, nonnegative, plain_index
+from kvt_compile.kernels.expressions import COMPARE, NotGenerated, guarded_loads, nonnegative, plain_index
 from kvt_compile.kernels.spec import KernelSpec
 
 Kind = Literal["real", "int", "bool"]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kvt_compile.kernels.tune.key import Key, checked
+from kvt_compile.kernels.warn import warn_once
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "shipped"
@@ -152,8 +152,3 @@ def write_atomically(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
-
-
-@lru_cache(maxsize=256)
-def warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=3)

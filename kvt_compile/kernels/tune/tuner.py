@@ -27,8 +27,9 @@ from kvt_compile.kernels.tune.key import Key
 from kvt_compile.kernels.tune.lock import locked
 from kvt_compile.kernels.tune.mode import Mode
 from kvt_compile.kernels.tune.progress import LogProgress, Progress, Step
-from kvt_compile.kernels.tune.store import Dropped, Entry, Measured, Store, warn_once
+from kvt_compile.kernels.tune.store import Dropped, Entry, Measured, Store
 from kvt_compile.kernels.tune.timing import Clock, DeviceClock, Run, take_turns
+from kvt_compile.kernels.warn import warn_once
 
 log = logging.getLogger("kvt_compile.tune")
 
