@@ -45,19 +45,19 @@ def nonnegative(x: sympy.Expr) -> bool:
     return False
 
 
-def check_captured(spec: KernelSpec, captured: Sequence[Tensor], extents: dict[str, int]) -> None:
-    """Raises ValueError when a coordinate that indexes a captured tensor outside every where() leaves the tensor: such
-    indices are not clamped in the kernel."""
+def check_captured(spec: KernelSpec, shapes: Sequence[Sequence[int]], extents: dict[str, int]) -> None:
+    """Raises ValueError when a coordinate that indexes a captured tensor (of the given shape) outside every where() leaves
+    the tensor: such indices are not clamped in the kernel."""
     for slot, dim, name, value in _unclamped(spec):
         needed = extents[name] if name else value + 1
-        if captured[slot].shape[dim] < needed:
+        if shapes[slot][dim] < needed:
             raise ValueError(
-                f"captured tensor {slot} has size {captured[slot].shape[dim]} in dimension {dim}, "
+                f"captured tensor {slot} has size {shapes[slot][dim]} in dimension {dim}, "
                 f"which is indexed by {name or value}: expected at least {needed}"
             )
-    for slot, c in enumerate(captured):
-        if c.numel() == 0:
-            raise ValueError(f"captured tensor {slot} has no elements (shape {tuple(c.shape)})")
+    for slot, shape in enumerate(shapes):
+        if 0 in shape:
+            raise ValueError(f"captured tensor {slot} has no elements (shape {tuple(shape)})")
 
 
 @lru_cache(maxsize=1024)

@@ -7,7 +7,7 @@ are not in it.  Building one checks its expressions, so whoever holds a spec nee
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 
 import sympy
@@ -73,6 +73,14 @@ class KernelSpec:
                 f"q, k, v and {len(self.captured)} captured tensors"
             )
         check_expressions(self.score, self.weight, tuple(x.ndim for x in self.captured), self.sizes)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # once: every call of an op looks its kernel up by spec
+        return hash(tuple(getattr(self, x.name) for x in fields(self)))
 
     @classmethod
     def of(

@@ -11,6 +11,7 @@ import dataclasses
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from kvt_compile.kernels.c import cache
 from kvt_compile.kernels.c.generate import source
 from kvt_compile.kernels.c.gradients import separated_axes
-from kvt_compile.kernels.c.layout import MATRICES, fields
+from kvt_compile.kernels.c.layout import MATRICES, SOFTMAX_FIELDS, call_fields, shape_fields
 from kvt_compile.kernels.c.settings import Settings
 from kvt_compile.kernels.dropout import keep_scale
 from kvt_compile.kernels.expressions import check_captured
@@ -26,6 +27,8 @@ from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
 
 Arguments = dict[str, int | float]
 Plan = dict[str, int]
+Layout = tuple[tuple[int, ...], tuple[int, ...]]
+"""Shape and strides of a tensor."""
 TASKS = 12
 """A backward with fewer (batch, head) pairs also splits the queries, at the price of partial sums of dk and dv.  Shapes
 alone decide, so that results do not depend on the number of threads."""
@@ -37,13 +40,19 @@ class Kernel:
     def __init__(self, spec: KernelSpec | SoftmaxSpec, settings: Settings) -> None:
         self.spec = spec
         self.library = cache.load(source(spec), settings)
+        named = SOFTMAX_FIELDS if isinstance(spec, SoftmaxSpec) else call_fields(spec)
+        self._names = tuple(name for _, name in named)
+        self._layout = _struct(named)
 
-    def call(self, name: str, names: Sequence[tuple[str, str]], arguments: Arguments) -> None:
-        """Run an entry point.  Raises MemoryError when it finds no scratch memory."""
-        layout = "=" + "".join("d" if ctype == "double" else "q" for ctype, _ in names)
-        packed = struct.pack(layout, *(arguments.get(x, 0) for _, x in names))
-        if self.library[name](ctypes.c_char_p(packed)):
+    def call(self, entry: str, arguments: Arguments, shapes: bytes = b"") -> None:
+        """Run an entry point; an argument not given is 0.  Raises MemoryError when it finds no scratch memory."""
+        packed = self._layout.pack(*(arguments.get(name, 0) for name in self._names)) + shapes
+        if getattr(self.library, entry)(ctypes.c_char_p(packed)):
             raise MemoryError("a k-NN attention kernel found no memory for its scratch space")
+
+
+def _struct(named: Sequence[tuple[str, str]]) -> struct.Struct:
+    return struct.Struct("=" + "".join("d" if ctype == "double" else "q" for ctype, _ in named))
 
 
 @lru_cache(maxsize=1024)
@@ -72,9 +81,10 @@ def forward(
     if k.shape[2] == 0:
         return out.zero_(), logsumexp.fill_(-torch.inf), threshold.fill_(-torch.inf)
     if out.shape[0] and out.shape[1] and out.shape[2]:
-        arguments = _arguments(spec, q, k, v, captured, topk, sizes, dropout_p, seed)
+        arguments = _arguments(q, k, v, captured, dropout_p, seed)
         arguments |= {"out": out.data_ptr(), "lse": logsumexp.data_ptr(), "threshold": threshold.data_ptr()}
-        kernel(spec, settings).call("kvt_forward", fields(spec), arguments)
+        shapes = _shapes(spec, _layouts(q, k, v), _layouts(*captured), topk, tuple(sizes))
+        kernel(spec, settings).call("kvt_forward", arguments, shapes)
     return out, logsumexp, threshold
 
 
@@ -108,13 +118,12 @@ def backward(
         torch.zeros((plan["tasks"] if plan["copies"] else 1, *c.shape), dtype=spec.accumulate) if n else None
         for c, n in zip(captured, wanted[3:], strict=True)
     ]
-    arguments = _arguments(spec, q, k, v, captured, topk, sizes, dropout_p, seed)
-    arguments |= plan
+    arguments = _arguments(q, k, v, captured, dropout_p, seed)
     arguments |= {"grad_out": grad_out.data_ptr(), "lse": logsumexp.data_ptr(), "threshold": threshold.data_ptr()}
-    arguments |= {f"grad_out_stride{dim}": stride for dim, stride in enumerate(grad_out.stride())}
     arguments |= {name: x.data_ptr() for name, x in (("dq", dq), ("dk", dk), ("dv", dv)) if x is not None}
     arguments |= {f"dc{n}": x.data_ptr() for n, x in enumerate(sums) if x is not None}
-    kernel(spec, settings).call("kvt_backward", fields(kernel(spec, settings).spec), arguments)
+    shapes = _shapes(spec, _layouts(q, k, v, grad_out), _layouts(*captured), topk, tuple(sizes))
+    kernel(spec, settings).call("kvt_backward", arguments, shapes)
     dcaptured = [None if x is None else x.sum(0).to(c.dtype) for x, c in zip(sums, captured, strict=True)]
     return dq, dk, dv, dcaptured
 
@@ -152,42 +161,46 @@ def backward_plan(
 
 
 def _arguments(
-    spec: KernelSpec,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    captured: Sequence[Tensor],
-    topk: int,
-    sizes: Sequence[int],
-    dropout_p: float,
-    seed: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], dropout_p: float, seed: Tensor | None
 ) -> Arguments:
-    batch, heads, queries, _ = q.shape
-    kv_heads, keys = k.shape[1:3]
-    check_captured(spec, captured, {"b": batch, "h": heads, "i": queries, "j": keys})
     arguments: Arguments = {
         "q": q.data_ptr(),
         "k": k.data_ptr(),
         "v": v.data_ptr(),
-        "B": batch,
-        "Hq": heads,
-        "Hk": kv_heads,
-        "Nq": queries,
-        "Nk": keys,
-        "topk": min(topk, keys),
         "threads": torch.get_num_threads(),
-        "seed": int(seed.item()) if seed is not None else 0,
-        "drop_below": int(dropout_p * 2**32),
-        "keep_scale": keep_scale(dropout_p),
     }
-    for name, x in zip(MATRICES, (q, k, v), strict=False):
-        arguments |= {f"{name}_stride{dim}": stride for dim, stride in enumerate(x.stride())}
-    arguments |= {f"n{n}": int(size) for n, size in enumerate(sizes)}
     for n, c in enumerate(captured):
         arguments[f"c{n}"] = c.data_ptr()
-        arguments |= {f"c{n}_stride{dim}": stride for dim, stride in enumerate(c.stride())}
-        arguments |= {f"c{n}_size{dim}": size for dim, size in enumerate(c.shape)}
+    if seed is not None:
+        arguments["seed"] = int(seed.item())
+        arguments["drop_below"] = int(dropout_p * 2**32)
+        arguments["keep_scale"] = keep_scale(dropout_p)
     return arguments
+
+
+def _layouts(*tensors: Tensor) -> tuple[Layout, ...]:
+    return tuple((x.shape, x.stride()) for x in tensors)
+
+
+@lru_cache(maxsize=4096)
+def _shapes(
+    spec: KernelSpec, matrices: tuple[Layout, ...], captured: tuple[Layout, ...], topk: int, sizes: tuple[int, ...]
+) -> bytes:
+    """The part of the argument structure that shapes decide; `matrices`: q, k, v and for a backward grad_out.  Packed and
+    checked once, as a model calls its sites with the same shapes again and again."""
+    (batch, heads, queries, _), (_, kv_heads, keys, _) = matrices[0][0], matrices[1][0]
+    check_captured(spec, [shape for shape, _ in captured], {"b": batch, "h": heads, "i": queries, "j": keys})
+    values = {"B": batch, "Hq": heads, "Hk": kv_heads, "Nq": queries, "Nk": keys, "topk": min(topk, keys)}
+    if len(matrices) == len(MATRICES):
+        values |= backward_plan(spec, matrices[0][0], matrices[1][0], tuple(prod(shape) for shape, _ in captured))
+    for name, (_, strides) in zip(MATRICES, matrices, strict=False):
+        values |= {f"{name}_stride{dim}": stride for dim, stride in enumerate(strides)}
+    values |= {f"n{n}": int(size) for n, size in enumerate(sizes)}
+    for n, (shape, strides) in enumerate(captured):
+        values |= {f"c{n}_stride{dim}": stride for dim, stride in enumerate(strides)}
+        values |= {f"c{n}_size{dim}": size for dim, size in enumerate(shape)}
+    named = shape_fields(spec)
+    return _struct(named).pack(*(values.get(name, 0) for _, name in named))
 
 
 __all__ = ["Kernel", "backward", "backward_plan", "forward", "kernel"]

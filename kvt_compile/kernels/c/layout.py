@@ -24,8 +24,9 @@ SOFTMAX_FIELDS = (
 
 
 @lru_cache(maxsize=1024)
-def fields(spec: KernelSpec) -> tuple[tuple[str, str], ...]:
-    """Every field is 8 bytes: a pointer, an int64_t or a double."""
+def call_fields(spec: KernelSpec) -> tuple[tuple[str, str], ...]:
+    """What differs from call to call: pointers, threads, dropout.  Every field is 8 bytes: a pointer, an int64_t or a
+    double."""
     real = "double" if spec.dtype == "float64" else "float"
     q, v = ELEMENTS[spec.dtype], ELEMENTS[spec.value_dtype]
     result = [
@@ -39,16 +40,27 @@ def fields(spec: KernelSpec) -> tuple[tuple[str, str], ...]:
         (f"{q} *", "dq"),
         (f"{q} *", "dk"),
         (f"{v} *", "dv"),
-        *(("int64_t", x) for x in ("B", "Hq", "Hk", "Nq", "Nk", "topk", "threads", "seed", "drop_below")),
+        *(("int64_t", x) for x in ("threads", "seed", "drop_below")),
         ("double", "keep_scale"),
-        *(("int64_t", x) for x in ("chunks", "split_b", "split_h", "split_chunks", "copies")),
-        *(("int64_t", f"{x}_stride{dim}") for x in MATRICES for dim in range(4)),
-        *(("int64_t", f"n{x}") for x in range(spec.sizes)),
     ]
     for number, captured in enumerate(spec.captured):
         result.append((f"const {ELEMENTS[captured.dtype]} *", f"c{number}"))
-        result += [("int64_t", f"c{number}_stride{dim}") for dim in range(captured.ndim)]
-        result += [("int64_t", f"c{number}_size{dim}") for dim in range(captured.ndim)]
         if captured.is_float:
             result.append((f"{real} *", f"dc{number}"))
     return tuple(result)
+
+
+@lru_cache(maxsize=1024)
+def shape_fields(spec: KernelSpec) -> tuple[tuple[str, str], ...]:
+    """What shapes, strides and topk decide: packed once for all calls that agree in them."""
+    names = ["B", "Hq", "Hk", "Nq", "Nk", "topk", "chunks", "split_b", "split_h", "split_chunks", "copies"]
+    names += [f"{x}_stride{dim}" for x in MATRICES for dim in range(4)]
+    names += [f"n{x}" for x in range(spec.sizes)]
+    for number, captured in enumerate(spec.captured):
+        names += [f"c{number}_{what}{dim}" for what in ("stride", "size") for dim in range(captured.ndim)]
+    return tuple(("int64_t", x) for x in names)
+
+
+def fields(spec: KernelSpec) -> tuple[tuple[str, str], ...]:
+    """The whole structure."""
+    return call_fields(spec) + shape_fields(spec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -39,11 +40,10 @@ class CLowering:
         return self._settings
 
     def supports(self, spec: KernelSpec | SoftmaxSpec) -> str | None:
-        try:
-            find_compiler(self.settings.compiler, self.settings.target)
-        except BuildError as error:
-            warn_once(f"kvt_compile runs k-NN attention with ATen operators, several times slower: {error}")
-            return str(error)
+        missing = _no_compiler(self.settings.compiler, self.settings.target, os.environ.get("PATH"))
+        if missing is not None:
+            warn_once(f"kvt_compile runs k-NN attention with ATen operators, several times slower: {missing}")
+            return missing
         return refusal(spec if isinstance(spec, SoftmaxSpec) else dataclasses.replace(spec, needs_grad=()))
 
     def forward(
@@ -110,6 +110,16 @@ class CLowering:
             warn_once(f"kvt_compile could not build a C kernel and runs k-NN attention with ATen operators: {error}")
             return False
         return True
+
+
+@lru_cache(maxsize=64)
+def _no_compiler(command: str | None, target: str, path: str | None) -> str | None:
+    """None, or what is missing; looked up once for each value of PATH, not in every call."""
+    try:
+        find_compiler(command, target)
+    except BuildError as error:
+        return str(error)
+    return None
 
 
 @lru_cache(maxsize=4096)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from kvt_compile.kernels.c import launch
-from kvt_compile.kernels.c.layout import SOFTMAX_FIELDS
 from kvt_compile.kernels.c.settings import Settings
 from kvt_compile.kernels.spec import SoftmaxSpec
 
@@ -48,7 +47,6 @@ def _call(
     n = source.shape[dim] if source.dim() else 1
     launch.kernel(spec, settings).call(
         entry,
-        SOFTMAX_FIELDS,
         {
             "input": source.data_ptr(),
             "grad": 0 if grad is None else grad.data_ptr(),

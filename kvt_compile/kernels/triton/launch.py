@@ -204,7 +204,7 @@ def _arguments(
 ) -> Arguments:
     batch, heads, queries, _ = q.shape
     kv_heads, keys = k.shape[1:3]
-    check_captured(spec, captured, {"b": batch, "h": heads, "i": queries, "j": keys})
+    check_captured(spec, [c.shape for c in captured], {"b": batch, "h": heads, "i": queries, "j": keys})
     arguments = _matrix("q", q) | _matrix("k", k) | _matrix("v", v)
     arguments |= {"heads": heads, "group": heads // kv_heads, "nq": queries, "nk": keys}
     arguments |= {"seed_ptr": seed, "drop_below": int(dropout_p * 2**32), "keep_scale": keep_scale(dropout_p)}
