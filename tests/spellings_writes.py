@@ -111,6 +111,27 @@ def one_row(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-1) @ v
 
 
+@spelling("fused", score="where(lt(i, 1), s + 1.5, s)")
+def one_row_added_to(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    scores[:, :, 0] += 1.5
+    return scores.softmax(-1) @ v
+
+
+@spelling("fused", score="where(lt(j, 1), s*c0[h, i, 0], s)")
+def one_column_multiplied(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    scores[..., :1] *= m.p("column", H, N, 1)
+    return scores.softmax(-1) @ v
+
+
+@spelling("scores-kept")
+def one_row_copied_to_another(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    scores[:, :, 0] = scores[:, :, 1]
+    return scores.softmax(-1) @ v
+
+
 @spelling("fused")
 def one_column_filled(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = q @ k.mT

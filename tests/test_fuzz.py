@@ -14,25 +14,25 @@ topk = st.integers(1, 4)
 
 
 @given(positives(), topk)
-@settings(many, max_examples=250)
+@settings(many, max_examples=700)
 def test_attention_in_any_spelling(program: Program, k: int) -> None:
     check(program, k, reference=k == 2)
 
 
 @given(writes(), topk)
-@settings(many, max_examples=200)
+@settings(many, max_examples=600)
 def test_writes_are_followed_or_refused(program: Program, k: int) -> None:
     check(program, k, reference=k == 2)
 
 
 @given(anything(), topk)
-@settings(many, max_examples=250)
+@settings(many, max_examples=700)
 def test_near_attention_keeps_its_meaning(program: Program, k: int) -> None:
     check(program, k, reference=k == 2)
 
 
 @given(positives() | writes(), topk)
-@settings(many, max_examples=25)
+@settings(many, max_examples=60)
 def test_with_fake_tensors(program: Program, k: int) -> None:
     check(program, k, capture=traced_with_fakes)
 

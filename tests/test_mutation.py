@@ -191,3 +191,31 @@ def test_a_map_filled_block_by_block(topk: float | int) -> None:
         expected = scores.masked_fill(~kept, -torch.inf).softmax(-1) @ inputs[2]
         actual = result.module(*inputs)
         assert torch.allclose(actual, expected if result.report.sites else function(*inputs))
+
+
+# ---- scores that take part in other scores ---------------------------------------------------------------------------
+
+
+def test_one_item_of_a_batch_is_written() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT
+        scores.mul_(0.5)
+        scores = scores.reshape(B, N * N).reshape(B, N, N) + q.sum(-1, keepdim=True)
+        scores[0:1] += 1
+        return scores.softmax(-1) @ v
+
+    assert check(function, *tensors(*((B, N, D),) * 3)) == ["fused"]
+
+
+def test_the_scores_of_one_item_are_made_of_another_item_s() -> None:
+    """What the other's scores were is a tensor that the kernel would read beside its own: it needs the `mul_`, which no
+    node of the graph reads."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT
+        scores.mul_(0.5)
+        scores = scores.reshape(B, N * N).reshape(B, N, N) + q.sum(-1, keepdim=True)
+        scores[0:1] = scores[1:] * 2
+        return scores.softmax(-1) @ v
+
+    assert check(function, *tensors(*((B, N, D),) * 3)) == ["scores-kept"]

@@ -348,6 +348,8 @@ def closed_interior(
             raise Miss("closed", value, f"{value.node.name} is also read by {reader}")
     erased = {value.node for value in interior}
     for leaf in leaves:
+        if leaf in interior:  # N x N numbers beside the kernel, and in-place writes they need would be erased with the rest
+            raise Miss("closed", leaf, f"{leaf.node.name} is made of the scores and is read beside them")
         if leaf.expired is not None and leaf.expired <= last.index:
             raise Miss("closed", leaf, f"{leaf.node.name} is overwritten before the product with the values")
         if leaf.holder is not leaf.node and leaf.node in erased:  # held by what a write of the region wrote to

@@ -132,7 +132,15 @@ class Reader:
         if not (isinstance(whole, int) and isinstance(size, int) and start + size == whole):
             conditions.append(score.lt(at, sympy.sympify(start + size)))
         inside = (*coords[:dim], self.space.inside(coords[dim], start, size), *coords[dim + 1 :])
+        before = self._memo
+        if size == 1 and conditions:  # x[:, 0] += y: where it is written, x at 0 is x at the coordinate
+            elsewhere = self.read(base, coords)
+            constants = (Coord((), start), self.space.constant(whole, start))
+            places = ((*coords[:dim], constant, *coords[dim + 1 :]) for constant in constants)
+            same = {(base, self.space.resolve_all(place)): elsewhere for place in places}
+            self._memo = {**before, **same}
         written = self.read(inner, aligned(inside, inner)) if isinstance(inner, Value) else number(inner)
+        self._memo = before  # what was read under the condition holds under it alone
         if not conditions:
             return written
         condition = conditions[0] if len(conditions) == 1 else score.logical_and(*conditions)
