@@ -325,7 +325,7 @@ def sink_column(m: Any, x: Tensor) -> Tensor:
     return scores.softmax(-1)[..., :-1] @ v
 
 
-@left("softmax axis")
+@left("the same softmax")
 def map_times_itself(m: Any, x: Tensor) -> Tensor:
     q, k, _ = m.parts(x)
     weights = (q @ k.mT).softmax(-1)

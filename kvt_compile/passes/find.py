@@ -159,7 +159,7 @@ class _Attempt:
         weights, weights_at = operands[self.side]
         self.value = operands[1 - self.side]
         after = _descendants(anchor, stop=product)
-        if self.value[0] in after:
+        if self.value[0] is anchor or self.value[0] in after:
             raise Miss("values", product, "both operands of the product come from the same softmax")
         reader = Reader(space, lambda v: v in after, self.facts.cost, stops=frozenset({anchor}))
         self.weights = reader.read(weights, weights_at)
