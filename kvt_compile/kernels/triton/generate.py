@@ -63,7 +63,7 @@ def _attention(spec: KernelSpec, contracting: bool) -> str:
     printer = TilePrinter(spec, contracting)
     tile = layout.tile_names(spec)
     backward = bool(spec.needs_grad)
-    head_parts, value_parts = layout.parts(spec.head_dim), layout.parts(spec.value_dim)
+    head_parts, value_parts = (layout.parts(x, layout.widest_part(spec)) for x in (spec.head_dim, spec.value_dim))
     wide = spec.dtype == "float64"
     row_source = ["rows", *_names("q", head_parts), "k_ptr", "k_stride2", "k_stride3", "nk", "tile"]
     functions, scatters = slopes(spec, printer) if backward else ([], [])
@@ -86,6 +86,7 @@ def _attention(spec: KernelSpec, contracting: bool) -> str:
         "unpack_tile": _unpacked(tile),
         "draw": ", ".join(layout.draw_names(spec)),
         "row_source_tuple": f"({', '.join(row_source)})",
+        "reloads": layout.reloads(spec),
         **_constants("ROWS", "COLS", "INDEX", "PRECISION"),
         "score": printer.program(spec.score_expression),
         "weight": printer.program(spec.weight_expression) if spec.weight != "p" else None,
