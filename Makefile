@@ -21,7 +21,7 @@ test-gpu:  ## on a machine with an NVIDIA GPU: set up, then run the tests that n
 golden:  ## write the golden sources of the Triton kernels anew, after a change to a template
 	@./tools/python test tests/triton_specs.py
 
-resources:  ## compile every default Triton kernel for every GPU and write down what it uses (about ten minutes)
+resources:  ## compile every default Triton kernel for every GPU and write down what it uses (a quarter of an hour)
 	@./tools/python test tests/triton_resources.py
 
 check:  ## lint, format, types, import arrows, file lengths

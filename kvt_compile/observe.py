@@ -281,11 +281,11 @@ class _Hook:
 
 def _attention_hook(callback: Callback, number: int, where: Where, row: SiteReport | None) -> Callable[..., Any]:
     def observed_attention(
-        q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], score: str, weight: str, topk: int,
-        sizes: Sequence[int], dropout_p: float, seed: Tensor | None, lowering: str, tolerance: float = 0.0,
+        q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor] | None, score: str, weight: str, topk: int,
+        sizes: Sequence[int] | None, dropout_p: float, seed: Tensor | None, lowering: str, tolerance: float = 0.0,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         kept = min(topk, k.shape[2])
-        call = AttentionCall(number, where, row, kept, lowering, q, k, v, captured, score, weight, sizes)
+        call = AttentionCall(number, where, row, kept, lowering, q, k, v, captured or (), score, weight, sizes or ())
         instead = callback(call)
         if instead is not None:
             return instead, None, None  # a rewritten graph reads the output alone

@@ -35,6 +35,11 @@ def arguments(*, grad: bool = True, captured: bool = True, dropout: bool = False
     )  # fmt: skip
 
 
+def without_lists(args: tuple) -> tuple:
+    """None for both, as a call arrives from an AOTInductor package."""
+    return (*args[:3], None, *args[4:7], None, *args[8:])
+
+
 def backward_arguments(lowering: str = "aten") -> tuple:
     args = arguments(grad=False, lowering=lowering)
     out, logsumexp, threshold = kvt.attention(*args)
@@ -47,6 +52,7 @@ SAMPLES: dict[str, Any] = {
     "attention": (kvt.attention, lambda: arguments()),
     "attention, reference": (kvt.attention, lambda: arguments(lowering="reference")),
     "attention, nothing captured": (kvt.attention, lambda: arguments(captured=False)),
+    "attention, None for nothing": (kvt.attention, lambda: without_lists(arguments(captured=False))),
     "attention, dropout": (kvt.attention, lambda: arguments(dropout=True)),
     "attention, tolerance": (kvt.attention, lambda: (*arguments(), 0.25)),
     "attention, no gradient": (kvt.attention, lambda: arguments(grad=False)),
@@ -67,6 +73,19 @@ SAMPLES: dict[str, Any] = {
 def test_opcheck(sample: str) -> None:
     op, make = SAMPLES[sample]
     torch.library.opcheck(op.default, make())
+
+
+def test_none_is_an_empty_list() -> None:
+    given = arguments(captured=False)
+    for args in (given, without_lists(given)):
+        out = kvt.attention(*args)[0]
+        found = (out, *torch.autograd.grad(out.sum(), args[:3]))
+        if args is given:
+            expected = found
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    q, *rest = without_lists(arguments(captured=False, grad=False))
+    mapped = torch.vmap(lambda x: kvt.attention(x, *rest)[0])(torch.stack([q, 2 * q]))
+    torch.testing.assert_close(mapped[1], kvt.attention(2 * q, *rest)[0])
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)

@@ -3,7 +3,10 @@ captured and exported use.  `make test-gpu`; nothing here runs without a GPU."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -165,6 +168,27 @@ def test_export() -> None:
     site = Site().cuda().requires_grad_(False)
     leaves = tuple(x.detach() for x in inputs())
     assert torch.equal(torch.export.export(site, leaves).module()(*leaves), site(*leaves))
+
+
+def test_a_package_with_the_kernels_inside_runs_without_us(tmp_path: Path) -> None:
+    from kvt_compile.integrations.aot import kernels_inside
+
+    site = Site().cuda().requires_grad_(False)
+    leaves = tuple(x.detach() for x in inputs())
+    with kernels_inside():
+        path = torch._inductor.aoti_compile_and_package(
+            torch.export.export(site, leaves), package_path=str(tmp_path / "model.pt2")
+        )
+    torch.save(leaves, tmp_path / "inputs.pt")
+    program = (
+        "import sys, torch; folder, package = sys.argv[1:]\n"
+        "found = torch._inductor.aoti_load_package(package)(*torch.load(folder + '/inputs.pt'))\n"
+        "assert not any(name.startswith('kvt') for name in sys.modules)\n"
+        "torch.save(found, folder + '/found.pt')"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path), path], check=True, cwd=tmp_path)
+    # the same keys; weights round otherwise, since Inductor contracts
+    torch.testing.assert_close(torch.load(tmp_path / "found.pt"), site(*leaves))
 
 
 def test_gradients_have_the_same_bits_every_time() -> None:

@@ -20,7 +20,7 @@ from kvt_compile.kernels.triton import bounds, source
 from kvt_compile.kernels.triton.blocks import Blocks
 from kvt_compile.kernels.triton.candidates import PARTS, candidates, default, family
 from kvt_compile.kernels.triton.generate import module_source
-from kvt_compile.kernels.triton.layout import parts
+from kvt_compile.kernels.triton.layout import parts, widest_part
 
 TEMPLATES = Path(bounds.__file__).parent / "templates"
 LONGEST_RUN = 12
@@ -132,6 +132,16 @@ def test_templates_do_not_copy_each_other() -> None:
 def test_heads_are_cut_into_few_powers_of_two(features: int, widths: list[int]) -> None:
     assert [part.width for part in parts(features)] == widths
     assert [part.first for part in parts(features)] == [sum(widths[:n]) for n in range(len(widths))]
+
+
+@pytest.mark.parametrize(("features", "widths"), [(256, [64] * 4), (200, [64, 64, 64, 16]), (130, [64, 64, 16])])
+def test_wide_float32_heads_are_split_in_64(features: int, widths: list[int]) -> None:
+    spec = KernelSpec("float32", "float32", features, 64)
+    assert [part.width for part in parts(features, widest_part(spec))] == widths
+    assert "again = cols + tl.minimum(start, 0)" in module_source(training(spec))
+    half = KernelSpec("bfloat16", "bfloat16", features, 64)
+    assert parts(features, widest_part(half)) == parts(features)
+    assert "again =" not in module_source(training(half))
 
 
 @pytest.mark.parametrize(

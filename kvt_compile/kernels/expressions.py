@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import sympy
+import torch
 from torch import Tensor
 
 from kvt_compile.kernels import score as language
@@ -50,14 +51,23 @@ def check_captured(spec: KernelSpec, shapes: Sequence[Sequence[int]], extents: d
     the tensor: such indices are not clamped in the kernel."""
     for slot, dim, name, value in _unclamped(spec):
         needed = extents[name] if name else value + 1
-        if shapes[slot][dim] < needed:
+        if not surely(shapes[slot][dim] >= needed):
             raise ValueError(
                 f"captured tensor {slot} has size {shapes[slot][dim]} in dimension {dim}, "
                 f"which is indexed by {name or value}: expected at least {needed}"
             )
     for slot, shape in enumerate(shapes):
-        if 0 in shape:
+        if not all(surely(size > 0) for size in shape):
             raise ValueError(f"captured tensor {slot} has no elements (shape {tuple(shape)})")
+
+
+def surely(condition: bool | torch.SymBool) -> bool:
+    """A comparison; of symbolic sizes whether it holds for all of them, with no guard that would narrow them."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(condition))
 
 
 @lru_cache(maxsize=1024)

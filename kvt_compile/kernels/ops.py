@@ -9,7 +9,8 @@ q `[B, Hq, Nq, D]`, k `[B, Hk, Nk, D]`, v `[B, Hk, Nk, Dv]` with any strides; ou
 logsumexp and threshold `[B, Hq, Nq]` in float32 (float64 when q is float64), not differentiable.  All results are
 contiguous.  Everything that changes a result is an argument, so compile caches key on it by themselves.  `tolerance` lets
 a row keep another number of keys than topk (`kvt_compile.topk.kept_range`) and has a default, so that programs saved
-without it still load; the backward reads what was kept from the thresholds.
+without it still load; the backward reads what was kept from the thresholds.  `captured` and `sizes` may be None, which
+means empty: AOTInductor's proxy executor hands an empty list on as None, and a schema without `?` would refuse it.
 
 Raw `Library.define`/`impl` and not `custom_op`: the schema stands here as text that a reader and a saved program can be
 checked against, and a call costs 2 to 5 microseconds less (measured: 12 against 14, 19 against 24 with a gradient).
@@ -29,18 +30,18 @@ from kvt_compile.kernels.check import check_attention, check_backward, check_sof
 from kvt_compile.kernels.function import no_second_derivative
 from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec, dtype_name
 
-_COMMON = "str score, str weight, SymInt topk, SymInt[] sizes, float dropout_p, Tensor? seed"
+_COMMON = "str score, str weight, SymInt topk, SymInt[]? sizes, float dropout_p, Tensor? seed"
 
 LIBRARY = torch.library.Library("kvt", "DEF")
 # flexible_layout: results are contiguous whatever the strides of the inputs, so Inductor may choose those freely
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 LIBRARY.define(
-    f"attention(Tensor q, Tensor k, Tensor v, Tensor[] captured, {_COMMON}, str lowering,"
+    f"attention(Tensor q, Tensor k, Tensor v, Tensor[]? captured, {_COMMON}, str lowering,"
     " float tolerance=0.0) -> (Tensor out, Tensor logsumexp, Tensor threshold)",
     tags=_TAGS,
 )
 LIBRARY.define(
-    "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor[] captured, Tensor out, Tensor logsumexp,"
+    "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor[]? captured, Tensor out, Tensor logsumexp,"
     f" Tensor threshold, {_COMMON}, bool[] needs_grad, str lowering)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor[] dcaptured)",
     tags=_TAGS,
@@ -69,16 +70,17 @@ def _attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    captured: Sequence[Tensor],
+    captured: Sequence[Tensor] | None,
     score: str,
     weight: str,
     topk: int,
-    sizes: Sequence[int],
+    sizes: Sequence[int] | None,
     dropout_p: float,
     seed: Tensor | None,
     lowering: str,
     tolerance: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    captured, sizes = captured or (), sizes or ()
     check_attention(q, k, v, captured, score, weight, topk, sizes, dropout_p, seed, tolerance)
     spec = KernelSpec.of(q, k, v, captured, score, weight, len(sizes), dropout_p)
     chosen = lowerings.choose(lowering, spec, q.device.type)
@@ -90,16 +92,17 @@ def _attention_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    captured: Sequence[Tensor],
+    captured: Sequence[Tensor] | None,
     score: str,
     weight: str,
     topk: int,
-    sizes: Sequence[int],
+    sizes: Sequence[int] | None,
     dropout_p: float,
     seed: Tensor | None,
     lowering: str,
     tolerance: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    captured, sizes = captured or (), sizes or ()
     check_attention(q, k, v, captured, score, weight, topk, sizes, dropout_p, seed, tolerance)
     rows = q.shape[:3]
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -114,24 +117,27 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     q, k, v, captured, score, weight, topk, sizes, dropout_p, seed, lowering, _tolerance = inputs
     out, logsumexp, threshold = output
     ctx.mark_non_differentiable(logsumexp, threshold)
-    ctx.save_for_backward(q, k, v, *captured, out, logsumexp, threshold, seed)
+    ctx.save_for_backward(q, k, v, *(captured or ()), out, logsumexp, threshold, seed)
     ctx.rest = (score, weight, topk, sizes, dropout_p, lowering)
+    ctx.nothing = captured is None
 
 
 def _attention_autograd(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
     q, k, v, *captured, out, logsumexp, threshold, seed = ctx.saved_tensors
     score, weight, topk, sizes, dropout_p, lowering = ctx.rest
     need_q, need_k, need_v, need_captured, *_rest = ctx.needs_input_grad
-    needs_grad = [need_q, need_k, need_v, *need_captured]
+    needs_grad = [need_q, need_k, need_v, *(() if ctx.nothing else need_captured)]
     dq, dk, dv, dcaptured = torch.ops.kvt.attention_backward(
         grad_out, q, k, v, captured, out, logsumexp, threshold,
         score, weight, topk, sizes, dropout_p, seed, needs_grad, lowering,
     )  # fmt: skip
     dq, dk, dv, *dcaptured = (x if need else None for x, need in zip((dq, dk, dv, *dcaptured), needs_grad, strict=True))
-    # register_autograd takes a list of numbers for one value, and an empty list for a list of tensors; it wants as many
-    # results as there were arguments, and the dispatcher drops a last one that equals its default
+    # register_autograd takes None or a list of numbers for one value, and an empty list for a list of tensors; it wants as
+    # many results as there were arguments, and the dispatcher drops a last one that equals its default
     others = [None] * (len(ctx.needs_input_grad) - 8)
-    return dq, dk, dv, list(dcaptured), None, None, None, None if sizes else [], *others
+    of_captured = None if ctx.nothing else list(dcaptured)
+    of_sizes: list[None] | None = [] if sizes is not None and not sizes else None
+    return dq, dk, dv, of_captured, None, None, None, of_sizes, *others
 
 
 # --- kvt::attention_backward ------------------------------------------------------------------------------------------
@@ -142,19 +148,20 @@ def _attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    captured: Sequence[Tensor],
+    captured: Sequence[Tensor] | None,
     out: Tensor,
     logsumexp: Tensor,
     threshold: Tensor,
     score: str,
     weight: str,
     topk: int,
-    sizes: Sequence[int],
+    sizes: Sequence[int] | None,
     dropout_p: float,
     seed: Tensor | None,
     needs_grad: Sequence[bool],
     lowering: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    captured, sizes = captured or (), sizes or ()
     check_attention(q, k, v, captured, score, weight, topk, sizes, dropout_p, seed)
     check_backward(grad_out, q, v, captured, out, logsumexp, threshold, needs_grad)
     spec = KernelSpec.of(q, k, v, captured, score, weight, len(sizes), dropout_p, needs_grad)
@@ -174,19 +181,20 @@ def _attention_backward_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    captured: Sequence[Tensor],
+    captured: Sequence[Tensor] | None,
     out: Tensor,
     logsumexp: Tensor,
     threshold: Tensor,
     score: str,
     weight: str,
     topk: int,
-    sizes: Sequence[int],
+    sizes: Sequence[int] | None,
     dropout_p: float,
     seed: Tensor | None,
     needs_grad: Sequence[bool],
     lowering: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    captured, sizes = captured or (), sizes or ()
     check_attention(q, k, v, captured, score, weight, topk, sizes, dropout_p, seed)
     check_backward(grad_out, q, v, captured, out, logsumexp, threshold, needs_grad)
     dq, dk, dv, *dcaptured = (

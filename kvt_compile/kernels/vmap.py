@@ -29,7 +29,7 @@ def register(library: torch.library.Library) -> None:
 
 def _attention(info: Any, in_dims: Sequence[Dims], *args: Any) -> tuple[Any, Any]:
     size, dims = info.batch_size, in_dims
-    captured_mapped = any(dim is not None for dim in dims[3])
+    captured_mapped = any(dim is not None for dim in dims[3] or ())
     score, weight, dropout_p = args[4], args[5], args[8]
     if captured_mapped or dropout_p > 0.0 or _reads_batch(score) or _reads_batch(weight):
         return _loop(torch.ops.kvt.attention, size, dims, args), (0, 0, 0)
@@ -39,7 +39,7 @@ def _attention(info: Any, in_dims: Sequence[Dims], *args: Any) -> tuple[Any, Any
 
 def _attention_backward(info: Any, in_dims: Sequence[Dims], *args: Any) -> tuple[Any, Any]:
     size, dims = info.batch_size, in_dims
-    captured, captured_dims = args[4], dims[4]
+    captured, captured_dims = args[4] or (), dims[4] or ()
     score, weight, dropout_p, needs_grad = args[8], args[9], args[12], args[14]
     out_dims = (0, 0, 0, [0] * len(captured))
     captured_mapped = any(dim is not None for dim in captured_dims) or any(needs_grad[3:])

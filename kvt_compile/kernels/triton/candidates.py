@@ -15,6 +15,7 @@ import torch
 from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton.blocks import Blocks
 from kvt_compile.kernels.triton.layout import parts
+from kvt_compile.kernels.triton.scalar import axes_of
 
 Family = Literal["large", "medium", "small"]
 Shape = tuple[int, int, int, int]
@@ -102,13 +103,27 @@ def default(spec: KernelSpec | SoftmaxSpec, part: str, nq: int, nk: int, hip: bo
     if part not in PARTS:
         raise ValueError(f"unknown kernel {part!r}, expected one of {', '.join(PARTS)}")
     size, width = _bytes(spec), _width(spec)
-    short = size == 2 and width <= 64 and nk <= RESIDENT_COLS  # rows that stay on chip, 32 at a time
+    # what a kernel holds beside a tile of scores and one of captured elements is paid for with half the tile
+    crowded = _captured_tiles(spec) > 1 and part != "backward_kv"
+    full = crowded or (spec.dropout and part == "forward")
+    # rows that stay on chip, 32 at a time; AMD has no matrix instruction for fewer that agrees with the other kernels'
+    short = size == 2 and width <= 64 and nk <= (RESIDENT_COLS // 2 if full and hip else RESIDENT_COLS)
     if short and part == "forward":
-        return Blocks("resident", 32, max(32, power_of_two(nk)), 4, 1)
+        cols = max(32, power_of_two(nk))
+        return Blocks("resident", 16 if full and cols == RESIDENT_COLS else 32, cols, 4, 1)
     table = _AMD if hip else _NVIDIA
     large = not hip and size == 2 and width <= 128 and nq >= 64 and not short
     fitting = next(x for x in table if x[0] == size and x[1] >= width and (x[2] == "large") == large)
-    return Blocks("streaming", *table[fitting][part])
+    rows, cols, warps, stages = table[fitting][part]
+    if crowded:
+        cols = max(cols // 2, 32 if hip else SMALLEST)
+    return Blocks("streaming", rows, cols, warps, 1 if spec.weight != "p" and part == "forward" else stages)
+
+
+def _captured_tiles(spec: KernelSpec) -> int:
+    """How many captured elements there are for every score."""
+    loads = {*spec.score_loads, *spec.weight_loads}
+    return sum(len(frozenset().union(*map(axes_of, x.index))) == 2 for x in loads)
 
 
 def _bytes(spec: KernelSpec) -> int:

@@ -37,9 +37,9 @@ class Call:
         return default(self.spec, self.part, self.queries, self.keys)
 
 
-def choose(call: Call) -> Blocks:
-    """Block sizes for one launch."""
-    mode = tune.requested(call.spec)
+def choose(call: Call, mode: tune.Mode | None = None) -> Blocks:
+    """Block sizes for one launch.  mode: instead of the one that was asked for when the site was compiled."""
+    mode = mode or tune.requested(call.spec)
     if mode == "off" or isinstance(call.spec, SoftmaxSpec):  # the row kernels have one candidate
         return call.first
     shape = tune.ShapeClass.of(call.queries, call.keys, call.heads, call.topk)

@@ -63,8 +63,12 @@ def resources(spec: KernelSpec | SoftmaxSpec, part: str, blocks: Blocks, target:
     return Resources(registers, stack, shared, tuple(matrix))
 
 
-def compile_kernel(spec: KernelSpec | SoftmaxSpec, part: str, blocks: Blocks, target: str) -> Any:
-    """Triton's compiled kernel, for contiguous tensors of even sizes below 2**31 elements, one query head a key head."""
+def compile_kernel(
+    spec: KernelSpec | SoftmaxSpec, part: str, blocks: Blocks, target: str, kernel: Any = None, fusion: bool = False
+) -> Any:
+    """Triton's compiled kernel, for contiguous tensors of even sizes below 2**31 elements, one query head a key head.
+
+    kernel: another one with the same parameters; fusion: products and sums may be contracted, as Inductor compiles."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -72,7 +76,7 @@ def compile_kernel(spec: KernelSpec | SoftmaxSpec, part: str, blocks: Blocks, ta
     if target not in TARGETS:
         raise ValueError(f"unknown GPU {target!r}, expected one of {', '.join(TARGETS)}")
     backend, architecture, warp = TARGETS[target]
-    kernel = getattr(module(spec), part)
+    kernel = kernel or getattr(module(spec), part)
     products = precision(spec, backend == "hip") if isinstance(spec, KernelSpec) else None
     constants: dict[str, Any] = constexprs(part, blocks, "int32", products)
     signature = {name: _type(name, spec, part) for name in kernel.arg_names}
@@ -87,7 +91,7 @@ def compile_kernel(spec: KernelSpec | SoftmaxSpec, part: str, blocks: Blocks, ta
     ]
     attributes = {place[name]: [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, signature, {place[name]: value for name, value in constants.items()}, attributes)
-    return triton.compile(source, target=GPUTarget(backend, architecture, warp), options=options(blocks))
+    return triton.compile(source, target=GPUTarget(backend, architecture, warp), options=options(blocks) | {"enable_fp_fusion": fusion})
 
 
 def _type(name: str, spec: KernelSpec | SoftmaxSpec, part: str) -> str:

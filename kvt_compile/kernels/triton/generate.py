@@ -21,7 +21,7 @@ import sympy
 from kvt_compile.kernels import score as language
 from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton import bounds, layout
-from kvt_compile.kernels.triton.scalar import TilePrinter
+from kvt_compile.kernels.triton.scalar import NotGenerated, TilePrinter, unsure_functions
 from kvt_compile.kernels.triton.slopes import slopes
 
 HALVING_FROM = 6
@@ -42,16 +42,28 @@ _ENVIRONMENT = jinja2.Environment(
 
 
 @lru_cache(maxsize=256)
-def module_source(spec: KernelSpec | SoftmaxSpec) -> str:
-    """The Triton module of a spec.  Raises NotGenerated with the reason."""
-    return _softmax(spec) if isinstance(spec, SoftmaxSpec) else _attention(spec)
+def module_source(spec: KernelSpec | SoftmaxSpec, contracting: bool = False) -> str:
+    """The Triton module of a spec.  contracting: for NVIDIA GPUs, where products and sums may be contracted (`traced`).
+
+    Raises NotGenerated with the reason.
+    """
+    text = _softmax(spec) if isinstance(spec, SoftmaxSpec) else _attention(spec, contracting)
+    return _without_infinite_constants(text) if contracting else text
 
 
-def _attention(spec: KernelSpec) -> str:
-    printer = TilePrinter(spec)
+def _without_infinite_constants(text: str) -> str:
+    """INF -> float("inf"): Inductor writes a global constant down by its repr, and `inf` is no name."""
+    text = re.sub(r"^(INF|NAN) = .*\n", "", text, flags=re.MULTILINE)
+    return re.sub(r"\b(INF|NAN)\b", lambda name: f'float("{name[1].lower()}")', text)
+
+
+def _attention(spec: KernelSpec, contracting: bool) -> str:
+    if contracting and (unsure := unsure_functions(spec.score_expression)):
+        raise NotGenerated(f"{', '.join(unsure)} of a score, whose library code may round otherwise from place to place,")
+    printer = TilePrinter(spec, contracting)
     tile = layout.tile_names(spec)
     backward = bool(spec.needs_grad)
-    head_parts, value_parts = layout.parts(spec.head_dim), layout.parts(spec.value_dim)
+    head_parts, value_parts = (layout.parts(x, layout.widest_part(spec)) for x in (spec.head_dim, spec.value_dim))
     wide = spec.dtype == "float64"
     row_source = ["rows", *_names("q", head_parts), "k_ptr", "k_stride2", "k_stride3", "nk", "tile"]
     functions, scatters = slopes(spec, printer) if backward else ([], [])
@@ -74,6 +86,7 @@ def _attention(spec: KernelSpec) -> str:
         "unpack_tile": _unpacked(tile),
         "draw": ", ".join(layout.draw_names(spec)),
         "row_source_tuple": f"({', '.join(row_source)})",
+        "reloads": layout.reloads(spec),
         **_constants("ROWS", "COLS", "INDEX", "PRECISION"),
         "score": printer.program(spec.score_expression),
         "weight": printer.program(spec.weight_expression) if spec.weight != "p" else None,
@@ -96,6 +109,7 @@ def _attention(spec: KernelSpec) -> str:
         values |= dict(zip(("need_q", "need_k", "need_v"), spec.needs_grad, strict=False))
     values |= _selection(wide)
     values |= {"functions": printer.functions, "tanh_series": _tanh_series(14 if wide else 9)}
+    values |= {"contracting": contracting}
     names = ["header", "functions", "load", "program", "score"]
     names += ["normalise", "slopes", "backward"] if backward else ["select", "normalise", "forward"]
     return _render(names, values)

@@ -5,7 +5,8 @@
 
 Triton decides when a kernel is defined whether it will be interpreted; functions of its own library were defined as
 compiled ones when it was imported, so calls of those are redirected for the time of the `with`.  So are products of
-bfloat16, which the interpreter (3.7.1) multiplies as if their bits were integers.  Afterwards the language is put back
+bfloat16, which the interpreter (3.7.1) multiplies as if their bits were integers; and of assembly it learns the sums
+that `exact_sum` is made of.  Afterwards the language is put back
 as it was: the interpreter leaves some of its own functions in it, and nothing could be compiled any more.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -49,11 +51,18 @@ def interpreted() -> Iterator[None]:
     def product(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return own_product(self, widened(a), widened(b), *rest)
 
-    own_product = InterpreterBuilder.create_dot
+    def assembly(self: Any, text: str, constraints: str, values: Any, kinds: Any, *rest: Any) -> Any:
+        if text.split()[0] not in ("add.rn.f32", "add.rn.f64"):
+            raise NotImplementedError(f"the interpreter does not know {text!r}")
+        total = TensorHandle(values[0].data + values[1].data, values[0].dtype.scalar)
+        return SimpleNamespace(get_result=lambda _: total)
+
+    own_product, own_assembly = InterpreterBuilder.create_dot, InterpreterBuilder.create_inline_asm
     before = triton.knobs.runtime.interpret, JITFunction.__call__
     triton.knobs.runtime.interpret = True
     JITFunction.__call__ = call
     InterpreterBuilder.create_dot = product
+    InterpreterBuilder.create_inline_asm = assembly
     changed = _everything_in_the_language()
     try:
         yield
@@ -63,4 +72,5 @@ def interpreted() -> Iterator[None]:
                 if vars(owner).get(name) is not value:
                     setattr(owner, name, value)
         InterpreterBuilder.create_dot = own_product
+        InterpreterBuilder.create_inline_asm = own_assembly
         triton.knobs.runtime.interpret, JITFunction.__call__ = before

@@ -6,7 +6,7 @@ device, so that it can be captured into a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvt_compile.kernels.expressions import check_captured
+from kvt_compile.kernels.expressions import check_captured, surely
 from kvt_compile.kernels import tune
 from kvt_compile.kernels.dropout import keep_scale
 from kvt_compile.kernels.lowerings import Gradients
@@ -130,7 +130,7 @@ class Launcher:
         """Launch one kernel of a spec with the block sizes that are chosen for it."""
         batch, heads, queries, _ = q.shape
         kv_heads, keys = k.shape[1:3]
-        kernel = getattr(module(spec, self.interpreted), part)
+        kernel = self.kernel(spec, part)
         products = precision(spec)
 
         def launch(blocks: Blocks, arguments: Arguments) -> Any:
@@ -139,7 +139,7 @@ class Launcher:
             else:
                 programs = -(-queries // blocks.rows) * batch * heads
             constants = constexprs(part, blocks, index, products)
-            return kernel[(programs,)](*(arguments[x] for x in names), **constants, **options(blocks))
+            return self.launch(kernel, programs, [arguments[x] for x in names], constants, blocks)
 
         def trial(blocks: Blocks) -> Callable[[], None]:
             # every other output is written anew, but sums into captured tensors would grow
@@ -152,6 +152,16 @@ class Launcher:
         with self.on(q):
             call = Call(spec, part, queries, keys, batch * heads, topk, q.device, trial)
             launch(self.chooser(call), arguments)
+
+    def kernel(self, spec: KernelSpec | SoftmaxSpec, part: str) -> Any:
+        """A kernel that `launch` takes."""
+        return getattr(module(spec, self.interpreted), part)
+
+    def launch(
+        self, kernel: Any, programs: int, arguments: Sequence[Any], constants: Mapping[str, Any], blocks: Blocks
+    ) -> Any:
+        """One launch; what Triton compiled for it."""
+        return kernel[(programs,)](*arguments, **constants, **options(blocks))
 
     def on(self, x: Tensor) -> AbstractContextManager[Any]:
         """Launches go to the current device, which need not be that of the tensors."""
@@ -208,7 +218,7 @@ def _arguments(
     arguments = _matrix("q", q) | _matrix("k", k) | _matrix("v", v)
     arguments |= {"heads": heads, "group": heads // kv_heads, "nq": queries, "nk": keys}
     arguments |= {"seed_ptr": seed, "drop_below": int(dropout_p * 2**32), "keep_scale": keep_scale(dropout_p)}
-    arguments |= {f"n{n}": int(size) for n, size in enumerate(sizes)}
+    arguments |= {f"n{n}": size for n, size in enumerate(sizes)}
     for n, c in enumerate(captured):
         arguments[f"c{n}_ptr"] = c
         arguments |= {f"c{n}_stride{dim}": stride for dim, stride in enumerate(c.stride())}
@@ -218,14 +228,14 @@ def _arguments(
 
 def _index(spec: KernelSpec, tensors: Sequence[Tensor], sizes: Sequence[int]) -> str:
     """The type of coordinates and offsets."""
-    if _needs_64_bits(spec) or any(n >= LARGEST for n in sizes):
+    if _needs_64_bits(spec) or not all(surely(n < LARGEST) for n in sizes):
         return "int64"
     # rows beyond the last are masked, not skipped: their offsets must be numbers too
-    reach = max(
+    reaches = [
         sum((n + 1024) * stride for n, stride in zip(x.shape[-2:], x.stride()[-2:], strict=True)) for x in tensors[:3]
-    )
-    reach = max([reach, *(sum(n * stride for n, stride in zip(x.shape, x.stride(), strict=True)) for x in tensors)])
-    return "int32" if reach < 2**31 else "int64"
+    ]
+    reaches += [sum(n * stride for n, stride in zip(x.shape, x.stride(), strict=True)) for x in tensors]
+    return "int32" if all(surely(reach < 2**31) for reach in reaches) else "int64"
 
 
 @lru_cache(maxsize=4096)

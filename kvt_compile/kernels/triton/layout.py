@@ -21,11 +21,25 @@ class Part:
 
 
 @lru_cache(maxsize=256)
-def parts(features: int) -> tuple[Part, ...]:
-    """80 -> 64 + 16, 96 -> 64 + 32, 72 -> 64 + 16, 24 -> 32: at most three powers of two with the least padding."""
-    widths = _split(features, 3)
+def parts(features: int, widest: int = 256) -> tuple[Part, ...]:
+    """80 -> 64 + 16, 96 -> 64 + 32, 72 -> 64 + 16, 24 -> 32: parts of `widest` features, then at most three powers of two
+    with the least padding."""
+    whole = (features - 1) // widest
+    widths = [widest] * whole + _split(features - whole * widest, 3)
     starts = [sum(widths[:n]) for n in range(len(widths))]
     return tuple(Part(first, width) for first, width in zip(starts, widths, strict=True))
+
+
+def widest_part(spec: KernelSpec) -> int:
+    """Of heads of more than 128 features that are multiplied as float32, 64 at a time fit into the registers of a GPU."""
+    large = max(spec.head_dim, spec.value_dim) > 128
+    return 64 if large and spec.dtype != "float64" and "float32" in (spec.dtype, spec.value_dtype) else 256
+
+
+def reloads(spec: KernelSpec) -> bool:
+    """Whether backward_kv reads its k and v again for every tile: as operands of a matrix instruction, each float32 split
+    in two, they would fill all registers by themselves."""
+    return widest_part(spec) < 256
 
 
 def _split(features: int, most: int) -> list[int]:

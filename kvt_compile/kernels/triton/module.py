@@ -21,12 +21,13 @@ def digest(source: str) -> str:
 
 
 @lru_cache(maxsize=512)
-def module(spec: KernelSpec | SoftmaxSpec, interpreted: bool = False) -> ModuleType:
-    """The module of a spec.  interpreted: its kernels run in Triton's interpreter, within `interpret.interpreted()`.
+def module(spec: KernelSpec | SoftmaxSpec, interpreted: bool = False, contracting: bool = False) -> ModuleType:
+    """The module of a spec.  interpreted: its kernels run in Triton's interpreter, within `interpret.interpreted()`;
+    contracting: see `module_source`.
 
     Raises NotGenerated with the reason, ImportError without Triton.
     """
-    return load(module_source(spec), interpreted)
+    return load(module_source(spec, contracting), interpreted)
 
 
 def load(source: str, interpreted: bool = False) -> ModuleType:

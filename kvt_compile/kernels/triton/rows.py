@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor
 
+from kvt_compile.kernels.expressions import surely
 from kvt_compile.kernels.spec import SoftmaxSpec
 from kvt_compile.kernels.triton.blocks import Blocks
 from kvt_compile.kernels.triton.choose import Call
-from kvt_compile.kernels.triton.launch import Launcher, constexprs, kept, options
-from kvt_compile.kernels.triton.module import module
+from kvt_compile.kernels.triton.launch import Launcher, constexprs, kept
 
 
 def softmax(
@@ -21,7 +21,7 @@ def softmax(
     scores = scores.contiguous()
     out = torch.empty(scores.shape, dtype=dtype, device=scores.device)
     keys = scores.shape[dim] if scores.dim() else 1
-    _run(launcher, spec, "softmax", dim, (scores, out), tuple(kept(min(topk, keys), tolerance).values()))
+    _run(launcher, spec, "softmax", dim, (scores, out), tuple(kept(torch.sym_min(topk, keys), tolerance).values()))
     return out
 
 
@@ -43,12 +43,13 @@ def _run(
     keys = x.shape[dim] if x.dim() else 1
     inner = math.prod(x.shape[dim + 1 :])
     count = x.numel() // keys
-    index = "int32" if (x.numel() + 8192 * (inner + 1)) < 2**31 else "int64"
-    kernel = getattr(module(spec, launcher.interpreted), part)
+    index = "int32" if surely((x.numel() + 8192 * (inner + 1)) < 2**31) else "int64"
+    kernel = launcher.kernel(spec, part)
 
     def launch(blocks: Blocks) -> None:
         constants = constexprs(part, blocks, index, None)
-        kernel[(-(-count // blocks.rows),)](*tensors, count, keys, inner, *rest, **constants, **options(blocks))
+        programs = -(-count // blocks.rows)
+        launcher.launch(kernel, programs, [*tensors, count, keys, inner, *rest], constants, blocks)
 
     with launcher.on(x):
         topk = rest[0] if rest else keys

@@ -33,6 +33,8 @@ ELEMENTS = {
 """torch dtype of a captured tensor -> Triton's name of its element type."""
 
 DIRECT = {"exp": "tl.exp", "log": "tl.log", "sin": "tl.sin", "cos": "tl.cos", "erf": "tl.erf", "sigmoid": "tl.sigmoid"}
+UNSURE = ("erf", "sin", "cos", "log")
+"""Functions with sums of their own inside, in code that is not ours."""
 OWN = ("tanh", "clamp", "relu", "abs")
 """Functions that stand in templates/functions.py.jinja."""
 
@@ -71,10 +73,14 @@ def axes_of(x: sympy.Expr) -> frozenset[str]:
 
 
 class TilePrinter:
-    """Prints the expressions of one spec; `functions` collects which of OWN they use."""
+    """Prints the expressions of one spec; `functions` collects which of OWN and of the other helpers they use.
 
-    def __init__(self, spec: KernelSpec) -> None:
+    contracting: for a compiler that may contract a product and a sum into a multiply-add; no sum may then be a `+`.
+    """
+
+    def __init__(self, spec: KernelSpec, contracting: bool = False) -> None:
         self.spec = spec
+        self.contracting = contracting
         self.wide = spec.dtype == "float64"
         self.guarded = guarded_loads(spec.score_expression) | guarded_loads(spec.weight_expression)
         self.functions: set[str] = set()
@@ -101,7 +107,7 @@ class TilePrinter:
             case language.load():
                 return self.load(x)
             case sympy.Add():
-                return self.infix(" + ", [self(y) for y in x.args])
+                return self.sum(x)
             case sympy.Mul():
                 return self.product(x)
             case sympy.Pow():
@@ -150,6 +156,18 @@ class TilePrinter:
         if all(v.constant for v in values) and kind == "real":
             values = [Text(self.tensor(values[0]), "real"), *values[1:]]
         return Text(f"({sign.join(v.text for v in values)})", kind, all(v.constant for v in values))
+
+    def sum(self, x: sympy.Add) -> Text:
+        """Left to right.  s + c is no `+`: wherever s has no other use, Triton starts the product's accumulator with c,
+        which rounds otherwise than the kernels where s has one."""
+        values, kind = self.common([self(y) for y in x.args])
+        if kind != "real" or not (self.contracting or language.s in x.args):
+            return self.infix(" + ", values)
+        self.functions.add("exact_sum")
+        text = self.tensor(values[0])
+        for value in values[1:]:
+            text = f"exact_sum({text}, {self.tensor(value)})"
+        return Text(text, "real")
 
     def product(self, x: sympy.Mul) -> Text:
         above, below = [], []
@@ -230,7 +248,11 @@ class TilePrinter:
             quotient = f"tl.floor({self.tensor(values[0])} / {self.tensor(values[1])})"
             if name == "floordiv":
                 return Text(quotient, "real")
-            return Text(f"({self.tensor(values[0])} - {quotient} * {self.tensor(values[1])})", "real")
+            whole = f"{quotient} * {self.tensor(values[1])}"
+            if self.contracting:
+                self.functions.add("exact_sum")
+                return Text(f"exact_sum({self.tensor(values[0])}, -({whole}))", "real")
+            return Text(f"({self.tensor(values[0])} - {whole})", "real")
         if nonnegative(x) and nonnegative(y):  # Triton divides towards zero, the language downwards
             return Text(f"({values[0].text} {'//' if name == 'floordiv' else '%'} {values[1].text})", "int")
         self.functions.add(name)
@@ -285,6 +307,11 @@ class TilePrinter:
         return f"clamp_index({text}, c{x.slot}_size{dim})"
 
 
+def unsure_functions(x: sympy.Expr) -> list[str]:
+    """Which of UNSURE an expression names."""
+    return sorted({type(y).__name__ for y in x.atoms(sympy.Function)} & set(UNSURE))
+
+
 def index_needs_64_bits(expressions: list[sympy.Expr]) -> bool:
     """Whether an integer in the expressions may leave 32 bits though every coordinate and size is below 2**24."""
     return any(_magnitude(x) >= 2**31 for expression in expressions for x in sympy.preorder_traversal(expression))
@@ -316,4 +343,5 @@ __all__ = [
     "axes_of",
     "index_needs_64_bits",
     "real_constant",
+    "unsure_functions",
 ]

@@ -1,0 +1,120 @@
+"""An operator in a graph that AOTInductor traces -> its Triton kernels in that graph, as `torch.library.triton_op` does it.
+
+    kvt::attention(q, k, v, ...)   ->   out, logsumexp, threshold = empty ...;  triton_kernel_wrapper(forward, q, k, v, ...)
+    kvt::topk_softmax(scores, ...) ->   out = empty ...;                         triton_kernel_wrapper(softmax, scores, out)
+
+Inductor compiles a user's kernel with contraction of products and sums allowed and takes no option against it; so these
+kernels come from sources in which nothing that a score is made of can be contracted (`module_source(contracting=True)`),
+for NVIDIA GPUs.  No branch depends on a symbolic size: what holds for some sizes only is not assumed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.triton import rows
+from kvt_compile.kernels.triton.blocks import Blocks
+from kvt_compile.kernels.triton.choose import Call, choose
+from kvt_compile.kernels.triton.generate import module_source
+from kvt_compile.kernels.triton.launch import Launcher
+from kvt_compile.kernels.triton.lowering import has_triton, refusal
+from kvt_compile.kernels.triton.module import module
+from kvt_compile.kernels.triton.scalar import NotGenerated
+
+SOME_SIZE = 1024
+"""Stands for a symbolic number of queries or keys where block sizes are chosen: rows that no tile holds whole."""
+
+
+class CannotTraceError(Exception):
+    """Why an operator stays in the graph, as a clause."""
+
+
+class TracingLauncher(Launcher):
+    """Launches become nodes of the graph that is being traced."""
+
+    def __init__(self) -> None:
+        super().__init__(chooser=known_blocks)
+
+    def kernel(self, spec: KernelSpec | SoftmaxSpec, part: str) -> Any:
+        return getattr(module(spec, contracting=True), part)
+
+    def launch(
+        self, kernel: Any, programs: int, arguments: Sequence[Any], constants: Mapping[str, Any], blocks: Blocks
+    ) -> Any:
+        torch.library.wrap_triton(kernel)[(programs,)](*arguments, **constants, num_warps=blocks.warps)
+
+    def on(self, x: Tensor) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+
+def known_blocks(call: Call) -> Blocks:
+    """Measured block sizes where there are any and sizes are known, else the default; nothing is timed here."""
+    sizes = (call.queries, call.keys, call.heads, call.topk)
+    if all(isinstance(x, int) for x in sizes):
+        return choose(call, "cached" if torch.cuda.is_available() else "off")
+    queries, keys = (x if isinstance(x, int) else SOME_SIZE for x in sizes[:2])
+    return dataclasses.replace(call, queries=queries, keys=keys).first
+
+
+LAUNCHER = TracingLauncher()
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Sequence[Tensor] | None,
+    score: str,
+    weight: str,
+    topk: int,
+    sizes: Sequence[int] | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    lowering: str,
+    tolerance: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`kvt::attention` by launches.  Raises CannotTraceError."""
+    captured, sizes = captured or (), sizes or ()
+    if dropout_p:
+        raise CannotTraceError("it has dropout, which inference has not")
+    if any(x.device != q.device for x in captured):
+        raise CannotTraceError("a captured tensor is on another device")
+    spec = KernelSpec.of(q, k, v, captured, score, weight, len(sizes), dropout_p)
+    _check(spec, q, lowering)
+    try:
+        return LAUNCHER.forward(
+            spec, q, k, v, captured, torch.sym_min(topk, k.shape[2]), sizes, dropout_p, seed, tolerance
+        )
+    except ValueError as error:
+        raise CannotTraceError(f"for some of the sizes it is traced for, {error}") from error
+
+
+def topk_softmax(
+    scores: Tensor, dim: int, topk: int, dtype: torch.dtype, lowering: str, tolerance: float = 0.0
+) -> Tensor:
+    """`kvt::topk_softmax` by a launch.  Raises CannotTraceError."""
+    spec = SoftmaxSpec.of(scores.dtype, dtype)
+    _check(spec, scores, lowering)
+    return rows.softmax(LAUNCHER, spec, scores, dim % max(scores.dim(), 1), topk, dtype, tolerance)
+
+
+def _check(spec: KernelSpec | SoftmaxSpec, x: Tensor, lowering: str) -> None:
+    if x.device.type != "cuda" or torch.version.hip is not None:
+        raise CannotTraceError(f"its tensors are on {'AMD ' * bool(torch.version.hip)}{x.device}, not on an NVIDIA GPU")
+    if lowering not in ("auto", "triton"):
+        raise CannotTraceError(f"it asks for the lowering {lowering!r}")
+    if not has_triton():
+        raise CannotTraceError("Triton is not installed")
+    if reason := refusal(spec):
+        raise CannotTraceError(reason)
+    try:
+        module_source(spec, contracting=True)
+    except NotGenerated as error:
+        raise CannotTraceError(str(error)) from error

@@ -1,0 +1,67 @@
+"""AOTInductor packages with k-NN attention, on a CPU: compiled, loaded and run.  Whoever loads one has imported
+`kvt_compile.kernels.ops`; packages for a GPU that need no import are in test_triton_traced.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, export
+
+import kvt_compile
+
+pytestmark = pytest.mark.slow  # a C++ compiler at work for ten seconds a package
+kvt = torch.ops.kvt
+
+
+class TwoSites(nn.Module):
+    """One site captures nothing, the other a learned bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(32, 96)
+        self.bias = nn.Parameter(torch.randn(2, 9, 9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(-1, 9, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        v = (q @ k.transpose(-1, -2) * 0.25).softmax(-1) @ v
+        v = (q @ k.transpose(-1, -2) * 0.25 + self.bias).softmax(-1) @ v
+        return v.transpose(1, 2).flatten(2)
+
+
+class Calls(nn.Module):
+    """Calls of the operators with a size known only at run time, and with the scores kept."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = kvt.attention(x, x, x, [x[0, 0]], "s + c0[b % n0, j]", "p", 3, [x.shape[0] // 2], 0.0, None, "auto")[0]
+        return kvt.topk_softmax(y, -1, 3, torch.float32, "auto")
+
+
+def package(program: ExportedProgram, folder: Path) -> Any:
+    """Compiles, saves, loads."""
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "model.pt2"))
+    return torch._inductor.aoti_load_package(path)
+
+
+def test_a_rewritten_program_runs_from_its_package(tmp_path: Path) -> None:
+    model, batch = TwoSites().eval(), {0: Dim("batch", min=2, max=64)}
+    inputs = (torch.randn(4, 9, 32),)
+    result = kvt_compile.rewrite(export(model, inputs, dynamic_shapes=(batch,)), *inputs, topk=4)
+    assert result.program is not None
+    targets = [node.target for node in result.program.graph.nodes]
+    assert targets.count(kvt.attention.default) == 2
+    found = package(result.program, tmp_path)
+    for x in (*inputs, torch.randn(7, 9, 32)):
+        torch.testing.assert_close(found(x), result.module(x))
+        assert not torch.allclose(found(x), model(x))  # the model keeps every key
+
+
+def test_operators_run_from_a_package(tmp_path: Path) -> None:
+    x = torch.randn(4, 2, 5, 8)
+    program = export(Calls(), (x,), dynamic_shapes=({0: 2 * Dim("half", min=2, max=8)},))
+    found = package(program, tmp_path)
+    for y in (x, torch.randn(6, 2, 5, 8)):
+        assert torch.equal(found(y), Calls()(y))
