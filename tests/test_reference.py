@@ -129,6 +129,16 @@ def test_a_fully_masked_row_is_zero_and_gives_no_gradient() -> None:
     assert (gradients[0][:, :, 1] == 0).all()
 
 
+def test_a_masked_key_gives_a_factor_s_neighbours_no_gradient_of_nan() -> None:
+    q, k, v = (torch.randn(1, 1, 3, 2, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    bias = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    score = "0.5*where(lt(j, 1), c0[i, j] + 1, c0[i, j] + where(lt(j, 2), -oo, s))"
+    out = reference_attention(q, k, v, [bias], score=score, topk=2).out
+    (gradient,) = torch.autograd.grad(out.square().sum(), (bias,))
+    assert gradient.isfinite().all()
+    assert (gradient[:, 1] == 0).all()
+
+
 @pytest.mark.parametrize("lowering", ["reference", "c"])
 def test_keys_with_the_same_features_tie_wherever_they_stand(lowering: str) -> None:
     """Padded windows have many of them; 67 keys reach every border of a blocked product."""

@@ -11,7 +11,9 @@ language and the random numbers.  Memory is O(Nq * Nk): for tests and small inpu
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import sympy
@@ -192,7 +194,7 @@ def _evaluate(
     if isinstance(expression, sympy.Add):
         return torch.stack(torch.broadcast_tensors(*arguments)).sum(0)
     if isinstance(expression, sympy.Mul):
-        return torch.stack(torch.broadcast_tensors(*arguments)).prod(0)
+        return reduce(operator.mul, arguments)  # not prod, whose backward multiplies a gradient of 0 with a score of -inf
     if isinstance(expression, sympy.Pow):
         base, exponent = arguments
         return base.to(dtype) ** exponent
