@@ -8,7 +8,7 @@ from fuzz_programs import anything, positives, writes
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-# the same programs every time: what is new is looked for by `make fuzz`, which shrinks what it finds (that takes minutes)
+# the same programs every time: `make fuzz` looks for new ones, and shrinks what it finds (that takes minutes)
 many = settings(suppress_health_check=list(HealthCheck), database=None, phases=(Phase.generate,), derandomize=True)
 topk = st.integers(1, 4)
 
