@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from kvt_compile.kernels import lowerings
 from kvt_compile.kernels.triton.blocks import Blocks
 from kvt_compile.kernels.triton.candidates import power_of_two
-from kvt_compile.kernels.triton.choose import Call
+from kvt_compile.kernels.triton.choose import Launch
 from kvt_compile.kernels.triton.interpret import interpreted
 from kvt_compile.kernels.triton.launch import Launcher
 from kvt_compile.kernels.triton.lowering import TritonLowering
@@ -26,10 +26,10 @@ class Recorder:
         self.kind = kind
         self.asked: list[str] = []
 
-    def __call__(self, call: Call) -> Blocks:
-        self.asked.append(call.part)
-        if self.kind == "resident" and call.part in ("forward", "softmax"):
-            return Blocks("resident", 16, power_of_two(call.keys), 4, 1)
+    def __call__(self, launch: Launch) -> Blocks:
+        self.asked.append(launch.part)
+        if self.kind == "resident" and launch.part in ("forward", "softmax"):
+            return Blocks("resident", 16, power_of_two(launch.keys), 4, 1)
         return Blocks("streaming", 16, 16, 4, 1)
 
 

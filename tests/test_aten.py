@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvt_compile.kernels import select, tiling
 from kvt_compile.kernels.aten import LOWERING
+from kvt_compile.kernels.call import AttentionCall
 from kvt_compile.kernels.spec import KernelSpec
 
 INF, NAN = math.inf, math.nan
@@ -456,11 +457,11 @@ class Largest(TorchDispatchMode):
 def test_memory_grows_with_n_not_with_n_squared(n: int) -> None:
     """Called below the operator: a dispatch mode does not see inside one."""
     q, k, v = torch.randn(3, 1, 1, n, 8).unbind()
-    spec = KernelSpec.of(q, k, v, needs_grad=(True, True, True))
+    call = AttentionCall(KernelSpec.of(q, k, v, needs_grad=(True, True, True)), q, k, v, [], n // 2)
     with Largest() as forward:
-        out, logsumexp, threshold = LOWERING.forward(spec, q, k, v, [], n // 2, [], 0.0, None)
+        out, logsumexp, threshold = LOWERING.forward(call)
     with Largest() as backward:
-        LOWERING.backward(spec, out, q, k, v, [], out, logsumexp, threshold, n // 2, [], 0.0, None)
+        LOWERING.backward(call, out, out, logsumexp, threshold)
     limit = max(tiling.CPU_BUDGET, n * 8)
     assert forward.numel <= limit < n * n
     assert backward.numel <= limit

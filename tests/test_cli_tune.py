@@ -6,7 +6,7 @@ import importlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tuning import CANDIDATES, DEFAULT, KEY, FakeClock, speed
 from kvt_compile.cli.tuning_progress import Shown
 from kvt_compile.kernels import lowerings, tune
 from kvt_compile.kernels.aten import AtenLowering
-from kvt_compile.kernels.spec import KernelSpec
+from kvt_compile.kernels.call import AttentionCall
 from kvt_compile.kernels.tune.progress import Step
 from kvt_compile.kernels.tune.tuner import process_tuner
 from kvt_compile.tuning import Shape
@@ -48,19 +48,20 @@ class Tuned(AtenLowering):
     def __init__(self) -> None:
         self.calls: list[tuple[str, tuple[int, ...], int, str]] = []
 
-    def _pick(self, part: str, spec: KernelSpec, q: Tensor, k: Tensor, topk: int) -> None:
-        self.calls.append((part, (*q.shape[:3], k.shape[2], q.shape[3]), topk, str(q.dtype)))
-        shape = tune.ShapeClass.of(q.shape[2], k.shape[2], q.shape[0] * q.shape[1], topk)
-        key = tune.Key.on(q.device, kernel=tune.digest(spec.score), part=part, triton="", shape=shape)
-        tune.pick(key, CANDIDATES, DEFAULT, speed, tune.requested(spec), FakeClock())
+    def _pick(self, part: str, call: AttentionCall) -> None:
+        batch, heads, queries = call.rows
+        self.calls.append((part, (batch, heads, queries, call.keys, call.q.shape[3]), call.topk, str(call.q.dtype)))
+        shape = tune.ShapeClass.of(queries, call.keys, batch * heads, call.topk)
+        key = tune.Key.on(call.q.device, kernel=tune.digest(call.spec.score), part=part, triton="", shape=shape)
+        tune.pick(key, CANDIDATES, DEFAULT, speed, tune.requested(call.spec), FakeClock())
 
-    def forward(self, spec: KernelSpec, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], *args: Any) -> Any:
-        self._pick("forward", spec, q, k, args[0])
-        return super().forward(spec, q, k, v, captured, *args)
+    def forward(self, call: AttentionCall) -> Any:
+        self._pick("forward", call)
+        return super().forward(call)
 
-    def backward(self, spec: KernelSpec, grad_out: Tensor, q: Tensor, k: Tensor, *args: Any) -> Any:
-        self._pick("backward", spec, q, k, args[5])
-        return super().backward(spec, grad_out, q, k, *args)
+    def backward(self, call: AttentionCall, *saved: Tensor) -> Any:
+        self._pick("backward", call)
+        return super().backward(call, *saved)
 
 
 @pytest.fixture

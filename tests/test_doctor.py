@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from kvt_compile.doctor import Diagnosis, diagnosis, examine, machine, selftest
 from kvt_compile.kernels import aten, lowerings
 from kvt_compile.kernels.c import launch, toolchain
 from kvt_compile.kernels.c import lowering as c_lowering
+from kvt_compile.kernels.call import AttentionCall
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +52,8 @@ class Wrong(aten.AtenLowering):
 
     name = "wrong"
 
-    def forward(self, spec: Any, q: Any, k: Any, v: Any, *rest: Any) -> Any:
-        return super().forward(spec, q, k, v * 1.001, *rest)
+    def forward(self, call: AttentionCall) -> Any:
+        return super().forward(replace(call, v=call.v * 1.001))
 
 
 class Raises(aten.AtenLowering):

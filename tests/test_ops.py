@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kvt_compile.kernels import lowerings
 from kvt_compile.kernels.aten import AtenLowering
+from kvt_compile.kernels.call import AttentionCall
 from kvt_compile.kernels.spec import CapturedSpec, KernelSpec, SoftmaxSpec, SpecError
 
 kvt = torch.ops.kvt
@@ -218,9 +219,9 @@ def test_vmap_folds_into_one_call_only_where_nothing_reads_b(monkeypatch: pytest
     calls: list[tuple[int, ...]] = []
     original = AtenLowering.forward
 
-    def spy(self: AtenLowering, spec: KernelSpec, q: Tensor, *rest: Any) -> Any:
-        calls.append(tuple(q.shape))
-        return original(self, spec, q, *rest)
+    def spy(self: AtenLowering, call: AttentionCall) -> Any:
+        calls.append(tuple(call.q.shape))
+        return original(self, call)
 
     monkeypatch.setattr(AtenLowering, "forward", spy)
     x, bias = torch.randn(3, 2, 2, 5, 4), torch.randn(2, 5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,8 +16,8 @@ import kvt_compile
 from kvt_compile.config import Options, make_options
 from kvt_compile.kernels import lowerings
 from kvt_compile.kernels.aten import AtenLowering
+from kvt_compile.kernels.call import AttentionCall
 from kvt_compile.kernels.reference import reference_softmax, within_tolerance
-from kvt_compile.kernels.spec import KernelSpec
 from kvt_compile.topk import kept_range, validate_tolerance
 
 kvt = torch.ops.kvt
@@ -32,22 +33,9 @@ class Loose(AtenLowering):
         self.extra = extra
         self.asked: list[float] = []
 
-    def forward(
-        self,
-        spec: KernelSpec,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        captured: Sequence[Tensor],
-        topk: int,
-        sizes: Sequence[int],
-        dropout_p: float,
-        seed: Tensor | None,
-        tolerance: float = 0.0,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        self.asked.append(tolerance)
-        topk = kept_range(topk, tolerance)[1] + self.extra
-        return super().forward(spec, q, k, v, captured, topk, sizes, dropout_p, seed)
+    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        self.asked.append(call.tolerance)
+        return super().forward(replace(call, topk=kept_range(call.topk, call.tolerance)[1] + self.extra))
 
     def softmax(self, scores: Tensor, dim: int, topk: int, dtype: torch.dtype, tolerance: float = 0.0) -> Tensor:
         self.asked.append(tolerance)

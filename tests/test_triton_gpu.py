@@ -3,11 +3,11 @@ captured and exported use.  `make test-gpu`; nothing here runs without a GPU."""
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,19 +16,12 @@ from test_triton_interpreted import CASE, RESIDENT, STREAMING, floats
 from torch import Tensor, nn
 
 from kvt_compile.kernels import lowerings
+from kvt_compile.kernels.call import AttentionCall
 from kvt_compile.kernels.lowerings import Gradients
-from kvt_compile.kernels.spec import KernelSpec
 from kvt_compile.kernels.triton.lowering import LOWERING, TritonLowering
 
 pytestmark = pytest.mark.gpu
 NAME = "triton by way of a gpu"
-
-
-def to_gpu(x: Any) -> Any:
-    """Tensors, and lists of them, moved; anything else as it is."""
-    if isinstance(x, Tensor):
-        return x.cuda()
-    return [to_gpu(y) for y in x] if isinstance(x, list) else x
 
 
 class ByWayOfGpu(TritonLowering):
@@ -37,18 +30,25 @@ class ByWayOfGpu(TritonLowering):
     def __init__(self) -> None:
         super().__init__(devices=("cpu",))
 
-    def forward(self, spec: KernelSpec, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        out, logsumexp, threshold = LOWERING.forward(spec, *(to_gpu(list(x) if is_list(x) else x) for x in args))
+    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        out, logsumexp, threshold = LOWERING.forward(on_gpu(call))
         return out.cpu(), logsumexp.cpu(), threshold.cpu()
 
-    def backward(self, spec: KernelSpec, *args: Any) -> Gradients:
-        dq, dk, dv, rest = LOWERING.backward(spec, *(to_gpu(list(x) if is_list(x) else x) for x in args))
+    def backward(self, call: AttentionCall, *saved: Tensor) -> Gradients:
+        dq, dk, dv, rest = LOWERING.backward(on_gpu(call), *(x.cuda() for x in saved))
         first, second, third, *others = (None if x is None else x.cpu() for x in (dq, dk, dv, *rest))
         return first, second, third, others
 
 
-def is_list(x: Any) -> bool:
-    return isinstance(x, Sequence) and not isinstance(x, str)
+def on_gpu(call: AttentionCall) -> AttentionCall:
+    return dataclasses.replace(
+        call,
+        q=call.q.cuda(),
+        k=call.k.cuda(),
+        v=call.v.cuda(),
+        captured=[c.cuda() for c in call.captured],
+        seed=None if call.seed is None else call.seed.cuda(),
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,8 @@ from tuning import CANDIDATES, DEFAULT, KEY, Block, FakeClock, speed, tuner_of
 import kvt_compile
 from kvt_compile.kernels import lowerings, tune
 from kvt_compile.kernels.aten import AtenLowering
-from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.call import AttentionCall
+from kvt_compile.kernels.spec import SoftmaxSpec
 from kvt_compile.kernels.tune import Key, Mode, ShapeClass, Unfit, tuner
 from kvt_compile.kernels.tune.key import round_up, slug
 from kvt_compile.kernels.tune.progress import LogProgress, Step
@@ -373,13 +374,13 @@ class Asking(AtenLowering):
     def __init__(self) -> None:
         self.modes: list[tuple[str, Mode]] = []
 
-    def forward(self, spec: KernelSpec, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        self.modes.append(("forward", tune.requested(spec)))
-        return super().forward(spec, *args)
+    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        self.modes.append(("forward", tune.requested(call.spec)))
+        return super().forward(call)
 
-    def backward(self, spec: KernelSpec, *args: Any) -> Any:
-        self.modes.append(("backward", tune.requested(spec)))
-        return super().backward(spec, *args)
+    def backward(self, call: AttentionCall, *saved: Tensor) -> Any:
+        self.modes.append(("backward", tune.requested(call.spec)))
+        return super().backward(call, *saved)
 
     def softmax(self, scores: Tensor, dim: int, topk: int, dtype: torch.dtype, tolerance: float = 0.0) -> Tensor:
         self.modes.append(("softmax", tune.requested(SoftmaxSpec("float32", "float32"))))

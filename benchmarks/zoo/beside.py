@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.zoo.compare import Check, apart, size
 from kvt_compile.kernels import lowerings
+from kvt_compile.kernels.call import AttentionCall
 from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
 
 NAME = "beside the reference"
@@ -36,9 +37,9 @@ class Beside:
     def supports(self, spec: KernelSpec | SoftmaxSpec) -> str | None:
         return None
 
-    def forward(self, spec: KernelSpec, q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        results = lowerings.choose(self.other, spec, q.device.type).forward(spec, q, *arguments)
-        self._note(results[0], lowerings.get("reference").forward(spec, q, *arguments)[0])
+    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        results = lowerings.choose(self.other, call.spec, call.q.device.type).forward(call)
+        self._note(results[0], lowerings.get("reference").forward(call)[0])
         return results
 
     def softmax(self, scores: Tensor, dim: int, topk: int, dtype: torch.dtype, *more: Any) -> Tensor:

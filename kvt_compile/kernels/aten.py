@@ -7,7 +7,7 @@ whole rows, so that selection and softmax need nothing from outside it.  Memory 
     backward   s, t, p, w again, then  dV += wt dO   dw = dropout(dO Vt)   dp = dw dg/dp   dt = p (dp - sum p dp)
                ds = dt df/ds   dQ = ds K   dK += dst Q   dc += dt df/dc + dw dg/dc
 
-Why the backward keeps the forward's keys: `_Call.scores` computes both, from the same tile plan and so with the same
+Why the backward keeps the forward's keys: `_Algorithm.scores` computes both, from the same tile plan and so with the same
 matrix shapes, which gives the same bits; and the saved threshold lies midway between the smallest kept and the largest
 dropped score, so that even other bits (another thread count, another lowering's forward) fall on the same side unless
 they differ by half that gap.
@@ -19,7 +19,6 @@ products (`torch.set_float32_matmul_precision`) allows it here too, and with it 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import sympy
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from kvt_compile.kernels import dropout, select, tiling
 from kvt_compile.kernels import score as language
+from kvt_compile.kernels.call import AttentionCall
 from kvt_compile.kernels.evaluate import compile_expression, compile_text, scatter, tile
 from kvt_compile.kernels.grid import Environment, Grid
 from kvt_compile.kernels.lowerings import Gradients
@@ -35,51 +35,47 @@ from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
 Slopes = list[tuple[language.load, sympy.Expr, Tensor]]
 
 
-@dataclass(frozen=True)
-class _Call:
-    """The arguments of one call, and the parts of the algorithm that forward and backward share."""
+class _Algorithm:
+    """The parts of one call that forward and backward share."""
 
-    spec: KernelSpec
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    captured: Sequence[Tensor]
-    sizes: Sequence[int]
-    dropout_p: float
-    seed: Tensor | None
-
-    @property
-    def value_dtype(self) -> torch.dtype:
-        """What the second product accumulates in."""
-        return torch.promote_types(self.spec.accumulate, self.v.dtype)
+    def __init__(self, call: AttentionCall) -> None:
+        self.call = call
+        self.accumulate = call.spec.accumulate
+        # what the second product accumulates in
+        self.value_dtype = torch.promote_types(call.spec.accumulate, call.v.dtype)
 
     def pieces(self) -> Iterable[tuple[tiling.Heads, Tensor, Tensor]]:
         """Each piece of the plan with its keys and values, widened once for all its tiles."""
-        batch, heads, queries, _ = self.q.shape
-        kv_heads, keys = self.k.shape[1:3]
-        for heads_part in tiling.plan(batch, heads, kv_heads, queries, keys, self.q.device.type):
-            yield heads_part, heads_part.of(self.k).to(self.spec.accumulate), heads_part.of(self.v).to(self.value_dtype)
+        batch, heads, queries = self.call.rows
+        kv_heads, keys = self.call.k.shape[1:3]
+        if not keys:
+            return
+        for heads_part in tiling.plan(batch, heads, kv_heads, queries, keys, self.call.q.device.type):
+            widened = heads_part.of(self.call.k).to(self.accumulate), heads_part.of(self.call.v).to(self.value_dtype)
+            yield heads_part, *widened
 
     def scores(self, part: tiling.Tile, keys: Tensor) -> tuple[Environment, Tensor]:
         """Final scores t `[b, hq, i, Nk]` of a tile and the environment they were computed in."""
-        q = part.group(part.rows(self.q).to(self.spec.accumulate))
+        q = part.group(part.rows(self.call.q).to(self.accumulate))
         grid = Grid(part.b, part.hq, part.i, range(keys.shape[-2]), q.device, q.dtype)
-        env = Environment(grid, self.captured, self.sizes, s=part.ungroup(q @ keys.transpose(-1, -2)))
-        return env, tile(compile_text(self.spec.score), env)
+        s = part.ungroup(q @ keys.transpose(-1, -2))
+        env = Environment(grid, self.call.captured, self.call.sizes, s=s)
+        return env, tile(compile_text(self.call.spec.score), env)
 
     def weights(self, env: Environment, p: Tensor) -> Tensor:
         """What multiplies V: the weight expression of p, then dropout."""
         env.p = p
-        return self.dropped(env, tile(compile_text(self.spec.weight), env))
+        return self.dropped(env, tile(compile_text(self.call.spec.weight), env))
 
     def dropped(self, env: Environment, x: Tensor) -> Tensor:
         """Dropout of one tile.  It is its own adjoint: a product with numbers that can be drawn again."""
-        if self.seed is None or self.dropout_p == 0.0:
+        probability, seed = self.call.dropout_p, self.call.seed
+        if seed is None or probability == 0.0:
             return x
+        _, heads, queries = self.call.rows
         b, h, i, j = (env.grid.coordinate(axis) for axis in "bhij")
-        offset = ((b * self.q.shape[1] + h) * self.q.shape[2] + i) * self.k.shape[2] + j
-        drop = dropout.dropped(offset, self.seed, self.dropout_p)
-        return torch.where(drop, 0.0, x * dropout.keep_scale(self.dropout_p))
+        offset = ((b * heads + h) * queries + i) * self.call.keys + j
+        return torch.where(dropout.dropped(offset, seed, probability), 0.0, x * dropout.keep_scale(probability))
 
 
 class AtenLowering:
@@ -91,54 +87,28 @@ class AtenLowering:
     def supports(self, spec: KernelSpec | SoftmaxSpec) -> str | None:
         return None
 
-    def forward(
-        self,
-        spec: KernelSpec,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        captured: Sequence[Tensor],
-        topk: int,
-        sizes: Sequence[int],
-        dropout_p: float,
-        seed: Tensor | None,
-        tolerance: float = 0.0,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        call = _Call(spec, q, k, v, captured, sizes, dropout_p, seed)
-        rows = q.shape[:3]
+    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        run, device = _Algorithm(call), call.q.device
         # what a row without keys has; every other row is overwritten
-        out = torch.zeros((*rows, spec.value_dim), dtype=v.dtype, device=q.device)
+        out = torch.zeros((*call.rows, call.spec.value_dim), dtype=call.v.dtype, device=device)
         logsumexp, threshold = (
-            torch.full((*rows, 1), -torch.inf, dtype=spec.accumulate, device=q.device) for _ in range(2)
+            torch.full((*call.rows, 1), -torch.inf, dtype=run.accumulate, device=device) for _ in range(2)
         )
-        for piece, keys, values in call.pieces() if k.shape[2] else ():
+        for piece, keys, values in run.pieces():
             for part in piece.tiles():
-                env, t = call.scores(part, keys)
-                p, row_logsumexp, row_threshold = select.softmax(t, topk)
-                w = part.group(call.weights(env, p).to(values.dtype))
+                env, t = run.scores(part, keys)
+                p, row_logsumexp, row_threshold = select.softmax(t, call.topk)
+                w = part.group(run.weights(env, p).to(values.dtype))
                 part.rows(out).copy_(part.ungroup(w @ values))
                 part.rows(logsumexp).copy_(row_logsumexp)
                 part.rows(threshold).copy_(row_threshold)
         return out, logsumexp.squeeze(-1), threshold.squeeze(-1)
 
     def backward(
-        self,
-        spec: KernelSpec,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        captured: Sequence[Tensor],
-        out: Tensor,
-        logsumexp: Tensor,
-        threshold: Tensor,
-        topk: int,
-        sizes: Sequence[int],
-        dropout_p: float,
-        seed: Tensor | None,
+        self, call: AttentionCall, grad_out: Tensor, out: Tensor, logsumexp: Tensor, threshold: Tensor
     ) -> Gradients:
-        call = _Call(spec, q, k, v, captured, sizes, dropout_p, seed)
-        inputs = (q, k, v, *captured)
+        run, spec = _Algorithm(call), call.spec
+        inputs = (call.q, call.k, call.v, *call.captured)
         # sums over tiles are wide: a bfloat16 sum would soon stop growing
         sums = [
             torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, spec.accumulate), device=x.device) if need else None
@@ -150,17 +120,17 @@ class AtenLowering:
         by_s = language.derivative(spec.score_expression, language.s)
         by_p = language.derivative(spec.weight_expression, language.p)
         only_values = dq is None and dk is None and not score_slopes and not weight_slopes
-        for piece, keys, values in call.pieces() if k.shape[2] else ():
+        for piece, keys, values in run.pieces():
             for part in piece.tiles():
-                env, t = call.scores(part, keys)
+                env, t = run.scores(part, keys)
                 p = select.weights_again(t, part.rows(logsumexp).unsqueeze(-1), part.rows(threshold).unsqueeze(-1))
                 grad = part.group(part.rows(grad_out).to(values.dtype))
-                w = call.weights(env, p)
+                w = run.weights(env, p)
                 if dv is not None:
                     piece.of(dv).add_(part.group(w.to(values.dtype)).transpose(-1, -2) @ grad)
                 if only_values:
                     continue
-                dw = call.dropped(env, part.ungroup(grad @ values.transpose(-1, -2)).to(spec.accumulate))
+                dw = run.dropped(env, part.ungroup(grad @ values.transpose(-1, -2)).to(spec.accumulate))
                 for load, slope, into in weight_slopes:
                     scatter(load, _times(dw, slope, env, p), env, into)
                 dp = _times(dw, by_p, env, p)
@@ -171,7 +141,7 @@ class AtenLowering:
                 if dq is not None:
                     part.rows(dq).copy_(part.ungroup(ds @ keys))
                 if dk is not None:
-                    piece.of(dk).add_(ds.transpose(-1, -2) @ part.group(part.rows(q).to(spec.accumulate)))
+                    piece.of(dk).add_(ds.transpose(-1, -2) @ part.group(part.rows(call.q).to(spec.accumulate)))
         dq, dk, dv, *dcaptured = (
             None if x is None else x.to(tensor.dtype) for x, tensor in zip(sums, inputs, strict=True)
         )

@@ -7,7 +7,7 @@ without a compiler or without Triton pays nothing for them.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
 from typing import Protocol
@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvt_compile.kernels.call import AttentionCall
 from kvt_compile.kernels.source import Source
 from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
 
@@ -26,8 +27,8 @@ class LoweringError(ValueError):
 
 
 class Lowering(Protocol):
-    """What runs a node.  Shapes, dtypes and meaning are those of the ops (`kernels/ops.py`); inputs are already checked
-    (shapes bound, 1 <= topk <= max(Nk, 1), autocast off), strides are not: they may be anything, 0 included."""
+    """What runs a node.  Shapes, dtypes and meaning are those of the ops (`kernels/ops.py`); inputs are already checked and
+    autocast is off, strides may be anything, 0 included."""
 
     name: str
     devices: tuple[str, ...]
@@ -36,46 +37,20 @@ class Lowering(Protocol):
     def supports(self, spec: KernelSpec | SoftmaxSpec) -> str | None:
         """None, or the reason why this lowering cannot run such a node, as a clause: "float64 is not generated"."""
 
-    def forward(
-        self,
-        spec: KernelSpec,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        captured: Sequence[Tensor],
-        topk: int,
-        sizes: Sequence[int],
-        dropout_p: float,
-        seed: Tensor | None,
-        tolerance: float = 0.0,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(out, logsumexp, threshold), all contiguous.
-
-        `tolerance` allows, and does not ask for, another k in every row: any in `topk.kept_range(topk, tolerance)`.
-        A lowering that selects exactly may ignore it.  A backward needs none: the thresholds say what was kept."""
+    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        """(out, logsumexp, threshold), all contiguous."""
 
     def backward(
-        self,
-        spec: KernelSpec,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        captured: Sequence[Tensor],
-        out: Tensor,
-        logsumexp: Tensor,
-        threshold: Tensor,
-        topk: int,
-        sizes: Sequence[int],
-        dropout_p: float,
-        seed: Tensor | None,
+        self, call: AttentionCall, grad_out: Tensor, out: Tensor, logsumexp: Tensor, threshold: Tensor
     ) -> Gradients:
-        """(dq, dk, dv, [dcaptured]), contiguous, in their tensors' dtypes; None where `spec.needs_grad` is False."""
+        """(dq, dk, dv, [dcaptured]), contiguous, in their tensors' dtypes; None where `call.spec.needs_grad` is False.
+
+        `out`, `logsumexp` and `threshold` are what `forward` returned for this call, with any strides."""
 
     def softmax(self, scores: Tensor, dim: int, topk: int, dtype: torch.dtype, tolerance: float = 0.0) -> Tensor:
         """Weights of the kept keys along `dim` (0 <= dim < max(scores.dim(), 1)), contiguous, in `dtype`.
 
-        `tolerance` as for `forward`."""
+        `tolerance` as in `AttentionCall`."""
 
     def softmax_backward(self, grad: Tensor, weights: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
         """w * (g - sum(w * g)) along `dim`, contiguous, in `input_dtype`."""

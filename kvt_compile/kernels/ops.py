@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from kvt_compile.kernels import flops, lowerings, vmap
+from kvt_compile.kernels.call import AttentionCall
 from kvt_compile.kernels.check import check_attention, check_backward, check_softmax
 from kvt_compile.kernels.function import no_second_derivative
 from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec, dtype_name
@@ -83,9 +84,9 @@ def _attention(
     captured, sizes = captured or (), sizes or ()
     check_attention(q, k, v, captured, score, weight, topk, sizes, dropout_p, seed, tolerance)
     spec = KernelSpec.of(q, k, v, captured, score, weight, len(sizes), dropout_p)
-    chosen = lowerings.choose(lowering, spec, q.device.type)
+    call = AttentionCall(spec, q, k, v, captured, min(topk, k.shape[2]), sizes, dropout_p, seed, tolerance)
     with _without_autocast(q.device.type):
-        return chosen.forward(spec, q, k, v, captured, min(topk, k.shape[2]), sizes, dropout_p, seed, tolerance)
+        return lowerings.choose(lowering, spec, q.device.type).forward(call)
 
 
 def _attention_fake(
@@ -165,12 +166,10 @@ def _attention_backward(
     check_attention(q, k, v, captured, score, weight, topk, sizes, dropout_p, seed)
     check_backward(grad_out, q, v, captured, out, logsumexp, threshold, needs_grad)
     spec = KernelSpec.of(q, k, v, captured, score, weight, len(sizes), dropout_p, needs_grad)
-    chosen = lowerings.choose(lowering, spec, q.device.type)
+    call = AttentionCall(spec, q, k, v, captured, min(topk, k.shape[2]), sizes, dropout_p, seed)
     with _without_autocast(q.device.type):
-        dq, dk, dv, dcaptured = chosen.backward(
-            spec, grad_out, q, k, v, captured, out, logsumexp, threshold,
-            min(topk, k.shape[2]), sizes, dropout_p, seed,
-        )  # fmt: skip
+        chosen = lowerings.choose(lowering, spec, q.device.type)
+        dq, dk, dv, dcaptured = chosen.backward(call, grad_out, out, logsumexp, threshold)
     inputs, gradients = (q, k, v, *captured), (dq, dk, dv, *dcaptured)
     full = [x.new_empty(0) if dx is None else dx for x, dx in zip(inputs, gradients, strict=True)]
     return full[0], full[1], full[2], full[3:]

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from kvt_compile.kernels.call import AttentionCall
 from kvt_compile.kernels.lowerings import Gradients
-from kvt_compile.kernels.reference import reference_attention, reference_softmax
+from kvt_compile.kernels.reference import Reference, reference_attention, reference_softmax
 from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
 
 
@@ -23,56 +24,24 @@ class ReferenceLowering:
     def supports(self, spec: KernelSpec | SoftmaxSpec) -> str | None:
         return None
 
-    def forward(
-        self,
-        spec: KernelSpec,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        captured: Sequence[Tensor],
-        topk: int,
-        sizes: Sequence[int],
-        dropout_p: float,
-        seed: Tensor | None,
-        tolerance: float = 0.0,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        result = reference_attention(
-            q, k, v, captured, topk=topk, score=spec.score, weight=spec.weight,
-            sizes=sizes, dropout_p=dropout_p, seed=seed,
-        )  # fmt: skip
-        rows = result.logsumexp.to(spec.accumulate), result.threshold.to(spec.accumulate)
-        return result.out.to(v.dtype).contiguous(), rows[0].contiguous(), rows[1].contiguous()
+    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        result = _run(call, [call.q, call.k, call.v, *call.captured])
+        logsumexp, threshold = (x.to(call.spec.accumulate).contiguous() for x in (result.logsumexp, result.threshold))
+        return result.out.to(call.v.dtype).contiguous(), logsumexp, threshold
 
     def backward(
-        self,
-        spec: KernelSpec,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        captured: Sequence[Tensor],
-        out: Tensor,
-        logsumexp: Tensor,
-        threshold: Tensor,
-        topk: int,
-        sizes: Sequence[int],
-        dropout_p: float,
-        seed: Tensor | None,
+        self, call: AttentionCall, grad_out: Tensor, out: Tensor, logsumexp: Tensor, threshold: Tensor
     ) -> Gradients:
-        inputs = [q, k, v, *captured]
-        wanted = [n for n, need in enumerate(spec.needs_grad) if need]
-
+        inputs = [call.q, call.k, call.v, *call.captured]
+        wanted = [n for n, need in enumerate(call.spec.needs_grad) if need]
         if not wanted:
-            return None, None, None, [None] * len(captured)
+            return None, None, None, [None] * len(call.captured)
 
         def run(*leaves: Tensor) -> Tensor:
             full = list(inputs)
             for n, leaf in zip(wanted, leaves, strict=True):
                 full[n] = leaf
-            return reference_attention(
-                full[0], full[1], full[2], full[3:], topk=topk, score=spec.score, weight=spec.weight,
-                sizes=sizes, dropout_p=dropout_p, seed=seed,
-            ).out  # fmt: skip
+            return _run(call, full).out
 
         # torch.func, because ordinary autograd is off inside an operator's implementation
         pull: Callable[[Tensor], tuple[Tensor, ...]]
@@ -93,6 +62,15 @@ class ReferenceLowering:
 
     def source(self, spec: KernelSpec | SoftmaxSpec) -> None:
         return None
+
+
+def _run(call: AttentionCall, tensors: Sequence[Tensor]) -> Reference:
+    """The reference on q, k, v, *captured."""
+    q, k, v, *captured = tensors
+    return reference_attention(
+        q, k, v, captured, topk=call.topk, score=call.spec.score, weight=call.spec.weight,
+        sizes=call.sizes, dropout_p=call.dropout_p, seed=call.seed,
+    )  # fmt: skip
 
 
 LOWERING = ReferenceLowering()

@@ -21,8 +21,10 @@ from kvt_compile.kernels.c.generate import source
 from kvt_compile.kernels.c.gradients import separated_axes
 from kvt_compile.kernels.c.layout import MATRICES, SOFTMAX_FIELDS, call_fields, shape_fields
 from kvt_compile.kernels.c.settings import Settings
+from kvt_compile.kernels.call import AttentionCall
 from kvt_compile.kernels.dropout import keep_scale
 from kvt_compile.kernels.expressions import check_captured
+from kvt_compile.kernels.lowerings import Gradients
 from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
 
 Arguments = dict[str, int | float]
@@ -63,69 +65,50 @@ def kernel(spec: KernelSpec | SoftmaxSpec, settings: Settings) -> Kernel:
     return Kernel(spec, settings)
 
 
-def forward(
-    spec: KernelSpec,
-    settings: Settings,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    captured: Sequence[Tensor],
-    topk: int,
-    sizes: Sequence[int],
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(call: AttentionCall, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
     """(out, logsumexp, threshold) as `Lowering.forward`."""
-    out = q.new_empty((*q.shape[:3], v.shape[-1]), dtype=v.dtype)
-    logsumexp, threshold = (q.new_empty(q.shape[:3], dtype=spec.accumulate) for _ in range(2))
-    if k.shape[2] == 0:
+    out = call.q.new_empty((*call.rows, call.spec.value_dim), dtype=call.v.dtype)
+    logsumexp, threshold = (call.q.new_empty(call.rows, dtype=call.spec.accumulate) for _ in range(2))
+    if call.keys == 0:
         return out.zero_(), logsumexp.fill_(-torch.inf), threshold.fill_(-torch.inf)
-    if out.shape[0] and out.shape[1] and out.shape[2]:
-        arguments = _arguments(q, k, v, captured, dropout_p, seed)
+    if 0 not in call.rows:
+        arguments = _arguments(call)
         arguments |= {"out": out.data_ptr(), "lse": logsumexp.data_ptr(), "threshold": threshold.data_ptr()}
-        shapes = _shapes(spec, _layouts(q, k, v), _layouts(*captured), topk, tuple(sizes))
-        kernel(spec, settings).call("kvt_forward", arguments, shapes)
+        _launch(call, settings, "kvt_forward", arguments)
     return out, logsumexp, threshold
 
 
 def backward(
-    spec: KernelSpec,
-    settings: Settings,
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    captured: Sequence[Tensor],
-    logsumexp: Tensor,
-    threshold: Tensor,
-    topk: int,
-    sizes: Sequence[int],
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
+    call: AttentionCall, settings: Settings, grad_out: Tensor, logsumexp: Tensor, threshold: Tensor
+) -> Gradients:
     """(dq, dk, dv, dcaptured) as `Lowering.backward`."""
-    wanted = spec.needs_grad
+    wanted = call.spec.needs_grad
     dq, dk, dv = (
-        torch.empty(x.shape, dtype=x.dtype) if need else None for x, need in zip((q, k, v), wanted, strict=False)
+        torch.empty(x.shape, dtype=x.dtype) if need else None
+        for x, need in zip((call.q, call.k, call.v), wanted, strict=False)
     )
-    if 0 in (*q.shape[:3], k.shape[2]):
+    captured = list(zip(call.captured, wanted[3:], strict=True))
+    if 0 in (*call.rows, call.keys):
         for x in (dq, dk, dv):
             if x is not None:
                 x.zero_()
-        return dq, dk, dv, [torch.zeros_like(c) if n else None for c, n in zip(captured, wanted[3:], strict=True)]
-    plan = backward_plan(spec, q.shape, k.shape, tuple(c.numel() for c in captured))
-    sums: list[Tensor | None] = [
-        torch.zeros((plan["tasks"] if plan["copies"] else 1, *c.shape), dtype=spec.accumulate) if n else None
-        for c, n in zip(captured, wanted[3:], strict=True)
-    ]
-    arguments = _arguments(q, k, v, captured, dropout_p, seed)
+        return dq, dk, dv, [torch.zeros_like(c) if need else None for c, need in captured]
+    plan = backward_plan(call.spec, call.q.shape, call.k.shape, tuple(c.numel() for c in call.captured))
+    copies = plan["tasks"] if plan["copies"] else 1
+    sums = [torch.zeros((copies, *c.shape), dtype=call.spec.accumulate) if need else None for c, need in captured]
+    arguments = _arguments(call)
     arguments |= {"grad_out": grad_out.data_ptr(), "lse": logsumexp.data_ptr(), "threshold": threshold.data_ptr()}
     arguments |= {name: x.data_ptr() for name, x in (("dq", dq), ("dk", dk), ("dv", dv)) if x is not None}
     arguments |= {f"dc{n}": x.data_ptr() for n, x in enumerate(sums) if x is not None}
-    shapes = _shapes(spec, _layouts(q, k, v, grad_out), _layouts(*captured), topk, tuple(sizes))
-    kernel(spec, settings).call("kvt_backward", arguments, shapes)
-    dcaptured = [None if x is None else x.sum(0).to(c.dtype) for x, c in zip(sums, captured, strict=True)]
+    _launch(call, settings, "kvt_backward", arguments, grad_out)
+    dcaptured = [None if x is None else x.sum(0).to(c.dtype) for x, c in zip(sums, call.captured, strict=True)]
     return dq, dk, dv, dcaptured
+
+
+def _launch(call: AttentionCall, settings: Settings, entry: str, arguments: Arguments, *more: Tensor) -> None:
+    matrices = _layouts(call.q, call.k, call.v, *more)
+    shapes = _shapes(call.spec, matrices, _layouts(*call.captured), call.topk, tuple(call.sizes))
+    kernel(call.spec, settings).call(entry, arguments, shapes)
 
 
 @lru_cache(maxsize=1024)
@@ -160,21 +143,19 @@ def backward_plan(
     return dict(_backward_plan(spec, batch, heads, queries, small))
 
 
-def _arguments(
-    q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], dropout_p: float, seed: Tensor | None
-) -> Arguments:
+def _arguments(call: AttentionCall) -> Arguments:
     arguments: Arguments = {
-        "q": q.data_ptr(),
-        "k": k.data_ptr(),
-        "v": v.data_ptr(),
+        "q": call.q.data_ptr(),
+        "k": call.k.data_ptr(),
+        "v": call.v.data_ptr(),
         "threads": torch.get_num_threads(),
     }
-    for n, c in enumerate(captured):
+    for n, c in enumerate(call.captured):
         arguments[f"c{n}"] = c.data_ptr()
-    if seed is not None:
-        arguments["seed"] = int(seed.item())
-        arguments["drop_below"] = int(dropout_p * 2**32)
-        arguments["keep_scale"] = keep_scale(dropout_p)
+    if call.seed is not None:
+        arguments["seed"] = int(call.seed.item())
+        arguments["drop_below"] = int(call.dropout_p * 2**32)
+        arguments["keep_scale"] = keep_scale(call.dropout_p)
     return arguments
 
 

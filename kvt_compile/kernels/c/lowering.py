@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -14,9 +13,10 @@ from kvt_compile.kernels import aten
 from kvt_compile.kernels.c import launch, rows
 from kvt_compile.kernels.c.generate import source
 from kvt_compile.kernels.c.scalar import ELEMENTS
-from kvt_compile.kernels.expressions import NotGenerated
 from kvt_compile.kernels.c.settings import Settings, from_environment
 from kvt_compile.kernels.c.toolchain import BuildError, find_compiler
+from kvt_compile.kernels.call import AttentionCall
+from kvt_compile.kernels.expressions import NotGenerated
 from kvt_compile.kernels.lowerings import Gradients, Lowering
 from kvt_compile.kernels.source import Source
 from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
@@ -46,46 +46,17 @@ class CLowering:
             return missing
         return refusal(spec if isinstance(spec, SoftmaxSpec) else dataclasses.replace(spec, needs_grad=()))
 
-    def forward(
-        self,
-        spec: KernelSpec,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        captured: Sequence[Tensor],
-        topk: int,
-        sizes: Sequence[int],
-        dropout_p: float,
-        seed: Tensor | None,
-        tolerance: float = 0.0,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if not self.built(spec):
-            return self.fallback.forward(spec, q, k, v, captured, topk, sizes, dropout_p, seed, tolerance)
-        return launch.forward(spec, self.settings, q, k, v, captured, topk, sizes, dropout_p, seed)
+    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.built(call.spec):
+            return self.fallback.forward(call)
+        return launch.forward(call, self.settings)
 
     def backward(
-        self,
-        spec: KernelSpec,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        captured: Sequence[Tensor],
-        out: Tensor,
-        logsumexp: Tensor,
-        threshold: Tensor,
-        topk: int,
-        sizes: Sequence[int],
-        dropout_p: float,
-        seed: Tensor | None,
+        self, call: AttentionCall, grad_out: Tensor, out: Tensor, logsumexp: Tensor, threshold: Tensor
     ) -> Gradients:
-        if not self.built(spec):
-            return self.fallback.backward(
-                spec, grad_out, q, k, v, captured, out, logsumexp, threshold, topk, sizes, dropout_p, seed
-            )
-        return launch.backward(
-            spec, self.settings, grad_out, q, k, v, captured, logsumexp, threshold, topk, sizes, dropout_p, seed
-        )
+        if not self.built(call.spec):
+            return self.fallback.backward(call, grad_out, out, logsumexp, threshold)
+        return launch.backward(call, self.settings, grad_out, logsumexp, threshold)
 
     def softmax(self, scores: Tensor, dim: int, topk: int, dtype: torch.dtype, tolerance: float = 0.0) -> Tensor:
         spec = SoftmaxSpec.of(scores.dtype, dtype)

@@ -17,7 +17,7 @@ from kvt_compile.kernels.tune.timing import DeviceClock
 
 
 @dataclass(frozen=True)
-class Call:
+class Launch:
     """One launch: the kernel, its size, and how to try it."""
 
     spec: KernelSpec | SoftmaxSpec
@@ -37,19 +37,19 @@ class Call:
         return default(self.spec, self.part, self.queries, self.keys)
 
 
-def choose(call: Call, mode: tune.Mode | None = None) -> Blocks:
+def choose(launch: Launch, mode: tune.Mode | None = None) -> Blocks:
     """Block sizes for one launch.  mode: instead of the one that was asked for when the site was compiled."""
-    mode = mode or tune.requested(call.spec)
-    if mode == "off" or isinstance(call.spec, SoftmaxSpec):  # the row kernels have one candidate
-        return call.first
-    shape = tune.ShapeClass.of(call.queries, call.keys, call.heads, call.topk)
+    mode = mode or tune.requested(launch.spec)
+    if mode == "off" or isinstance(launch.spec, SoftmaxSpec):  # the row kernels have one candidate
+        return launch.first
+    shape = tune.ShapeClass.of(launch.queries, launch.keys, launch.heads, launch.topk)
     return tune.pick(
-        _key(call.spec, call.part, shape, call.device),
-        lambda: candidates(call.spec, call.part, call.queries, call.keys),
-        call.first,
-        call.run,
+        _key(launch.spec, launch.part, shape, launch.device),
+        lambda: candidates(launch.spec, launch.part, launch.queries, launch.keys),
+        launch.first,
+        launch.run,
         mode,
-        DeviceClock(call.device) if mode == "on" else None,
+        DeviceClock(launch.device) if mode == "on" else None,
     )
 
 

@@ -4,7 +4,7 @@ where Triton is missing."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvt_compile.kernels import aten
+from kvt_compile.kernels.call import AttentionCall
 from kvt_compile.kernels.lowerings import Gradients, Lowering
 from kvt_compile.kernels.source import Source
 from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
@@ -52,57 +53,26 @@ class TritonLowering:
             return "Triton is not installed"
         return refusal(spec if isinstance(spec, SoftmaxSpec) else dataclasses.replace(spec, needs_grad=()))
 
-    def forward(
-        self,
-        spec: KernelSpec,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        captured: Sequence[Tensor],
-        topk: int,
-        sizes: Sequence[int],
-        dropout_p: float,
-        seed: Tensor | None,
-        tolerance: float = 0.0,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if too_long(q, k):
-            return self.fallback.forward(spec, q, k, v, captured, topk, sizes, dropout_p, seed, tolerance)
+    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        if too_long(call):
+            return self.fallback.forward(call)
         with self.context():
-            return self.launcher.forward(spec, q, k, v, captured, topk, sizes, dropout_p, seed, tolerance)
+            return self.launcher.forward(call)
 
     def backward(
-        self,
-        spec: KernelSpec,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        captured: Sequence[Tensor],
-        out: Tensor,
-        logsumexp: Tensor,
-        threshold: Tensor,
-        topk: int,
-        sizes: Sequence[int],
-        dropout_p: float,
-        seed: Tensor | None,
+        self, call: AttentionCall, grad_out: Tensor, out: Tensor, logsumexp: Tensor, threshold: Tensor
     ) -> Gradients:
-        if too_long(q, k):
-            return self.fallback.backward(
-                spec, grad_out, q, k, v, captured, out, logsumexp, threshold, topk, sizes, dropout_p, seed
-            )
+        if too_long(call):
+            return self.fallback.backward(call, grad_out, out, logsumexp, threshold)
+        wanted = call.spec.needs_grad
+        # atomic sums come in any order; ATen's tiles and index_put do not
+        apart = any(wanted[3:]) and torch.are_deterministic_algorithms_enabled()
+        ours = _needing(call, (*wanted[:3], *(False for _ in wanted[3:]))) if apart else call
         with self.context():
-            ours = spec
-            if any(spec.needs_grad[3:]) and torch.are_deterministic_algorithms_enabled():
-                ours = dataclasses.replace(spec, needs_grad=(*spec.needs_grad[:3], *(False for _ in captured)))
-            dq, dk, dv, dcaptured = self.launcher.backward(
-                ours, grad_out, q, k, v, captured, out, logsumexp, threshold, topk, sizes, dropout_p, seed
-            )
-        if ours != spec:
-            # atomic sums come in any order; ATen's tiles and index_put do not
-            rest = dataclasses.replace(spec, needs_grad=(False, False, False, *spec.needs_grad[3:]))
-            *_, dcaptured = self.fallback.backward(
-                rest, grad_out, q, k, v, captured, out, logsumexp, threshold, topk, sizes, dropout_p, seed
-            )
+            dq, dk, dv, dcaptured = self.launcher.backward(ours, grad_out, out, logsumexp, threshold)
+        if apart:
+            theirs = _needing(call, (False, False, False, *wanted[3:]))
+            *_, dcaptured = self.fallback.backward(theirs, grad_out, out, logsumexp, threshold)
         return dq, dk, dv, dcaptured
 
     def softmax(self, scores: Tensor, dim: int, topk: int, dtype: torch.dtype, tolerance: float = 0.0) -> Tensor:
@@ -120,9 +90,13 @@ class TritonLowering:
         return Source("python", module_source(spec))
 
 
-def too_long(q: Tensor, k: Tensor) -> bool:
+def too_long(call: AttentionCall) -> bool:
     """Whether a size is beyond what a kernel counts exactly."""
-    return any(size > LARGEST for size in (*q.shape[:3], k.shape[2]))
+    return any(size > LARGEST for size in (*call.rows, call.keys))
+
+
+def _needing(call: AttentionCall, needs_grad: tuple[bool, ...]) -> AttentionCall:
+    return dataclasses.replace(call, spec=dataclasses.replace(call.spec, needs_grad=needs_grad))
 
 
 @lru_cache(maxsize=1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvt_compile.kernels.expressions import surely
 from kvt_compile.kernels.spec import SoftmaxSpec
 from kvt_compile.kernels.triton.blocks import Blocks
-from kvt_compile.kernels.triton.choose import Call
+from kvt_compile.kernels.triton.choose import Launch
 from kvt_compile.kernels.triton.launch import Launcher, constexprs, kept
 
 
@@ -53,4 +53,4 @@ def _run(
 
     with launcher.on(x):
         topk = rest[0] if rest else keys
-        launch(launcher.chooser(Call(spec, part, count, keys, 1, topk, x.device, lambda b: lambda: launch(b))))
+        launch(launcher.chooser(Launch(spec, part, count, keys, 1, topk, x.device, lambda b: lambda: launch(b))))

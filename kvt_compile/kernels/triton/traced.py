@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvt_compile.kernels.call import AttentionCall
 from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton import rows
 from kvt_compile.kernels.triton.blocks import Blocks
-from kvt_compile.kernels.triton.choose import Call, choose
+from kvt_compile.kernels.triton.choose import Launch, choose
 from kvt_compile.kernels.triton.generate import module_source
 from kvt_compile.kernels.triton.launch import Launcher
 from kvt_compile.kernels.triton.lowering import has_triton, refusal
@@ -54,13 +55,13 @@ class TracingLauncher(Launcher):
         return nullcontext()
 
 
-def known_blocks(call: Call) -> Blocks:
+def known_blocks(launch: Launch) -> Blocks:
     """Measured block sizes where there are any and sizes are known, else the default; nothing is timed here."""
-    sizes = (call.queries, call.keys, call.heads, call.topk)
+    sizes = (launch.queries, launch.keys, launch.heads, launch.topk)
     if all(isinstance(x, int) for x in sizes):
-        return choose(call, "cached" if torch.cuda.is_available() else "off")
+        return choose(launch, "cached" if torch.cuda.is_available() else "off")
     queries, keys = (x if isinstance(x, int) else SOME_SIZE for x in sizes[:2])
-    return dataclasses.replace(call, queries=queries, keys=keys).first
+    return dataclasses.replace(launch, queries=queries, keys=keys).first
 
 
 LAUNCHER = TracingLauncher()
@@ -89,9 +90,8 @@ def attention(
     spec = KernelSpec.of(q, k, v, captured, score, weight, len(sizes), dropout_p)
     _check(spec, q, lowering)
     try:
-        return LAUNCHER.forward(
-            spec, q, k, v, captured, torch.sym_min(topk, k.shape[2]), sizes, dropout_p, seed, tolerance
-        )
+        kept = torch.sym_min(topk, k.shape[2])
+        return LAUNCHER.forward(AttentionCall(spec, q, k, v, captured, kept, sizes, tolerance=tolerance))
     except ValueError as error:
         raise CannotTraceError(f"for some of the sizes it is traced for, {error}") from error
 
