@@ -44,6 +44,8 @@ def _write(w: Writer, *, wild: bool = False, writing: int = 0) -> Program:
         out = products.sdpa(w, q, k, v, keys)
         w.program.returns = [out.name]
         return w.program
+    if twist == "learned_queries":
+        q = w.tensor(w.shuffled((*queries, "d")), origin="parameter")
     if twist == "learned_keys":
         k = w.tensor(w.shuffled((*keys, "d")), origin="parameter")
     if twist == "learned_values":
@@ -161,7 +163,7 @@ def _relative(w: Writer, s: Labelled, q: Labelled, keys: tuple[str, ...]) -> Lab
 
 
 _TWISTS = (
-    "", "", "", "axis", "axis", "return_weights", "return_scores", "two_values", "learned_keys", "learned_values", "swapped",
+    "", "", "", "axis", "axis", "return_weights", "return_scores", "two_values", "learned_queries", "learned_keys", "learned_values", "swapped",
     "bidirectional", "differential", "two_products", "sink", "cut", "squared", "value_from_scores", "elementwise", "two_softmaxes",
     "mutated_later", "scores_read", "no_values",
 )  # fmt: skip
@@ -184,9 +186,11 @@ def _weights(w: Writer, s: Labelled, keys: tuple[str, ...], twist: str) -> tuple
             origin="parameter",
             value=w.random(()).to(w.value(s).dtype).reshape([1] * len(s.dims)),
         )
-        wide = w.let(f"torch.cat([{s.name}, {column.name}.expand({w.sizes_of(ones)})], dim={axis})", dims)
+        parts = [s.name, f"{column.name}.expand({w.sizes_of(ones)})"]
+        first = w.chance(50)
+        wide = w.let(f"torch.cat([{', '.join(parts[::-1] if first else parts)}], dim={axis})", dims)
         a = ops.softmax(w, wide, axis)
-        at = ", ".join([":"] * axis + [":-1"])
+        at = ", ".join([":"] * axis + ["1:" if first else ":-1"])
         return w.let(f"{a.name}[{at}]", s.dims), s
     a = ops.softmax(w, s, axis)
     if twist in ("differential", "two_softmaxes"):

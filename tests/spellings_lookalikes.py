@@ -77,6 +77,12 @@ def router_by_product(m: Any, x: Tensor) -> Tensor:
     return (m.layer("router", lambda: nn.Linear(C, 3))(x).softmax(-1).unsqueeze(2) @ experts).squeeze(2)
 
 
+@spelling("refused", reason="nobody reads")
+def attention_nobody_reads(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    unused = (q @ k.mT).softmax(-1) @ v
+    return v + unused.shape[0]
+
+
 # ---- learned tables --------------------------------------------------------------------------------------------------
 
 
@@ -103,10 +109,15 @@ def learned_keys(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @spelling("refused", reason="product of two computed tensors")
-def learned_queries(m: Any, x: Tensor) -> Tensor:
-    """Pooling by learned queries, the same for every input: token features times a matrix, as a linear layer."""
-    _, k, v = m.heads(x)
-    return (m.p("latent", 1, H, 2, D) @ k.mT).softmax(-1) @ v
+def learned_queries_as_a_layer(m: Any, x: Tensor) -> Tensor:
+    """Pooling by a linear layer of the tokens, as gates and global context blocks spell it."""
+    return F.linear(x, m.p("latent", 2, C)).softmax(1).mT @ x
+
+
+@spelling("refused", reason="keys are a learned table")
+def learned_queries_over_themselves(m: Any, x: Tensor) -> Tensor:
+    """The softmax runs over the learned vectors: they are the keys, as in a router."""
+    return torch.einsum("bnd,sd->bsn", x, m.p("latent", 2, C)).softmax(1).mT @ x[:, :2]
 
 
 @spelling("refused")

@@ -220,11 +220,39 @@ def single_query_without_its_axis(m: Any, x: Tensor) -> Tensor:
     return torch.einsum("bhn,bhnd->bhd", torch.einsum("bhd,bhnd->bhn", q[:, :, 0], k).softmax(-1), v)
 
 
+@spelling("fused", score="s", inputs=lambda: (torch.randn(3, N, B, C),))
+def tied_rows(m: Any, x: Tensor) -> Tensor:
+    """ESM's MSA transformer: one map for all rows of an alignment, summed over rows and features."""
+    q, k, v = (m.layer(name, lambda: nn.Linear(C, C))(x).unflatten(-1, (H, D)) for name in "qkv")
+    return torch.einsum("hbij,rjbhd->ribhd", torch.einsum("ribhd,rjbhd->hbij", q, k).softmax(-1), v)
+
+
 @spelling("fused", score="s")
 def learned_query(m: Any, x: Tensor) -> Tensor:
     """Attention pooling: the query is a parameter, keys and values are tokens."""
     _, k, v = m.heads(x)
     return (m.p("latent", 1, H, 1, D).expand(B, -1, -1, -1) @ k.mT).softmax(-1) @ v
+
+
+@spelling("fused", score="0.5*s")
+def learned_queries(m: Any, x: Tensor) -> Tensor:
+    """Patch merger, attention residuals: a parameter times the tokens, with no axis of the batch."""
+    return (m.p("latent", 2, C) @ x.mT * 0.5).softmax(-1) @ x
+
+
+@spelling("fused", score="s")
+def learned_queries_by_einsum(m: Any, x: Tensor) -> Tensor:
+    _, k, v = m.heads(x)
+    weights = torch.einsum("bhnd,hsd->bhsn", k, m.p("latent", H, 2, D)).softmax(-1)
+    return torch.einsum("bhsn,bhnd->bshd", weights, v)
+
+
+@spelling("fused", score="s")
+def attention_between_layers(m: Any, x: Tensor) -> Tensor:
+    """Attention residuals over depth: each token attends to what earlier layers made of it."""
+    history = torch.stack([x, torch.sin(x), torch.cos(x)])
+    weights = torch.einsum("lbnd,sd->slbn", history, m.p("latent", 2, C)).softmax(1)
+    return torch.einsum("slbn,lbnd->sbnd", weights, history)
 
 
 @spelling("fused", score="1.0*s")

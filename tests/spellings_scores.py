@@ -266,10 +266,36 @@ def scores_bounded_by_a_constant_of_the_row(m: Any, q: Tensor, k: Tensor, v: Ten
     return ((scaled - scaled.amax(-1, keepdim=True)) * 32).softmax(-1) @ v
 
 
+@spelling("fused")
+def stable_with_a_detached_maximum(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """DALL-E: scaled down, the maximum subtracted without its gradient, scaled up again."""
+    scaled = q @ k.mT / 1024
+    return ((scaled - scaled.amax(-1, keepdim=True).detach()) * 1024).softmax(-1) @ v
+
+
+@spelling("fused", score="where(c0[i, j], s, -1000000000.0)")
+def filled_with_numbers_like_the_scores(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Of what a constant is made like only the shape is read."""
+    scores, mask = q @ k.mT, m.b("mask", lambda: torch.ones(N, N).tril().bool())
+    return torch.where(mask, scores, -1e9 * torch.ones_like(scores)).softmax(-1) @ v
+
+
+@spelling("fused")
+def a_mask_new_from_the_scores(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    return scores.masked_fill(scores.new_ones(N, N).triu(1).bool(), scores.new_full((), -1e4)).softmax(-1) @ v
+
+
 @spelling("fused", score="relu(s)", topk=1)
 def rectified(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Ties at zero: all of them are kept."""
     return F.relu(q @ k.mT).softmax(-1) @ v
+
+
+@spelling("fused", score="s")
+def softmax_without_a_dimension(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Of a matrix it is the last one; torch warns that leaving it out is deprecated."""
+    return F.softmax(q[0, 0] @ k[0, 0].mT) @ v[0, 0]  # type: ignore[call-arg,unused-ignore]
 
 
 @spelling("scores-kept", reason="leaves out a part")
@@ -277,6 +303,17 @@ def sink_column(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """GPT-OSS: an extra logit takes part in the softmax and is dropped after it."""
     scores = torch.cat([q @ k.mT, m.p("sinks", 1, H, 1, 1).expand(B, H, N, 1)], -1)
     return scores.softmax(-1)[..., :-1] @ v
+
+
+@spelling("scores-kept", reason="leaves out a part")
+def sink_column_in_front(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.cat([m.p("sinks", 1, H, 1, 1).expand(B, H, N, 1), q @ k.mT], -1)
+    return scores.softmax(-1)[..., 1:] @ v
+
+
+@spelling("refused", reason="drawn inside")
+def gumbel(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.gumbel_softmax(q @ k.mT, dim=-1) @ v
 
 
 @spelling("scores-kept", reason="not pointwise")

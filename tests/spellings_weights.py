@@ -41,9 +41,39 @@ def mask_after_the_softmax(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q @ k.mT).softmax(-1) * m.b("mask", lambda: (torch.rand(N, N) < 0.7).float()).to(q.dtype)) @ v
 
 
+@spelling("fused", weight="where(c0[i, j], 0.0, p)")
+def masked_after_the_softmax(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """SpeechBrain: what was masked before is set to nothing once more."""
+    mask = m.b("mask", lambda: torch.ones(N, N).triu(1).bool())
+    return (q @ k.mT).masked_fill(mask, -torch.inf).softmax(-1).masked_fill(mask, 0.0) @ v
+
+
+@spelling("scores-kept", reason="revives dropped keys")
+def filled_after_the_softmax(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = m.b("mask", lambda: torch.ones(N, N).triu(1).bool())
+    return (q @ k.mT).softmax(-1).masked_fill(mask, 0.5) @ v
+
+
 @spelling("fused", weight="0.5*p")
 def weights_scaled(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q @ k.mT).softmax(-1) / 2) @ v
+
+
+@spelling("scores-kept", reason="gather between the two products")
+def rows_of_the_map_gathered(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Adaptive token sampling: the map of the tokens that are kept."""
+    chosen = m.b("chosen", lambda: torch.tensor([4, 0, 2])).view(1, 1, 3, 1).expand(B, H, 3, N)
+    return (q @ k.mT).softmax(-1).gather(2, chosen) @ v
+
+
+@spelling("scores-kept", reason="index_select between the two products")
+def rows_of_the_map_selected(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1).index_select(2, m.b("chosen", lambda: torch.tensor([4, 0, 2]))) @ v
+
+
+@spelling("refused", reason="not the axis the product")
+def keys_of_the_map_gathered(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1).index_select(3, m.b("chosen", lambda: torch.tensor([4, 0, 2]))) @ v[:, :, :3]
 
 
 @spelling("scores-kept", reason="not pointwise")

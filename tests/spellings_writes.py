@@ -213,10 +213,47 @@ def diagonal(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-1) @ v
 
 
-@spelling("refused")
+@spelling("fused", score="where(c0[i, j], -1000000000.0, s)")
 def by_boolean_index(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = q @ k.mT
     scores[:, :, m.b("mask", lambda: torch.ones(N, N).triu(1).bool())] = -1e9
+    return scores.softmax(-1) @ v
+
+
+@spelling("fused", score="where(c0[b, h, i], -1.0, s)")
+def rows_by_boolean_index(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    scores[m.b("rows", lambda: torch.rand(B, H, N) < 0.3)] = -1.0
+    return scores.softmax(-1) @ v
+
+
+@spelling("fused", score="where(c0[i], -1.0, s)")
+def rows_by_boolean_index_after_an_ellipsis(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    scores[..., m.b("rows", lambda: torch.rand(N) < 0.3), :] = -1.0
+    return scores.softmax(-1) @ v
+
+
+@spelling("fused", score="where(gt(s, 0.5), -2.0, s)")
+def where_the_scores_are_large(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    scores[scores > 0.5] = -2.0
+    return scores.softmax(-1) @ v
+
+
+@spelling("scores-kept", reason="setitem between the two products")
+def several_numbers_by_boolean_index(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As many numbers as the mask has elements: which goes where depends on the mask."""
+    scores = q @ k.mT
+    scores[:, :, m.b("mask", lambda: torch.eye(N).bool())] = m.p("numbers", N)
+    return scores.softmax(-1) @ v
+
+
+@spelling("scores-kept", reason="setitem between the two products")
+def diagonal_by_index(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Reformer: no token attends to itself."""
+    scores, i = q @ k.mT, torch.arange(N)
+    scores[:, :, i, i] = -5e4
     return scores.softmax(-1) @ v
 
 
@@ -291,10 +328,17 @@ def weights_scaled_in_place(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights @ v
 
 
-@spelling("scores-kept", reason="revives", trainable=False)
+@spelling("fused", trainable=False)
 def weights_masked_in_place(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = (q @ k.mT).softmax(-1)
     weights[..., 0] = 0.0
+    return weights @ v
+
+
+@spelling("scores-kept", reason="revives", trainable=False)
+def weights_filled_in_place(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT).softmax(-1)
+    weights[..., 0] = 0.1
     return weights @ v
 
 

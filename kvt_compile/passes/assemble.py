@@ -16,7 +16,7 @@ from kvt_compile.kernels import score as language
 from .coords import Atom, Axes, Coord, Coords, Space
 from .facts import Facts
 from .meaning_layout import PULL, REARRANGES
-from .provenance import kind_of_axis
+from .provenance import kind_of_attention
 from .read import DROP, Leaf, Reader, aligned
 from .site import Axis, Groups, Operand
 from .sizes import size_sources
@@ -84,15 +84,13 @@ def assemble(reading: Reading, facts: Facts) -> Assembled:
     peeled: list[tuple[Value, Coords]] = []
     reader = Reader(space, lambda v: False, facts.cost, leaves=list(reading.leaves), positions=reading.positions)
     for value, coords in (reading.query, reading.key):
-        base, at, scale = peel(reader, value, coords, reading.features, scales=True)
+        base, at, scale = peel(reader, value, coords, scales=True)
         factor = factor * scale
         peeled.append((base, at))
-    peeled.append(peel(reader, *reading.value, Coord(), scales=False)[:2])
+    peeled.append(peel(reader, *reading.value, scales=False)[:2])
     (q, q_at), (k, k_at), (v, v_at) = ((x, space.resolve_all(at)) for x, at in peeled)
     groups = _groups(reading, q_at, k_at, v_at)
-    axis = kind_of_axis(space, *reading.key, groups.keys)
-    if q_at and kind_of_axis(space, *reading.query, groups.queries) != axis and axis != "token":
-        axis = "token"  # a channel axis on one side only is cross-attention with latents
+    axis = kind_of_attention(space, reading.query, reading.key, groups.queries, groups.keys)
     scores = reading.scores.subs(language.s, factor * language.s) if factor != 1 else reading.scores
     printed = _Printed(space, groups, reader.leaves, reading.positions, reading.anchor)
     weights, has_dropout = _without_dropout(reading.weights, reading.anchor)
@@ -108,14 +106,14 @@ def assemble(reading: Reading, facts: Facts) -> Assembled:
 
 
 def peel(
-    reader: Reader, value: Value, coords: Coords, features: Coord, *, scales: bool
+    reader: Reader, value: Value, coords: Coords, *, scales: bool
 ) -> tuple[Value, Coords, sympy.Expr]:
     """Looks through rearrangements and scale factors to the tensor below: (base, its coordinates, factor)."""
     space = reader.space
     factor: sympy.Expr = sympy.Integer(1)
     best = (value, space.resolve_all(coords), factor)
     while True:
-        step = _one_step(reader, value, coords, features, scales)
+        step = _one_step(reader, value, coords, scales)
         if step is None:
             return best
         value, coords, more = step
@@ -126,7 +124,7 @@ def peel(
 
 
 def _one_step(
-    reader: Reader, value: Value, coords: Coords, features: Coord, scales: bool
+    reader: Reader, value: Value, coords: Coords, scales: bool
 ) -> tuple[Value, Coords, sympy.Expr] | None:
     one = sympy.Integer(1)
     if value.kind == "layout" and value.name in REARRANGES:
@@ -294,8 +292,16 @@ def _without_dropout(weights: sympy.Expr, anchor: Value) -> tuple[sympy.Expr, bo
 
 def _check_weight(weight: sympy.Expr, anchor: Value) -> None:
     """A key that is not kept must weigh nothing: w(p=0) = 0 for every row."""
-    if weight != language.p and sympy.simplify(weight.subs(language.p, sympy.Integer(0))) != 0:
+    nothing = weight.subs(language.p, sympy.Integer(0)).replace(
+        lambda x: isinstance(x, language.where) and all(_is_zero(branch) for branch in x.args[1:]),
+        lambda x: sympy.Integer(0),
+    )
+    if not _is_zero(nothing):
         raise Miss("weights", anchor, "the weights are changed after the softmax in a way that revives dropped keys")
+
+
+def _is_zero(x: sympy.Expr) -> bool:
+    return bool(sympy.simplify(x).is_zero)
 
 
 def size_of(atoms: tuple[Atom, ...]) -> Dim:

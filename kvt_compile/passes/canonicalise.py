@@ -100,6 +100,9 @@ def _read_node(state: _State, node: fx.Node) -> None:
     if call is not None and call.name == "setitem":
         _setitem(state, node)
         return
+    if isinstance(fake, torch.SymFloat):
+        _number(state, node, call)
+        return
     if not isinstance(fake, torch.Tensor):
         if isinstance(fake, list | tuple) or call is None or call.inplace:
             _opaque(state, node, fake)
@@ -109,6 +112,16 @@ def _read_node(state: _State, node: fx.Node) -> None:
         _write(state, node, value, call)
     else:
         _bind(state, node, value)
+
+
+def _number(state: _State, node: fx.Node, call: Call | None) -> None:
+    """A float that is known only at run time, as Dynamo makes of `self.scale` once a second module has another one."""
+    if call is None:
+        return
+    builder = Builder(node, (), torch.float64, state.modules)
+    value = builder.call(call.name, _lookup(state, call.args), _lookup(state, call.kwargs))
+    if value is not None and value.kind in ("pointwise", "layout"):
+        state.hold(node, state.add(value))
 
 
 def _builtin_call(node: fx.Node) -> Call | None:
@@ -269,12 +282,29 @@ def _setitem(state: _State, node: fx.Node) -> None:
         return
     target = state.env[target_node]
     builder = Builder(node, target.shape, target.dtype, state.modules)
-    view = index(builder, target, _lookup(state, items))
-    new: Value | None = None
-    if view is not None:
-        source = _lookup(state, written)
-        new = _scatter(target, view, source, builder)
+    where, source = _lookup(state, items), _lookup(state, written)
+    view = index(builder, target, where)
+    new = _masked(target, where, source, builder) if view is None else _scatter(target, view, source, builder)
     _store(state, node, target_node, new or _opaque_value(state, node, meta_value(target_node)))
+
+
+def _masked(target: Value, items: Any, written: Any, builder: Builder) -> Value | None:
+    """x[..., mask, :] = one number: where(mask, number, x)."""
+    listed = list(items) if isinstance(items, tuple) else [items]
+    masks = [item for item in listed if isinstance(item, Value)]
+    whole = [item for item in listed if item is Ellipsis or item == slice(None)]
+    if len(masks) != 1 or len(masks) + len(whole) != len(listed) or masks[0].dtype is not torch.bool:
+        return None
+    if isinstance(written, Value) and written.shape:
+        return None
+    mask, at = masks[0], listed.index(masks[0])
+    missing = len(target.shape) - len(mask.shape)
+    first = missing - (len(listed) - at - 1) if Ellipsis in listed[:at] else at
+    if first < 0 or mask.shape != target.shape[first : first + len(mask.shape)]:
+        return None
+    if first < missing:
+        mask = builder.layout("reshape", mask, mask.shape + (1,) * (missing - first))
+    return builder.call("masked_fill", (target, mask, written), {})
 
 
 def _is_there_already(target: fx.Node, items: Any, written: Any) -> bool:

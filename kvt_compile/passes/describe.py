@@ -27,9 +27,11 @@ def place(node: fx.Node) -> Where:
     entries = [entry for entry in stack.values() if isinstance(entry, tuple)]
     while entries and "Softmax" in getattr(entries[-1][-1], "__name__", str(entries[-1][-1])):
         entries.pop()  # an nn.Softmax is part of the attention, not its name
-    path = re.sub(r"\bL\[['\"](?:self|fn)['\"]\]\.?", "", str(entries[-1][0])) if entries else ""
+    # a model's own names, whatever a function that runs it calls the model: L['self'].head, L['args'][0].head, G['net'].head
+    path = re.sub(r"\b[LG]\[['\"][^'\"]+['\"]\](?:\[\d+\])*\.?", "", str(entries[-1][0])) if entries else ""
     path = re.sub(r"^L__self___?|^self\.", "", path)
-    path = re.sub(r"\._modules\[['\"]([^'\"]+)['\"]\]", r".\1", path).lstrip(".")
+    # where a class has a __getattr__ of its own, Dynamo looks into __dict__
+    path = re.sub(r"(?:\.?__dict__\[['\"]_modules['\"]\]|\._modules)\[['\"]([^'\"]+)['\"]\]", r".\1", path).lstrip(".")
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or node.stack_trace or "")
     # symbolic_trace records its own frames below the model's
     model_frames = [frame for frame in frames if not frame[0].startswith(_TORCH)] or frames

@@ -3,6 +3,8 @@
 activation    depends on a graph input            raw     a parameter, at most rearranged
 carries       a pointwise/layout way leads here from a product of two computed tensors, so it may be scores
 widely        the same, also through operations that mix axes (a linear map over heads, a convolution)
+asked         a pointwise/layout way leads here from a product of a computed tensor with a raw one: learned queries, if
+              what was computed are the keys
 cost          elements that must be kept to compute it again from what is kept, where that is cheap
 """
 
@@ -24,6 +26,7 @@ class Facts:
     raw: set[Value] = field(default_factory=set)
     carries: set[Value] = field(default_factory=set)
     widely: set[Value] = field(default_factory=set)
+    asked: set[Value] = field(default_factory=set)
     cost: dict[Value, float] = field(default_factory=dict)
     work: dict[Value, int] = field(default_factory=dict)
     """Pointwise operations per element that computing it again takes."""
@@ -56,12 +59,20 @@ def gather_facts(graph: CanonicalGraph) -> Facts:
             facts.carries.add(value)
             facts.widely.add(value)
         elif value.kind != "sdpa":
-            if value.kind in _THROUGH and any(x in facts.carries for x in operands):
-                facts.carries.add(value)
+            for carried in (facts.carries, facts.asked):
+                if value.kind in _THROUGH and any(x in carried for x in operands):
+                    carried.add(value)
+            if value.kind == "contraction" and may_ask(value):
+                facts.asked.add(value)
             if any(x in facts.widely for x in operands):
                 facts.widely.add(value)
         facts.cost[value] = _cost(value, operands, size, facts)
     return facts
+
+
+def may_ask(value: Value) -> bool:
+    """Whether a product with a parameter may be one with learned queries: it is not spelled as a layer is."""
+    return bool(value.attrs["mixing"]) and value.name in ("matmul", "einsum")
 
 
 def _is_raw(value: Value, operands: list[Value], facts: Facts) -> bool:

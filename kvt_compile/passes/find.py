@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import networkx as nx
 import sympy
+import torch
 
 from kvt_compile.kernels import score as language
 
@@ -21,13 +22,14 @@ from .assemble import Assembled, Miss, Reading, assemble
 from .canonicalise import CanonicalGraph
 from .coords import Coord, Coords, Space
 from .describe import describe_fused, describe_kept, place
-from .facts import Facts, gather_facts
+from .facts import Facts, gather_facts, may_ask
 from .invariance import without_row_constants
+from .meaning import number
 from .passing import contraction_inputs
-from .provenance import kind_of_axis
+from .provenance import kind_of_attention
 from .read import OPAQUE, Leaf, Reader
 from .site import AttentionSite, Refusal, ScoresKept
-from .values import Value, same
+from .values import Value, broadcasts, same
 
 _NEAR = ("values", "scores", "axes", "provenance", "weights", "closed")
 """Steps in the order they are tried; the nearest miss is the one that got furthest."""
@@ -51,7 +53,7 @@ def find(graph: CanonicalGraph) -> Found:
         elif value.kind == "sdpa":
             found, miss = finder.sdpa(value)
         elif value.kind == "opaque" and value.name in _SOFTMAX_LIKE:
-            found, miss = [], Miss("scores", value, f"{value.name} with these arguments is not understood")
+            found, miss = [], Miss("scores", value, f"{value.name} {_SOFTMAX_LIKE[value.name]}")
         else:
             continue
         sites += found
@@ -62,7 +64,11 @@ def find(graph: CanonicalGraph) -> Found:
 
 _ONE_KEY = "there is a single key, so there is nothing to select"
 _LEARNED = "the {} are a learned table that no layer was applied to, not tokens"
-_SOFTMAX_LIKE = frozenset({"softmax", "scaled_dot_product_attention", "flex_attention"})
+_SOFTMAX_LIKE = {
+    **dict.fromkeys(("softmax", "scaled_dot_product_attention"), "with these arguments is not understood"),
+    "flex_attention": "has a sparsity of its own, and a score function that is no part of this graph",
+    "gumbel_softmax": "adds noise to the scores that is drawn inside it",
+}
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,8 @@ class _Finder:
     def softmax(self, anchor: Value) -> tuple[list[AttentionSite], Miss | None]:
         if anchor.shape[anchor.attrs["dim"]] == 1:
             return [], Miss("values", anchor, _ONE_KEY)
+        if not anchor.users and anchor not in self.graph.outputs:
+            return [], Miss("values", anchor, "nobody reads what is computed of it")
         consumers, others = self._consumers(anchor)
         if not consumers:
             return [], Miss("values", anchor, "its weights are not multiplied with values by a matrix product")
@@ -98,7 +106,8 @@ class _Finder:
                 continue
             try:
                 if others:
-                    raise Miss("closed", anchor, f"the attention weights are also read by {others[0].node.name}")
+                    reader = "the model's output" if others[0] in self.graph.outputs else others[0].node.name
+                    raise Miss("closed", anchor, f"the attention weights are also read by {reader}")
                 sites.append(attempt.fused())
             except Miss as miss:
                 misses.append(miss)
@@ -166,13 +175,7 @@ class _Attempt:
         self.weights_reader = reader
         self.dim = anchor.attrs["dim"]
         self.leaf = self._weights_leaf(reader, self._summed(operands))
-        coords = space.resolve_all(self.leaf.coords)
-        try:
-            self._read_scores(coords, self.facts.carries)
-        except Miss as miss:
-            if miss.step != "scores" or anchor.inputs[0] not in self.facts.widely:
-                raise
-            self._read_scores(coords, self.facts.widely)
+        self._read_scores(space.resolve_all(self.leaf.coords))
 
     def _weights_leaf(self, reader: Reader, summed: set[object]) -> Leaf:
         """The softmax, read where its axis is the one the product sums over."""
@@ -187,24 +190,45 @@ class _Attempt:
         self.places = len(at)
         return shared[0]
 
-    def _read_scores(self, coords: Coords, carries: set[Value]) -> None:
-        self.scores_reader = Reader(self.space, lambda v: v in carries, self.facts.cost)
+    def _read_scores(self, coords: Coords) -> None:
+        """Back to the product: past pointwise operations, else past any, else to one with learned queries."""
+        facts, scores = self.facts, self.anchor.inputs[0]
+        misses: list[Miss] = []
+        for carries in (facts.carries, facts.widely, facts.asked):
+            if misses and scores not in carries:
+                continue
+            try:
+                self._read_scores_through(coords, carries, learned=carries is facts.asked)
+            except Miss as miss:
+                if miss.step != "scores":
+                    raise
+                misses.append(miss)
+            else:
+                return
+        raise misses[-1 if scores in facts.asked else 0]
+
+    def _read_scores_through(self, coords: Coords, carries: set[Value], learned: bool) -> None:
+        passes = (lambda v: v in carries and v.kind != "contraction") if learned else carries.__contains__
+        self.scores_reader = Reader(self.space, passes, self.facts.cost)
         self.scores = self.scores_reader.read(self.anchor.inputs[0], coords)
         self.coords = self.space.resolve_all(coords)
         self.scores = without_row_constants(self.scores, self.scores_reader, self.coords[self.dim])
-        self._find_product()
+        self._find_product(learned)
 
     def _summed(self, operands: tuple[tuple[Value, Coords], tuple[Value, Coords]]) -> set[object]:
         kept = self.space.atoms_of(self.out)
         both = [self.space.atoms_of(at) for _, at in operands]
         return (both[0] & both[1]) - kept  # type: ignore[return-value]
 
-    def _find_product(self) -> None:
-        """The leaf that is q.k: a product of two computed tensors, one with the key axis and one without."""
+    def _find_product(self, learned: bool) -> None:
+        """The leaf that is q.k: a product of two computed tensors, one with the key axis and one without.
+
+        learned: also one whose queries are a parameter as it is, the same for every input.
+        """
         candidates: list[tuple[Leaf, int, tuple[tuple[Value, Coords], tuple[Value, Coords]]]] = []
         reason = "the scores are not a product of two computed tensors"
         for leaf in list(self.scores_reader.leaves):
-            if leaf.value.kind != "contraction" or leaf.value.attrs["mixing"]:
+            if leaf.value.kind != "contraction" or (leaf.value.attrs["mixing"] and not (learned and may_ask(leaf.value))):
                 continue
             operands = contraction_inputs(self.space, leaf.value, leaf.coords)
             keys = set(self.space.resolve(self.coords[self.dim]).digits)
@@ -233,7 +257,8 @@ class _Attempt:
         labels = [self.leaf_of_product.value.attrs[name] for name in ("lhs", "rhs")]
         out = (None, *self.leaf_of_product.value.attrs["out"])  # None: a size-1 dimension that is broadcast
         summed = [x for x in labels[0] if x in labels[1] and x not in out]
-        self.features = operands[0][1][labels[0].index(summed[0])] if len(summed) == 1 else None
+        digits = (a for label in summed for a in operands[0][1][labels[0].index(label)].digits)
+        self.features = Coord(tuple(digits)) if summed else None
 
     def _mixed(self, operands: tuple[tuple[Value, Coords], tuple[Value, Coords]]) -> bool:
         """Whether an axis that one operand alone has is no axis of the softmax any more.
@@ -262,7 +287,7 @@ class _Attempt:
         if self.several:
             raise Miss("scores", self.anchor, "the scores are a sum of several products of queries and keys")
         if self.features is None:
-            raise Miss("axes", self.anchor, "queries and keys are contracted over more than one axis")
+            raise Miss("axes", self.anchor, "queries and keys are multiplied without a sum over features")
         if self.scores_reader.dropouts:
             raise Miss("scores", self.anchor, "dropout is applied to the scores before the softmax")
         reading = Reading(
@@ -310,7 +335,9 @@ class _Attempt:
         if self.anchor.holder is None or self.anchor.inputs[0].holder is None:
             return None
         keys = tuple(self.space.resolve(self.coords[self.dim]).digits)
-        axis = kind_of_axis(self.space, *self.key, keys)
+        in_query, in_key = (self.space.atoms_of(at) for _, at in (self.query, self.key))
+        queries = (in_query - in_key) & self.space.atoms_of(self.coords)
+        axis = kind_of_attention(self.space, self.query, self.key, queries, keys)
         plan = ScoresKept(self.anchor.node, self.anchor.inputs[0], self.dim, self.anchor.expired is not None)
         width = self.space.size(self.features) if self.features is not None else self.key[0].shape[-1]
         return describe_kept(self.anchor, plan, axis, width, self.value[0].shape[-1], miss)
@@ -360,7 +387,9 @@ def closed_interior(
 def _sdpa_site(graph: CanonicalGraph, facts: Facts, anchor: Value) -> AttentionSite:
     """SDPA(q, k, v, mask, ...) -> site: the same algebra, its meaning given by torch's documentation."""
     space = Space()
-    query, key, value, mask = anchor.inputs
+    query, key, value, mask, scale = anchor.inputs
+    if isinstance(anchor.attrs["dropout_p"], Value):
+        raise Miss("weights", anchor, "its dropout probability is known only at run time")
     rank = len(anchor.shape)
     if not all(isinstance(x, Value) and len(x.shape) >= 2 for x in (query, key, value)):
         raise Miss("scores", anchor, "scaled_dot_product_attention is called without tensors for q, k and v")
@@ -388,7 +417,7 @@ def _sdpa_site(graph: CanonicalGraph, facts: Facts, anchor: Value) -> AttentionS
     for x, name in ((key, "keys"), (value, "values")):
         if x not in facts.computed:
             raise Miss("provenance", anchor, _LEARNED.format(name))
-    scores, reader = _sdpa_scores(space, facts, anchor, mask, (*batch, rows, keys))
+    scores, reader = _sdpa_scores(space, facts, anchor, mask, scale, (*batch, rows, keys))
     reading = Reading(
         space, anchor, (*batch, rows), keys, q, k, v, features, (*batch, rows, out),
         anchor.dtype, anchor.dtype, scores,
@@ -410,31 +439,34 @@ def _ratio(full: object, part: object) -> int:
 
 
 def _sdpa_scores(
-    space: Space, facts: Facts, anchor: Value, mask: Value | None, coords: Coords
+    space: Space, facts: Facts, anchor: Value, mask: Value | None, scale: Value | float | None, coords: Coords
 ) -> tuple[sympy.Expr, Reader]:
-    scale = anchor.attrs["scale"]
     width = anchor.inputs[0].shape[-1]
-    if scale is None:
-        if not isinstance(width, int):
-            raise Miss("scores", anchor, "the head dimension is dynamic, so the default scale is not a number")
-        scale = width**-0.5
-    if not isinstance(scale, int | float):
-        raise Miss("scores", anchor, "the scale is not a number")
-    scores = sympy.Float(float(scale)) * language.s
+    if scale is None and not isinstance(width, int):
+        raise Miss("scores", anchor, "the head dimension is dynamic, so the default scale is not a number")
     reader = Reader(space, lambda v: v in facts.carries, facts.cost)
-    if isinstance(mask, Value):
-        tail = coords[len(coords) - len(mask.shape) :]
-        at = tuple(Coord() if size == 1 else c for size, c in zip(mask.shape, tail, strict=True))
-        term = reader.read(mask, at)
-        if term.has(OPAQUE) or reader.passed:
-            reader = Reader(space, lambda v: False, dict.fromkeys(facts.cost, float("inf")))
-            term = reader.read(mask, at)
-        bool_mask = mask.dtype is not None and not mask.dtype.is_floating_point
-        scores = language.where(term, scores, -sympy.oo) if bool_mask else scores + term
+    term = _sdpa_mask(reader, mask, coords)
+    if term is not None and (term.has(OPAQUE) or reader.passed):
+        reader = Reader(space, lambda v: False, dict.fromkeys(facts.cost, float("inf")))
+        term = _sdpa_mask(reader, mask, coords)
+    factor = reader.read(scale, ()) if isinstance(scale, Value) else number(width**-0.5 if scale is None else scale)
+    scores = factor * language.s
+    if term is not None:
+        is_bool = mask is not None and mask.dtype is torch.bool
+        scores = language.where(term, scores, -sympy.oo) if is_bool else scores + term
     if anchor.attrs["is_causal"]:
         i, j = reader.position(coords[-2]), reader.position(coords[-1])
         scores = language.where(language.le(j, i), scores, -sympy.oo)
     return scores, reader
+
+
+def _sdpa_mask(reader: Reader, mask: Value | None, coords: Coords) -> sympy.Expr | None:
+    if mask is None:
+        return None
+    tail = coords[len(coords) - len(mask.shape) :]
+    if not broadcasts(mask.shape, tuple(reader.space.size(c) for c in tail)):
+        raise Miss("scores", mask, "a size of the mask is known only at run time, and so is where it broadcasts")
+    return reader.read(mask, tuple(Coord() if size == 1 else c for size, c in zip(mask.shape, tail, strict=True)))
 
 
 def sites_in_order(found: Found) -> Iterator[AttentionSite]:

@@ -11,6 +11,7 @@ import sympy
 
 from .coords import Coord
 from .read import Reader
+from .values import Value
 
 
 def without_row_constants(scores: sympy.Expr, reader: Reader, keys: Coord) -> sympy.Expr:
@@ -22,11 +23,20 @@ def without_row_constants(scores: sympy.Expr, reader: Reader, keys: Coord) -> sy
     }
     varying |= {symbol for symbol, at in reader.positions.items() if along & set(space.resolve(at).digits)}
     for leaf in reader.leaves:
-        if leaf.value.kind != "reduce" or leaf.value.name != "amax" or leaf.symbol in varying:
+        maximum = _detached(leaf.value)
+        if maximum[-1].kind != "reduce" or maximum[-1].name != "amax" or leaf.symbol in varying:
             continue
         slope = sympy.diff(scores, leaf.symbol)
         if slope.free_symbols & (varying | {leaf.symbol}):
             continue
         scores = scores.subs(leaf.symbol, 0)
-        reader.visited.add(leaf.value)
+        reader.visited.update(maximum)
     return scores
+
+
+def _detached(value: Value) -> list[Value]:
+    """The value and what it is, detached."""
+    chain = [value]
+    while chain[-1].name in ("detach", "identity") and chain[-1].inputs:
+        chain.append(chain[-1].inputs[0])
+    return chain

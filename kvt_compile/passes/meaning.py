@@ -248,12 +248,46 @@ def number(x: Any) -> sympy.Expr:
     return sympy.Float(float(x))
 
 
+# ---- a number everywhere: what it is made like gives a shape and no element ------------------------------------------
+
+
+def _everywhere(value: float) -> Meaning:
+    return lambda b, input, *size, **more: _constant(b, value)
+
+
+MEANINGS.update({f"{name}_like": _everywhere(value) for name, value in (("zeros", 0.0), ("ones", 1.0))})
+MEANINGS.update({f"new_{name}": _everywhere(value) for name, value in (("zeros", 0.0), ("ones", 1.0))})
+
+
+@meaning("full_like")
+def _full_like(b: Builder, input: Value, fill_value: Any, **ignored: Any) -> Value | None:
+    return _constant(b, fill_value)
+
+
+@meaning("new_full")
+def _new_full(b: Builder, input: Value, size: Any, fill_value: Any, **ignored: Any) -> Value | None:
+    return _constant(b, fill_value)
+
+
+def _constant(b: Builder, value: Any) -> Value | None:
+    if b.dtype is None or not b.dtype.is_floating_point or isinstance(value, bool | complex):
+        return None
+    return b.pointwise("constant", lambda x: x, value)
+
+
 # ---- the same numbers ----------------------------------------------------------------------------------------------
 
 
 @meaning("identity")
 def _identity(b: Builder, input: Value, *ignored: Any) -> Value | None:
     return b.pointwise("identity", lambda x: x, input)
+
+
+@meaning("item", "_local_scalar_dense")
+def _item(b: Builder, input: Value) -> Value | None:
+    """The number in a tensor that the caller feeds.  It has no gradient, so a tensor that has one is not the same."""
+    constant = input.kind == "source" and not getattr(meta_value(input.node), "requires_grad", False)
+    return b.layout("reshape", input, ()) if constant and is_float(input) else None
 
 
 @meaning("to", "type", "float", "half", "bfloat16", "double", "type_as", "_autocast_to_full_precision")
@@ -284,7 +318,9 @@ def _zero(b: Builder, input: Value) -> Value | None:
 
 @meaning("dropout")
 def _dropout(b: Builder, input: Value, p: float = 0.5, training: bool = True, module: str = "") -> Value | None:
-    if isinstance(p, fx.Node) or isinstance(training, fx.Node):
+    if training is False and not module:
+        return _identity(b, input)
+    if isinstance(p, Value | fx.Node) or isinstance(training, fx.Node):
         return None
     if (p == 0.0 or not training) and not (module and p > 0.0):
         return _identity(b, input)
@@ -296,7 +332,10 @@ def _dropout(b: Builder, input: Value, p: float = 0.5, training: bool = True, mo
 
 @meaning("softmax")
 def _softmax(b: Builder, input: Value, dim: Any = None, dtype: Any = None, **ignored: Any) -> Value | None:
-    number_ = axis(dim, len(input.shape)) if dim is not None else None
+    rank = len(input.shape)
+    if dim is None:  # what torch takes then, with a warning that it is deprecated
+        dim = 0 if rank in (0, 1, 3) else 1
+    number_ = axis(dim, rank)
     if number_ is None:
         return None
     return b.value("softmax", "softmax", (_without_row_maximum(input, (number_,)),), dim=number_)
@@ -388,15 +427,15 @@ def _sdpa(
     key: Value,
     value: Value,
     attn_mask: Value | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: Value | float = 0.0,
     is_causal: bool = False,
     *,
-    scale: float | None = None,
+    scale: Value | float | None = None,
     enable_gqa: bool = False,
 ) -> Value | None:
-    if any(isinstance(x, fx.Node) for x in (dropout_p, is_causal, scale, enable_gqa)):
+    if any(isinstance(x, fx.Node) for x in (attn_mask, dropout_p, is_causal, scale, enable_gqa)):
         return None
     return b.value(
-        "sdpa", "scaled_dot_product_attention", (query, key, value, attn_mask),
-        dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
+        "sdpa", "scaled_dot_product_attention", (query, key, value, attn_mask, scale),
+        dropout_p=dropout_p, is_causal=is_causal, enable_gqa=enable_gqa,
     )  # fmt: skip

@@ -7,10 +7,11 @@ A label is any hashable name; `None` marks a size-1 dimension that is broadcast.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from .meaning import Builder, meaning
-from .values import Dim, Value
+from .values import Dim, Value, same
 
 Labels = tuple[Any, ...]
 
@@ -41,7 +42,9 @@ def _contraction(
 ) -> Value | None:
     sizes: dict[Any, Dim] = {}
     for labels, shape in ((lhs, left.shape), (rhs, right.shape)):
-        sizes.update({label: size for label, size in zip(labels, shape, strict=True) if label is not None})
+        for label, size in zip(labels, shape, strict=True):
+            if label is not None and not same(sizes.setdefault(label, size), size):
+                return None  # one of them is 1 at run time
     shape = tuple(sizes.get(label, 1) for label in out)
     return b.value("contraction", name, (left, right), shape, lhs=lhs, rhs=rhs, out=out)
 
@@ -67,9 +70,24 @@ def module_linear(b: Builder, input: Value, features: int, bias: bool) -> Value 
     return linear(b, input, parameter(features, input.shape[-1]), parameter(features) if bias else None)
 
 
-@meaning("baddbmm", "addmm")
+@meaning("mm")
+def mm(b: Builder, input: Value, mat2: Value) -> Value | None:
+    """As decompositions write a linear layer, which is why it is told from other products (`facts.may_ask`)."""
+    product = matmul(b, input, mat2)
+    return None if product is None else replace(product, name="mm")
+
+
+@meaning("addmm")
+def addmm(b: Builder, input: Value, mat1: Value, mat2: Value, *, beta: Any = 1, alpha: Any = 1) -> Value | None:
+    return _scaled_sum(b, input, mm(b, mat1, mat2), beta, alpha)
+
+
+@meaning("baddbmm")
 def baddbmm(b: Builder, input: Value, batch1: Value, batch2: Value, *, beta: Any = 1, alpha: Any = 1) -> Value | None:
-    product = matmul(b, batch1, batch2)
+    return _scaled_sum(b, input, matmul(b, batch1, batch2), beta, alpha)
+
+
+def _scaled_sum(b: Builder, input: Value, product: Value | None, beta: Any, alpha: Any) -> Value | None:
     if product is None:
         return None
     if beta == 0:  # torch ignores the added tensor altogether, NaNs included

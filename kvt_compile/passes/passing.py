@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .meaning import axis
 from .coords import Coord, Coords, Space
 from .values import Dim, Value
 
@@ -19,6 +20,10 @@ _UNIFORM = frozenset(
     {
         "gelu",
         "detach",
+        "dropout",
+        "setitem",
+        "index_put",
+        "index_fill",
         "nan_to_num",
         "roll",
         "flip",
@@ -32,6 +37,14 @@ _UNIFORM = frozenset(
         "hardswish",
     }
 )
+# rows chosen by index: every axis but theirs passes
+_PICKS = frozenset({"gather", "index_select"})
+
+
+def _picked(value: Value, rank: int) -> set[int]:
+    call = value.attrs["call"]
+    dim = axis(call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else None), rank)
+    return set(range(rank)) if dim is None else {dim}
 
 
 def _mix(space: Space, x: Value, out: Coords, dims: set[int]) -> Coords:
@@ -60,6 +73,7 @@ def passed_inputs(space: Space, value: Value, out: Coords) -> Inputs | None:
         (_LAST, lambda: {rank - 1}),
         (_CHANNEL, lambda: {1} if rank > 1 else set()),
         (_UNIFORM, lambda: set()),
+        (_PICKS, lambda: _picked(value, rank)),
     ]
     for names, dims in rules:
         if value.name in names:

@@ -35,6 +35,14 @@ _LIMIT = 400
 """Steps back before giving up: real projections are a few steps away, and "token" is the safe answer."""
 
 
+def kind_of_attention(
+    space: Space, query: tuple[Value, Coords], key: tuple[Value, Coords], queries: Iterable[Atom], keys: Iterable[Atom]
+) -> Axis:
+    """The kind of the axis that is attended over; channels on one side only are latents, or tokens that a layer mixed."""
+    axis = kind_of_axis(space, *key, keys)
+    return axis if axis == "token" or kind_of_axis(space, *query, queries) == axis else "token"
+
+
 def kind_of_axis(space: Space, value: Value, coords: Coords, axis: Iterable[Atom]) -> Axis:
     """The kind of the axis `axis` of `value` (read at `coords`); token when nothing says otherwise."""
     space = space.copy()  # the splits of what lies behind are not the site's business

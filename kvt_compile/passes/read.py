@@ -22,7 +22,7 @@ from .coords import ZERO, Coord, Coords, Space
 from .meaning import number
 from .meaning_layout import PULL
 from .passing import passed_inputs
-from .values import Value, as_dim, at_most
+from .values import Value, as_dim, at_most, broadcasts, is_number
 
 OPAQUE = sympy.Function("opaque")
 DROP = sympy.Symbol("drop")
@@ -78,7 +78,7 @@ class Reader:
                 return self.read(value.inputs[0], pulled)
         elif carries and value.kind == "select_by":
             return self._chosen(value, coords)
-        elif value.kind == "pointwise" and (carries or self.cost[value] < numel(value)):
+        elif value.kind == "pointwise" and (carries or is_number(value) or self.cost[value] < numel(value)):
             return self._pointwise(value, coords)
         elif carries and (value.kind != "contraction" or value.attrs["mixing"]) and len(self.passed) < MOST_PASSED:
             return self._pass(value, coords)
@@ -95,6 +95,8 @@ class Reader:
         return leaf.symbol
 
     def _pointwise(self, value: Value, coords: Coords) -> sympy.Expr:
+        if not all(broadcasts(x.shape, value.shape) for x in value.operands):
+            return self._leaf(value, coords)  # where an operand is read depends on a size that is known at run time
         self.visited.add(value)
         arguments = [
             self.read(x, aligned(coords, x)) if isinstance(x, Value) else number(x) for x in value.inputs
@@ -153,6 +155,7 @@ class Reader:
         stop = value.shape[dim]
         coord = self.space.resolve(coords[dim])
         known = self.space.known(coord)
+        end = as_dim(coord.start + self.space.size(coord)) if coord.step == 1 else None
         for part in reversed(value.inputs):
             start = as_dim(stop - part.shape[dim])
             if known is not None and isinstance(start, int) and isinstance(stop, int):
@@ -161,9 +164,12 @@ class Reader:
                     return self.read(part, (*coords[:dim], constant, *coords[dim + 1 :]))
                 stop = start
                 continue
-            if coord.plain and at_most(self.space.size(coord), start):
+            if end is not None and at_most(end, start):
                 stop = start  # the coordinate never gets that far
                 continue
+            if end is not None and isinstance(start, int) and start <= coord.start and at_most(end, stop):
+                moved = Coord(coord.digits, coord.start - start)  # it never leaves this part
+                return self.read(part, (*coords[:dim], moved, *coords[dim + 1 :]))
             inside = (*coords[:dim], self.space.inside(coord, start, part.shape[dim]), *coords[dim + 1 :])
             here = self.read(part, aligned(inside, part))
             if expression is None:

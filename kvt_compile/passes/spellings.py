@@ -29,7 +29,7 @@ ALIASES: dict[str, str] = {
     "rsqrt": "rsqrt", "expit": "sigmoid", "absolute": "abs", "clip": "clamp", "clip_": "clamp_",
     "greater": "gt", "greater_equal": "ge", "less": "lt", "less_equal": "le", "not_equal": "ne",
     # contractions
-    "__matmul__": "matmul", "mv": "matmul", "mm": "matmul", "bmm": "matmul", "dot": "matmul",
+    "__matmul__": "matmul", "mv": "matmul", "bmm": "matmul", "dot": "matmul",
     # softmax and attention
     "_softmax": "softmax", "_safe_softmax": "softmax",
     "_scaled_dot_product_attention_math": "scaled_dot_product_attention",

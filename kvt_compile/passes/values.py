@@ -68,7 +68,14 @@ def dim_of(size: Any) -> Dim:
     if isinstance(size, int):
         return size
     expression = size.node.expr
-    return int(expression) if expression.is_Integer else expression
+    if expression.is_Integer:
+        return int(expression)
+    if expression.is_Symbol or size.node.hint is None:
+        return expression
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    # where it met another size the graph was traced under an assumption, which the expression does not show
+    return int(size.node.hint) if statically_known_true(size == size.node.hint) else expression
 
 
 def product(sizes: Any) -> Dim:
@@ -94,6 +101,11 @@ def same(x: Dim, y: Dim) -> bool:
     return bool(sympy.expand(sympy.sympify(x) - y) == 0)
 
 
+def broadcasts(shape: tuple[Dim, ...], full: tuple[Dim, ...]) -> bool:
+    """Whether every size is certainly 1 or that of the full shape, counted from the right."""
+    return all(x == 1 or same(x, y) for x, y in zip(reversed(shape), reversed(full), strict=False))
+
+
 def at_most(x: Dim, y: Dim) -> bool:
     """Whether x <= y is certain."""
     return x <= y if isinstance(x, int) and isinstance(y, int) else same(x, y)
@@ -108,6 +120,11 @@ def divide(x: Dim, y: Dim) -> Dim | None:
     if denominator != 1 or not numerator.is_polynomial():
         return None
     return as_dim(quotient)
+
+
+def is_number(value: Value) -> bool:
+    """Whether it is a number in the graph and no tensor: nothing a kernel could be given."""
+    return isinstance(meta_value(value.node), torch.SymFloat)
 
 
 def meta_value(node: fx.Node) -> Any:
