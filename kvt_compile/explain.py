@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
@@ -12,16 +13,19 @@ from kvt_compile.capture import capture, run_through_dynamo
 from kvt_compile.config import NAMES, OptionError, Options, make_options
 from kvt_compile.graphs import GraphRecorder, GraphReport
 from kvt_compile.kernel_spec import lowering_of, spec_of
+from kvt_compile.outside import calls_outside
 from kvt_compile.passes.decide import keys_kept, unmatched_patterns
 from kvt_compile.passes.pipeline import PassResult, run_passes
-from kvt_compile.report import RefusalReport, Report, SiteReport
+from kvt_compile.passes.site import Where
+from kvt_compile.report import RefusalReport, Report, SiteReport, location_of
 
 
 def explain(model: nn.Module | fx.GraphModule | ExportedProgram, *example_inputs: Any, **keywords: Any) -> Report:
     """Reports every attention of a model, what would become of it, and every softmax that would be left alone.
 
-    The model is captured by torch.compile as it would be in use, graph breaks included, and run once; its parameters,
-    buffers and random state are as before afterwards.
+    The model is captured by torch.compile as it would be in use, graph breaks included, and run once, and once more
+    where the graph breaks, to see what runs outside of every graph.  Parameters, buffers and random state are as before
+    afterwards.
 
     Args:
         model: an `nn.Module`, a graph module, or an `ExportedProgram`.
@@ -33,14 +37,22 @@ def explain(model: nn.Module | fx.GraphModule | ExportedProgram, *example_inputs
     options = make_options({name: value for name, value in keywords.items() if name in NAMES})
     kwargs = {name: value for name, value in keywords.items() if name not in NAMES}
     recorder = GraphRecorder()
+    hidden: list[tuple[str, Where]] = []
     if isinstance(model, fx.GraphModule | ExportedProgram):
         captured = capture(model, example_inputs, kwargs)
         results = [run_passes(captured.graph, options.policy, origins=captured.origins, apply=False, watch=recorder)]
     else:
         results = _through_dynamo(model, example_inputs, kwargs, options, recorder)
+        if len(results) != 1:  # the graph broke somewhere
+            hidden = calls_outside(model, example_inputs, kwargs, results)
     if wrong := unmatched_patterns(options.policy, [d.site for result in results for d in result.decisions]):
         raise OptionError(wrong)
-    return build_report(results, options, recorder.finish(options.lowering, options.topk_tolerance))
+    report = build_report(results, options, recorder.finish(options.lowering, options.topk_tolerance))
+    outside = (RefusalReport(name, where.module, location_of(where), _OUTSIDE, "capture") for name, where in hidden)
+    return replace(report, refusals=(*report.refusals, *outside))
+
+
+_OUTSIDE = "it runs outside every captured graph: a graph break hides it (TORCH_LOGS=graph_breaks says which)"
 
 
 def _through_dynamo(

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from kvt_compile.report import RefusalReport, Report, SiteReport
 
 STEPS = {
+    "capture": "in a graph that torch.compile captured",
     "values": "from the softmax forwards to a product with the values",
     "scores": "back from the softmax to a product of queries and keys",
     "axes": "which axes are batch, heads, queries, keys and features",
@@ -40,7 +41,7 @@ STEPS = {
     "weights": "what happens to the weights after the softmax",
     "closed": "nobody else reads what lies between the two products",
 }
-"""Steps of the finder in the order they are tried, in words."""
+"""The capture, and the steps of the finder in the order they are tried, in words."""
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,14 @@ def _functions() -> dict[Any, str]:
     return table
 
 
+def canonical_name(target: Any) -> str | None:
+    """The canonical name of one of torch's own callables, None for any other."""
+    try:
+        return _functions().get(target)
+    except TypeError:  # unhashable
+        return None
+
+
 @lru_cache(maxsize=512)
 def _parameter_names(target: Callable[..., Any]) -> tuple[str, ...] | None:
     """The parameter names of a Python-level torch function, which may order them differently from ATen."""
@@ -125,10 +133,7 @@ def read_call(node: fx.Node, modules: dict[str, nn.Module]) -> Call | None:
         name = node.target._schema.name.split("::")[1]  # ATen's argument order is the function's
         name = ALIASES.get(name, name)
     elif callable(node.target):
-        try:
-            known = _functions().get(node.target)
-        except TypeError:
-            known = None
+        known = canonical_name(node.target)
         if known is None:
             return None
         name = known
