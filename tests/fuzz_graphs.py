@@ -50,7 +50,11 @@ def near_tie(scores: Tensor, tau: Tensor, tolerance: float) -> bool:
 
 
 class Selection:
-    """k-NN softmax by hand, and whether its choice was ever close."""
+    """k-NN softmax by hand, and whether its choice was ever close.
+
+    Ties are kept, as the kernels keep them, but in float32 they say nothing: kernels do without the cast to it, which
+    may have made the tie (of values close to -1 behind a tanh, say).
+    """
 
     def __init__(self, topk: int, tolerance: float) -> None:
         self.topk, self.tolerance, self.close = topk, tolerance, False
@@ -61,6 +65,8 @@ class Selection:
             return scores.softmax(dim)
         tau = scores.detach().topk(min(self.topk, scores.shape[dim]), dim).values.amin(dim, keepdim=True)
         self.close |= near_tie(scores.detach(), tau, self.tolerance)
+        if scores.dtype != torch.float64:
+            self.close |= bool(((scores.detach() >= tau).sum(dim) > self.topk).any())
         weights = scores.masked_fill(scores < tau, -torch.inf).softmax(dim)
         # laid out in memory as softmax would: a later `view` depends on it
         return torch.empty_like(scores.detach().softmax(dim)).copy_(weights)
