@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -174,18 +173,3 @@ def test_eight_processes_build_the_same_kernel_at_once(tmp_path: Path) -> None:
     assert [process.communicate(timeout=300)[0].strip() for process in processes] == ["3.0"] * 8
     assert [process.returncode for process in processes] == [0] * 8
     assert len(list((tmp_path / "c").iterdir())) == 2  # one object and its source, nothing half-written
-
-
-def test_a_kernel_is_generated_and_built_within_a_second(tmp_path: Path) -> None:
-    """Processor time, so that a busy machine does not count: of this process and of the compiler."""
-    spec = KernelSpec("float32", "float32", 64, 64, score="0.125*s")
-    source.cache_clear()
-    best = 1e9
-    for attempt in range(3):
-        before, start = os.times(), time.process_time()
-        cache.load(source(spec), Settings(tmp_path / str(attempt)))
-        after = os.times()
-        spent = time.process_time() - start
-        spent += after.children_user - before.children_user + after.children_system - before.children_system
-        best = min(best, spent)
-    assert best < 1.5, f"{best:.2f} s"  # 0.8 s measured on a quiet Zen 3; 1 s is the aim
