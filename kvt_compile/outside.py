@@ -6,7 +6,6 @@ outside.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from types import FrameType
@@ -17,11 +16,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from kvt_compile.capture import unchanged
+from kvt_compile.passes.describe import in_torch
 from kvt_compile.passes.pipeline import PassResult
 from kvt_compile.passes.site import Where
 from kvt_compile.passes.spellings import canonical_name
 
-_TORCH = os.path.dirname(torch.__file__) + os.sep
 _ATTENTION = ("softmax", "scaled_dot_product_attention")
 
 
@@ -65,7 +64,7 @@ class _Calls(TorchFunctionMode):
         """The model's own line, and the module whose method it is in."""
         file, line, module = "", 0, None
         while frame is not None and not (file and module is not None):
-            inner = frame.f_code.co_filename.startswith(_TORCH)
+            inner = in_torch(frame.f_code.co_filename)
             if not file and not inner:
                 file, line = frame.f_code.co_filename, frame.f_lineno
             owner = frame.f_locals.get("self")

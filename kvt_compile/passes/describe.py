@@ -21,6 +21,11 @@ from .values import Dim, Value, meta_value
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
+def in_torch(file: str) -> bool:
+    """Whether a line of code is torch's own and not the model's."""
+    return file.startswith(_TORCH)
+
+
 def place(node: fx.Node) -> Where:
     """Module path, file and line a node came from, as far as the capture recorded them."""
     stack = node.meta.get("nn_module_stack") or {}
@@ -34,7 +39,7 @@ def place(node: fx.Node) -> Where:
     path = re.sub(r"(?:\.?__dict__\[['\"]_modules['\"]\]|\._modules)\[['\"]([^'\"]+)['\"]\]", r".\1", path).lstrip(".")
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or node.stack_trace or "")
     # symbolic_trace records its own frames below the model's
-    model_frames = [frame for frame in frames if not frame[0].startswith(_TORCH)] or frames
+    model_frames = [frame for frame in frames if not in_torch(frame[0])] or frames
     file, line = model_frames[-1] if model_frames else ("", "0")
     return Where(path, file, int(line))
 

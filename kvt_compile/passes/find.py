@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import networkx as nx
 import sympy
-import torch
 
 from kvt_compile.kernels import score as language
 
@@ -24,7 +23,7 @@ from .coords import Coord, Coords, Space
 from .describe import describe_fused, describe_kept, place
 from .facts import Facts, gather_facts, may_ask
 from .invariance import without_row_constants
-from .meaning import number
+from .meaning import is_bool, number
 from .passing import contraction_inputs
 from .provenance import kind_of_attention
 from .read import OPAQUE, Leaf, Reader
@@ -452,8 +451,7 @@ def _sdpa_scores(
     factor = reader.read(scale, ()) if isinstance(scale, Value) else number(width**-0.5 if scale is None else scale)
     scores = factor * language.s
     if term is not None:
-        is_bool = mask is not None and mask.dtype is torch.bool
-        scores = language.where(term, scores, -sympy.oo) if is_bool else scores + term
+        scores = language.where(term, scores, -sympy.oo) if is_bool(mask) else scores + term
     if anchor.attrs["is_causal"]:
         i, j = reader.position(coords[-2]), reader.position(coords[-1])
         scores = language.where(language.le(j, i), scores, -sympy.oo)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .meaning import axis
 from .coords import Coord, Coords, Space
+from .meaning import axis
 from .values import Dim, Value
 
 Inputs = list[tuple[Value, Coords]]
