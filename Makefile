@@ -16,13 +16,13 @@ test:  ## set up, then run the tests (ARGS="-k name" and the like)
 
 test-gpu:  ## on a machine with an NVIDIA GPU: set up, then run the tests that need it
 	@./tools/python test -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make test-gpu: torch finds no GPU here')"
-	@./tools/python test -m pytest -m gpu tests/test_triton_gpu.py $(ARGS)
+	@./tools/python test -m pytest -m gpu tests/triton/test_triton_gpu.py $(ARGS)
 
 golden:  ## write the golden sources of the Triton kernels anew, after a change to a template
-	@./tools/python test tests/triton_specs.py
+	@./tools/python test tests/helpers/triton_specs.py
 
 resources:  ## compile every default Triton kernel for every GPU and write down what it uses (a quarter of an hour)
-	@./tools/python test tests/triton_resources.py
+	@./tools/python test tests/helpers/triton_resources.py
 
 check:  ## lint, format, types, import arrows, file lengths
 	@./tools/python dev -m ruff check .
@@ -50,7 +50,7 @@ zoo:  ## judge every model of the zoo and write docs/zoo.md (about an hour)
 	@./tools/python test -m benchmarks.zoo $(ARGS)
 
 fuzz:  ## random attention spellings for an hour (ARGS="--minutes 5" and the like)
-	@OMP_NUM_THREADS=1 ./tools/python test tests/fuzz_long.py --minutes 60 $(ARGS)
+	@OMP_NUM_THREADS=1 ./tools/python test tests/fuzz/fuzz_long.py --minutes 60 $(ARGS)
 
 clean:  ## remove the environment and everything generated
 	rm -rf .venv .setup build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -12,9 +12,9 @@ from _shared import eager_kvt, sdpa, step
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import kvt_compile.kernels.ops  # noqa: F401 - registers the ops
+import kvt_compile.kernels.op.ops  # noqa: F401 - registers the ops
 from kvt_compile.kernels import lowerings, tune
-from kvt_compile.kernels.spec import KernelSpec
+from kvt_compile.kernels.op.spec import KernelSpec
 from kvt_compile.kernels.tune.timing import Clock, Run
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]

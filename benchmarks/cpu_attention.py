@@ -28,10 +28,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-import kvt_compile.kernels.ops  # noqa: F401 - registers the ops
+import kvt_compile.kernels.op.ops  # noqa: F401 - registers the ops
 from kvt_compile.kernels.c import cache, source
 from kvt_compile.kernels.c.settings import Settings
-from kvt_compile.kernels.spec import KernelSpec
+from kvt_compile.kernels.op.spec import KernelSpec
 
 SIZES = (197, 577, 1025, 4097)
 BATCH, HEADS, DIM = 1, 12, 64

@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor, fx, nn
 
 import kvt_compile.backend
-from kvt_compile.capture import capture
+from kvt_compile.capture.capture import capture
 from kvt_compile.passes.decide import Policy
 from kvt_compile.passes.pipeline import run_passes
 

@@ -7,12 +7,12 @@ highest-scoring keys (KVT, arXiv 2106.00515).
 from kvt_compile.adjust import options, set_topk
 from kvt_compile.backend import RefusalError
 from kvt_compile.calibration import CalibratedPolicy, CalibrationError, calibrate
-from kvt_compile.capture import CaptureError
+from kvt_compile.capture.capture import CaptureError
 from kvt_compile.config import OptionError, Options
 from kvt_compile.explain import explain
 from kvt_compile.functional import topk_attention
 from kvt_compile.look import visualize
-from kvt_compile.report import Report
+from kvt_compile.report.report import Report
 from kvt_compile.rewrite import RewriteResult, rewrite
 
 __all__ = [

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from kvt_compile.config import OptionError
-from kvt_compile.kernels import ops as _ops  # noqa: F401 - registers torch.ops.kvt
-from kvt_compile.passes.describe import place
+from kvt_compile.kernels.op import ops as _ops  # noqa: F401 - registers torch.ops.kvt
+from kvt_compile.passes.canonical.values import meta_value
+from kvt_compile.passes.finding.describe import place
 from kvt_compile.passes.pipeline import nested_graphs
-from kvt_compile.passes.values import meta_value
 from kvt_compile.topk import TopK, resolve, validate
 
 Choice = TopK | None

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvt_compile import graphs
 from kvt_compile.config import Options, split_options
-from kvt_compile.graphs import GraphRecorder
-from kvt_compile.kernel_spec import spec_of
 from kvt_compile.kernels import tune
 from kvt_compile.passes.pipeline import PassResult, run_passes
+from kvt_compile.report import graphs
+from kvt_compile.report.graphs import GraphRecorder
+from kvt_compile.report.kernel_spec import spec_of
 
 log = logging.getLogger("kvt_compile")
 

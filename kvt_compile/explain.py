@@ -9,15 +9,15 @@ from typing import Any
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from kvt_compile.capture import capture, run_through_dynamo
+from kvt_compile.capture.capture import capture, run_through_dynamo
+from kvt_compile.capture.outside import calls_outside
 from kvt_compile.config import NAMES, OptionError, Options, make_options
-from kvt_compile.graphs import GraphRecorder, GraphReport
-from kvt_compile.kernel_spec import lowering_of, spec_of
-from kvt_compile.outside import calls_outside
 from kvt_compile.passes.decide import keys_kept, unmatched_patterns
 from kvt_compile.passes.pipeline import PassResult, run_passes
 from kvt_compile.passes.site import Where
-from kvt_compile.report import RefusalReport, Report, SiteReport, location_of
+from kvt_compile.report.graphs import GraphRecorder, GraphReport
+from kvt_compile.report.kernel_spec import lowering_of, spec_of
+from kvt_compile.report.report import RefusalReport, Report, SiteReport, location_of
 
 
 def explain(model: nn.Module | fx.GraphModule | ExportedProgram, *example_inputs: Any, **keywords: Any) -> Report:

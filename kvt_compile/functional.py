@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-import kvt_compile.kernels.ops  # noqa: F401 - registers torch.ops.kvt
-from kvt_compile.kernels.function import Attention
+import kvt_compile.kernels.op.ops  # noqa: F401 - registers torch.ops.kvt
+from kvt_compile.kernels.op.function import Attention
 from kvt_compile.topk import TopK, constant, resolve, validate_tolerance
 
 

@@ -19,18 +19,18 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from kvt_compile.capture import capture, run_through_dynamo, unchanged
+from kvt_compile.capture.capture import capture, run_through_dynamo, unchanged
 from kvt_compile.config import OptionError, Options, make_options
 from kvt_compile.explain import build_report
-from kvt_compile.kernels.evaluate import compile_text, tile
 from kvt_compile.kernels.grid import Environment, Grid
-from kvt_compile.kernels.select import row_threshold
-from kvt_compile.kernels.tiling import budget_of, chunks
+from kvt_compile.kernels.language.evaluate import compile_text, tile
+from kvt_compile.kernels.plain.select import row_threshold
+from kvt_compile.kernels.plain.tiling import budget_of, chunks
 from kvt_compile.passes.decide import unmatched_patterns
-from kvt_compile.passes.describe import place
+from kvt_compile.passes.finding.describe import place
 from kvt_compile.passes.pipeline import PassResult, nested_graphs, run_passes
 from kvt_compile.passes.site import Where
-from kvt_compile.report import SiteReport
+from kvt_compile.report.report import SiteReport
 from kvt_compile.rewrite import RewriteResult
 
 KVT = torch.ops.kvt

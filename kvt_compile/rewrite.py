@@ -11,14 +11,14 @@ from torch.export import ExportedProgram
 
 from kvt_compile.adjust import make_adjustable
 from kvt_compile.backend import report_refusals, request_tuning
-from kvt_compile.capture import capture
+from kvt_compile.capture.capture import capture
+from kvt_compile.capture.modes import allow_modes, mode_of
 from kvt_compile.config import OptionError, make_options
 from kvt_compile.explain import build_report
-from kvt_compile.graphs import GraphRecorder
-from kvt_compile.modes import allow_modes, mode_of
 from kvt_compile.passes.decide import unmatched_patterns
 from kvt_compile.passes.pipeline import run_passes
-from kvt_compile.report import Report
+from kvt_compile.report.graphs import GraphRecorder
+from kvt_compile.report.report import Report
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-import kvt_compile.kernels.ops  # noqa: F401 - registers torch.ops.kvt
+import kvt_compile.kernels.op.ops  # noqa: F401 - registers torch.ops.kvt
 from kvt_compile.backend import kvt_backend
-from kvt_compile.kernels import score as language
 from kvt_compile.kernels import tune
-from kvt_compile.kernels.spec import KernelSpec
+from kvt_compile.kernels.language import score as language
+from kvt_compile.kernels.op.spec import KernelSpec
 from kvt_compile.kernels.tune.progress import Progress, Step
 from kvt_compile.topk import TopK, resolve
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from benchmarks.zoo.compare import Check, apart, size
 from kvt_compile.kernels import lowerings
-from kvt_compile.kernels.call import AttentionCall
-from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.op.call import AttentionCall
+from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 
 NAME = "beside the reference"
 ROUNDINGS = 64

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from kvt_compile.calibration.data import Batch, CalibrationError
-from kvt_compile.capture import CaptureError
+from kvt_compile.capture.capture import CaptureError
 from kvt_compile.observe import SiteCall, observe
 from kvt_compile.rewrite import RewriteResult, rewrite
 from kvt_compile.topk import TopK, resolve

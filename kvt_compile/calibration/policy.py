@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvt_compile.calibration.data import CalibrationError
-from kvt_compile.page.files import write_whole
+from kvt_compile.report.page.files import write_whole
 from kvt_compile.topk import TopK, resolve, validate
 
 if TYPE_CHECKING:

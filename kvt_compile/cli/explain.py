@@ -20,7 +20,7 @@ from kvt_compile.cli.files import run_file
 from kvt_compile.cli.options import Attn, Batch, Exclude, ImageSize, Include, Preload, Spec
 from kvt_compile.cli.spec import Attention, Subject, Wanted, load
 from kvt_compile.cli.topk import parse_topk
-from kvt_compile.report import Report
+from kvt_compile.report.report import Report
 
 
 def explain(

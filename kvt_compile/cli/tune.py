@@ -17,7 +17,7 @@ from kvt_compile.cli.options import SPEC_HELP, Attn, Batch, ImageSize, Preload
 from kvt_compile.cli.topk import parse_topk
 from kvt_compile.cli.tuning_progress import Shown
 from kvt_compile.config import OptionError
-from kvt_compile.kernels import score as language
+from kvt_compile.kernels.language import score as language
 from kvt_compile.kernels.tune.progress import Step
 from kvt_compile.kernels.tune.tuner import process_tuner
 from kvt_compile.tuning import Shape, tune_model, tune_shape

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import kvt_compile.kernels.ops  # noqa: F401 - registers the ops
+import kvt_compile.kernels.op.ops  # noqa: F401 - registers the ops
 from kvt_compile.kernels import lowerings
-from kvt_compile.kernels.reference import reference_attention, reference_softmax
-from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.plain.reference import reference_attention, reference_softmax
 
 FACTOR = 8.0
 TOPK = 7

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
-import kvt_compile.kernels.ops  # noqa: F401 - defines the operators
+import kvt_compile.kernels.op.ops  # noqa: F401 - defines the operators
 from kvt_compile.kernels.triton import traced
 
 _inside: ContextVar[bool] = ContextVar("kvt_kernels_inside", default=False)

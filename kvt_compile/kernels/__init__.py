@@ -1,8 +1,8 @@
 """One attention node -> the code that runs it.
 
-    score.py      the score language: text <-> algebra      spec.py       op arguments -> KernelSpec
-    ops.py        the operators (importing it registers)    lowerings.py  name -> lowering, the choice behind "auto"
-    reference.py  the contract, dense and readable          aten.py, c/   lowerings
+    language/  what stands between the products: text <-> algebra      op/      op arguments -> KernelSpec; the operators
+    plain/     the contract, dense and readable; tiles of torch ops    c/, triton/   generated kernels, and tune/ for them
+    lowerings.py   name -> lowering, the choice behind "auto"
 
-Importing this package registers nothing and loads no lowering; `kvt_compile.kernels.ops` does.
+Importing this package registers nothing and loads no lowering; `kvt_compile.kernels.op.ops` does.
 """

@@ -14,7 +14,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from kvt_compile.kernels import score as language
+from kvt_compile.kernels.language import score as language
 
 Value = Tensor | float | int | bool
 AXES = "bhij"

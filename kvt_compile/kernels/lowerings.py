@@ -15,9 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvt_compile.kernels.call import AttentionCall
+from kvt_compile.kernels.op.call import AttentionCall
 from kvt_compile.kernels.source import Source
-from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]
 
@@ -63,8 +63,8 @@ _PLACES: dict[str, str | Lowering] = {
     # in the order "auto" tries them; "reference" is dense and only ever runs when named
     "triton": "kvt_compile.kernels.triton.lowering:LOWERING",
     "c": "kvt_compile.kernels.c.lowering:LOWERING",
-    "aten": "kvt_compile.kernels.aten:LOWERING",
-    "reference": "kvt_compile.kernels.reference_lowering:LOWERING",
+    "aten": "kvt_compile.kernels.plain.aten:LOWERING",
+    "reference": "kvt_compile.kernels.plain.reference_lowering:LOWERING",
 }
 
 

@@ -15,7 +15,7 @@ from fractions import Fraction
 
 from kvt_compile.topk import TopK, as_fraction, validate
 
-from .site import AttentionSite, Axis
+from kvt_compile.passes.site import AttentionSite, Axis
 
 Rule = TopK | None | Mapping[str, TopK | None] | Callable[[AttentionSite], TopK | None]
 DEFAULT_TOPK = 0.5

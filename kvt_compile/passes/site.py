@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import fx
 
-from .coords import Atom, Coord
-from .values import Value
+from kvt_compile.passes.canonical.coords import Atom, Coord
+from kvt_compile.passes.canonical.values import Value
 
 Size = int | str
 """A size: a number, or the text of a symbolic one (`s0`) when shapes are dynamic."""

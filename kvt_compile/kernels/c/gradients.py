@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import sympy
 
-from kvt_compile.kernels import score as language
+from kvt_compile.kernels.language import score as language
 from kvt_compile.kernels.c.program import Builder, Program
 from kvt_compile.kernels.c.scalar import ScalarPrinter, depends_on
-from kvt_compile.kernels.spec import KernelSpec
+from kvt_compile.kernels.op.spec import KernelSpec
 
 
 @dataclass(frozen=True)

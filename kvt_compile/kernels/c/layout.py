@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from kvt_compile.kernels.c.scalar import ELEMENTS
-from kvt_compile.kernels.spec import KernelSpec
+from kvt_compile.kernels.op.spec import KernelSpec
 
 MATRICES = ("q", "k", "v", "grad_out")
 

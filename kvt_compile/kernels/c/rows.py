@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvt_compile.kernels.c import launch
 from kvt_compile.kernels.c.settings import Settings
-from kvt_compile.kernels.spec import SoftmaxSpec
+from kvt_compile.kernels.op.spec import SoftmaxSpec
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 

@@ -11,9 +11,9 @@ from typing import Literal
 
 import sympy
 
-from kvt_compile.kernels import score as language
-from kvt_compile.kernels.expressions import COMPARE, NotGenerated, guarded_loads, nonnegative, plain_index
-from kvt_compile.kernels.spec import KernelSpec
+from kvt_compile.kernels.language import score as language
+from kvt_compile.kernels.language.expressions import COMPARE, NotGenerated, guarded_loads, nonnegative, plain_index
+from kvt_compile.kernels.op.spec import KernelSpec
 
 Kind = Literal["real", "int", "bool"]
 

@@ -10,7 +10,7 @@ Triton itself is imported only where kernels are built.  The kernels are explain
 
 from __future__ import annotations
 
-from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton.blocks import Blocks
 from kvt_compile.kernels.triton.candidates import default
 from kvt_compile.kernels.triton.generate import module_source

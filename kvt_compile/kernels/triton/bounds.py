@@ -13,7 +13,7 @@ from typing import Literal
 
 import sympy
 
-from kvt_compile.kernels import score as language
+from kvt_compile.kernels.language import score as language
 
 Bound = tuple[Literal["first", "last"], sympy.Expr]
 """The first or last index that is not ruled out; symbols `low` and `high` are the ends of the other axis' tile."""

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton.blocks import Blocks
 from kvt_compile.kernels.triton.layout import parts
 from kvt_compile.kernels.triton.scalar import axes_of

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 
 from kvt_compile.kernels import tune
-from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton.blocks import Blocks
 from kvt_compile.kernels.triton.candidates import candidates, default
 from kvt_compile.kernels.triton.generate import module_source

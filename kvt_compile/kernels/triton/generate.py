@@ -18,8 +18,8 @@ from typing import Any
 import jinja2
 import sympy
 
-from kvt_compile.kernels import score as language
-from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.language import score as language
+from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton import bounds, layout
 from kvt_compile.kernels.triton.scalar import NotGenerated, TilePrinter, unsure_functions
 from kvt_compile.kernels.triton.slopes import slopes

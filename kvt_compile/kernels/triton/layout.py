@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from kvt_compile.kernels.spec import KernelSpec
+from kvt_compile.kernels.op.spec import KernelSpec
 
 SMALLEST = 16
 KEPT = ("topk", "fewest", "most")

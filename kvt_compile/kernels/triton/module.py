@@ -11,7 +11,7 @@ import sys
 from functools import lru_cache
 from types import ModuleType
 
-from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton.generate import module_source
 
 

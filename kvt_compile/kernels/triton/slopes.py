@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import sympy
 
-from kvt_compile.kernels import score as language
-from kvt_compile.kernels.spec import KernelSpec
+from kvt_compile.kernels.language import score as language
+from kvt_compile.kernels.op.spec import KernelSpec
 from kvt_compile.kernels.triton.scalar import Program, TilePrinter, axes_of
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvt_compile.kernels.call import AttentionCall
-from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.op.call import AttentionCall
+from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton import rows
 from kvt_compile.kernels.triton.blocks import Blocks
 from kvt_compile.kernels.triton.choose import Launch, choose

@@ -11,7 +11,7 @@ import dataclasses
 from functools import lru_cache
 from typing import Literal
 
-from kvt_compile.kernels.spec import KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 
 Mode = Literal["off", "cached", "on"]
 DEFAULT: Mode = "cached"

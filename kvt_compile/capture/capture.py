@@ -1,0 +1,191 @@
+"""A model, however it comes -> one `fx.GraphModule` with fake values, and what its placeholders are.
+
+nn.Module        torch.fx.symbolic_trace, else torch.export
+fx.GraphModule   a copy, with shapes propagated unless the capture left them
+ExportedProgram  its own graph (a copy of the program)
+
+and, where the model is to run as it would under torch.compile: nn.Module -> the graphs Dynamo makes of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils import _pytree as pytree
+
+from kvt_compile.capture.state import keep_state
+from kvt_compile.passes.canonical.values import meta_value
+
+
+class CaptureError(RuntimeError):
+    """The model could not be turned into one graph; the message says what was tried."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One graph of a model.  `program` is set when it came through torch.export."""
+
+    graph: fx.GraphModule
+    how: str
+    program: ExportedProgram | None = None
+    origins: dict[str, str] = field(default_factory=dict)
+
+
+class _Tracer(fx.Tracer):
+    """symbolic_trace that remembers the model's own file and line for every node."""
+
+    record_stack_traces = True
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        # nn.MultiheadAttention is a leaf by default, which would hide the attention in it
+        return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, _OPENED)
+
+
+_SCALARS = (bool, int, float, str, type(None))
+_OPENED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+def capture(
+    model: nn.Module | fx.GraphModule | ExportedProgram, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Captured:
+    """One graph of the model with fake values on its nodes; the model itself is not changed.
+
+    Raises CaptureError when neither symbolic_trace nor torch.export can trace the model, TypeError for anything that
+    is not a module, a graph or a program.
+    """
+    if isinstance(model, ExportedProgram):
+        return _from_program(copy.deepcopy(model), "torch.export program")
+    if isinstance(model, fx.GraphModule):
+        graph = fx.GraphModule(model, copy.deepcopy(model.graph))
+        keep_state(graph, model)
+        if any(meta_value(node) is None for node in graph.graph.nodes if node.op != "output"):
+            _propagate(graph, args, kwargs)
+        return Captured(graph, "graph module")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected an nn.Module, an fx.GraphModule or an ExportedProgram, got {type(model).__name__}")
+    try:
+        return _by_symbolic_trace(model, args, kwargs)
+    except Exception as traced:  # any Python in the model may fail under a tracer
+        try:
+            program = _export(model, tuple(args), dict(kwargs))
+        except Exception as exported:
+            raise CaptureError(
+                f"{type(model).__name__} cannot be captured as one graph: symbolic_trace says {_first_line(traced)}; "
+                f"torch.export says {_first_line(exported)}.  "
+                "torch.compile(model, backend='kvt') does not need one graph."
+            ) from exported
+        return _from_program(program, "torch.export")
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+    """With the first dimension of every input dynamic where the model lets it, as `_propagate` has it."""
+    shapes: Any = torch.export.ShapesCollection()
+    for x in pytree.tree_leaves((args, kwargs)):
+        if isinstance(x, torch.Tensor) and x.dim() and x.shape[0] > 1:
+            shapes[x] = {0: torch.export.Dim.AUTO}
+    try:
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception:  # whatever the model does with a size that is not a number
+        return torch.export.export(model, args, kwargs, strict=False)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"
+
+
+def _by_symbolic_trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    # what is no tensor decides the model's control flow, so it is fixed (and checked at run time) rather than traced
+    fixed = {name: value for name, value in bound.arguments.items() if isinstance(value, _SCALARS)}
+    before = set(vars(model))
+    graph = _Tracer().trace(model, concrete_args=fixed)
+    placeholders = (node for node in graph.nodes if node.op == "placeholder")
+    for name, node in zip(bound.arguments, placeholders, strict=False):
+        if str(node.target) == f"{name}_1":  # fx renames fixed arguments; callers know them by their own names
+            node.target = name
+    module = fx.GraphModule(model, graph, type(model).__name__)
+    keep_state(module, model)
+    for name in set(vars(model)) - before:  # the tracer left constants of the graph on the model
+        delattr(model, name)
+    _propagate(module, args, kwargs)
+    return Captured(module, "torch.fx.symbolic_trace")
+
+
+def _propagate(graph: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Fake values on every node, with the first dimension of every input dynamic (it is the batch, most often)."""
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    rest = [kwargs.get(str(p.target), p.args[0] if p.args else None) for p in placeholders[len(args) :]]
+    values = [*args, *rest]
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    fakes = pytree.tree_map_only(torch.Tensor, lambda x: _fake(mode, x), values)
+    FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*fakes)
+
+
+def _fake(mode: FakeTensorMode, x: torch.Tensor) -> torch.Tensor:
+    dynamic = [DimDynamic.DYNAMIC if dim == 0 and size > 1 else DimDynamic.STATIC for dim, size in enumerate(x.shape)]
+    return mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic))
+
+
+def _from_program(program: ExportedProgram, how: str) -> Captured:
+    signature = program.graph_signature
+    origins = dict.fromkeys(signature.inputs_to_parameters, "parameter")
+    origins |= dict.fromkeys(signature.inputs_to_buffers, "buffer")
+    return Captured(program.graph_module, how, program, origins)
+
+
+def run_through_dynamo(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], backend: Callable[..., Any]
+) -> Any:
+    """`model(*args, **kwargs)` as torch.compile would run it, graph breaks included: `backend` gets every graph with
+    its example inputs and returns what runs it.  Buffers and random state are as before afterwards.
+
+    Raises TypeError for anything that is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected an nn.Module, an fx.GraphModule or an ExportedProgram, got {type(model).__name__}")
+    # More graphs than usual may come from one piece of code when many models are looked at in one process; and what an
+    # earlier model was given must not make this one's sizes dynamic.
+    limits = torch._dynamo.config.patch(
+        recompile_limit=1 << 16, accumulated_recompile_limit=1 << 20, automatic_dynamic_shapes=False
+    )
+    with unchanged(model), limits:
+        return torch.compile(_fresh_call(), backend=backend)(model, tuple(args), dict(kwargs))
+
+
+def _fresh_call() -> Callable[..., Any]:
+    """`self(*args, **kwargs)` as a function of its own: Dynamo keeps what it compiled on the code object, and the
+    user's code should carry nothing of ours."""
+
+    def call(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self(*args, **kwargs)
+
+    return types.FunctionType(call.__code__.replace(co_name="explain"), globals(), "explain")
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Buffers (running statistics) and random state as they were, after the model ran."""
+    kept = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, buffer in model.named_buffers():
+                    # one that did not change may be impossible to write to: an expanded table, say
+                    if name in kept and not torch.equal(buffer, kept[name]):
+                        buffer.copy_(kept[name])

@@ -1,0 +1,74 @@
+"""Softmax and SDPA calls that no captured graph has: what a graph break hides from torch.compile.
+
+The model runs eagerly under a function mode that notes the line of each call; a line that no graph has a softmax of is
+outside.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from kvt_compile.capture.capture import unchanged
+from kvt_compile.passes.canonical.spellings import canonical_name
+from kvt_compile.passes.finding.describe import in_torch
+from kvt_compile.passes.pipeline import PassResult
+from kvt_compile.passes.site import Where
+
+_ATTENTION = ("softmax", "scaled_dot_product_attention")
+
+
+def calls_outside(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], results: Iterable[PassResult]
+) -> list[tuple[str, Where]]:
+    """(function, place) of every softmax and SDPA call the model makes on a line that no graph has one of.
+
+    Args:
+        results: what the passes said about each graph of the model.
+    """
+    seen = {where for result in results for where in _places(result)}
+    calls = _Calls(model)
+    with unchanged(model), torch.no_grad(), calls:
+        model(*args, **kwargs)
+    return [(name, where) for (name, where) in calls.made if (where.file, where.line) not in seen]
+
+
+def _places(result: PassResult) -> Iterable[tuple[str, int]]:
+    places = [decision.site.where for decision in result.decisions] + [refusal.where for refusal in result.refusals]
+    return ((where.file, where.line) for where in places)
+
+
+class _Calls(TorchFunctionMode):
+    """Notes what is called, from where; each line once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.made: dict[tuple[str, Where], None] = {}
+        self._names = {module: name for name, module in model.named_modules()}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = canonical_name(func)
+        if name in _ATTENTION:
+            self.made[name, self._caller(sys._getframe(1))] = None
+        return func(*args, **(kwargs or {}))
+
+    def _caller(self, frame: FrameType | None) -> Where:
+        """The model's own line, and the module whose method it is in."""
+        file, line, module = "", 0, None
+        while frame is not None and not (file and module is not None):
+            inner = in_torch(frame.f_code.co_filename)
+            if not file and not inner:
+                file, line = frame.f_code.co_filename, frame.f_lineno
+            owner = frame.f_locals.get("self")
+            if module is None and not inner and isinstance(owner, nn.Module):
+                module = self._names.get(owner)
+            frame = frame.f_back
+        return Where(module or "", file, line)

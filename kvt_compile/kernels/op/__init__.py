@@ -1,0 +1,1 @@
+"""What torch sees: the operators (ops.py; importing it registers them), their specs, checks, gradients, FLOPs, vmap."""

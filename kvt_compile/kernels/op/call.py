@@ -1,0 +1,45 @@
+"""The arguments of one call of `kvt::attention`, as every lowering takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvt_compile.kernels.op.spec import KernelSpec
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class AttentionCall:
+    """Checked: shapes fit each other, 1 <= topk <= max(Nk, 1).  Strides may be anything, 0 included."""
+
+    spec: KernelSpec
+    q: Tensor
+    """`[B, Hq, Nq, D]`"""
+    k: Tensor
+    """`[B, Hk, Nk, D]`"""
+    v: Tensor
+    """`[B, Hk, Nk, Dv]`"""
+    captured: Sequence[Tensor]
+    """c0, c1, ... of the spec's expressions."""
+    topk: int
+    sizes: Sequence[int] = ()
+    """n0, n1, ... of the spec's expressions."""
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
+    """One int64; given where dropout_p > 0."""
+    tolerance: float = 0.0
+    """Allows, and does not ask for, another number of keys in every row: any in `topk.kept_range(topk, tolerance)`.  A
+    lowering that selects exactly may ignore it.  A backward needs none: the thresholds say what was kept."""
+
+    @property
+    def rows(self) -> torch.Size:
+        """`[B, Hq, Nq]`"""
+        return self.q.shape[:3]
+
+    @property
+    def keys(self) -> int:
+        """Nk"""
+        return self.k.shape[2]

@@ -1,0 +1,196 @@
+"""Op arguments -> `KernelSpec`: everything about one attention node that changes the code generated for it.
+
+A spec is frozen and hashable, so it keys caches by itself; sizes that a kernel takes at run time (B, Hq, Nq, Nk, k)
+are not in it.  Building one checks its expressions, so whoever holds a spec need not check again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
+
+import sympy
+import torch
+from torch import Tensor
+
+from kvt_compile.kernels.language import score as language
+
+
+class SpecError(ValueError):
+    """A node that cannot be described: the message says which argument, what was found and what was expected."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.bfloat16 -> "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class CapturedSpec:
+    """A captured tensor as far as code depends on it."""
+
+    dtype: str
+    ndim: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> CapturedSpec:
+        return cls(dtype_name(tensor.dtype), tensor.dim())
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in ("float16", "bfloat16", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One `kvt::attention` node.  Raises SpecError when an expression and the captured tensors do not fit together."""
+
+    dtype: str
+    """dtype of q and k: "float16", "bfloat16", "float32" or "float64"."""
+    value_dtype: str
+    """dtype of v and of the output."""
+    head_dim: int
+    value_dim: int
+    score: str = "s"
+    """t = f(s, b, h, i, j, captured), text of the score language."""
+    weight: str = "p"
+    """What follows the softmax and precedes dropout, text of the score language over p."""
+    captured: tuple[CapturedSpec, ...] = ()
+    sizes: int = 0
+    """How many run-time sizes n0, n1, ... the expressions may name."""
+    needs_grad: tuple[bool, ...] = ()
+    """For a backward: which of (q, k, v, *captured) need a gradient.  Empty for a forward."""
+    dropout: bool = False
+
+    def __post_init__(self) -> None:
+        for role, dtype in (("q and k", self.dtype), ("v", self.value_dtype)):
+            if dtype not in ("float16", "bfloat16", "float32", "float64"):
+                raise SpecError(f"{role}: dtype {dtype}, expected float16, bfloat16, float32 or float64")
+        if self.needs_grad and len(self.needs_grad) != 3 + len(self.captured):
+            raise SpecError(
+                f"needs_grad has {len(self.needs_grad)} entries, expected {3 + len(self.captured)}: "
+                f"q, k, v and {len(self.captured)} captured tensors"
+            )
+        check_expressions(self.score, self.weight, tuple(x.ndim for x in self.captured), self.sizes)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # once: every call of an op looks its kernel up by spec
+        return hash(tuple(getattr(self, x.name) for x in fields(self)))
+
+    @classmethod
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        captured: Sequence[Tensor] = (),
+        score: str = "s",
+        weight: str = "p",
+        sizes: int = 0,
+        dropout_p: float = 0.0,
+        needs_grad: Sequence[bool] = (),
+    ) -> KernelSpec:
+        """The spec of one call: q `[B, Hq, Nq, D]`, k `[B, Hk, Nk, D]`, v `[B, Hk, Nk, Dv]`; fake tensors will do."""
+        return _cached_spec(
+            q.dtype,
+            v.dtype,
+            q.shape[-1],
+            v.shape[-1],
+            score,
+            weight,
+            tuple((c.dtype, c.dim()) for c in captured),
+            sizes,
+            tuple(needs_grad),
+            dropout_p > 0.0,
+        )
+
+    @property
+    def accumulate(self) -> torch.dtype:
+        """The type of s, t and p: float64 for float64 inputs, float32 for every other."""
+        return torch.float64 if self.dtype == "float64" else torch.float32
+
+    @cached_property
+    def score_expression(self) -> sympy.Expr:
+        return language.parse(self.score)
+
+    @cached_property
+    def weight_expression(self) -> sympy.Expr:
+        return language.parse(self.weight)
+
+    @cached_property
+    def score_loads(self) -> tuple[language.load, ...]:
+        """The distinct captured elements the score reads."""
+        return language.loads(self.score_expression)
+
+    @cached_property
+    def weight_loads(self) -> tuple[language.load, ...]:
+        return language.loads(self.weight_expression)
+
+
+@lru_cache(maxsize=4096)
+def _cached_spec(
+    dtype: torch.dtype,
+    value_dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    score: str,
+    weight: str,
+    captured: tuple[tuple[torch.dtype, int], ...],
+    sizes: int,
+    needs_grad: tuple[bool, ...],
+    dropout: bool,
+) -> KernelSpec:
+    # an op call must not pay for building and checking a spec it has seen
+    return KernelSpec(
+        dtype=dtype_name(dtype),
+        value_dtype=dtype_name(value_dtype),
+        head_dim=head_dim,
+        value_dim=value_dim,
+        score=score,
+        weight=weight,
+        captured=tuple(CapturedSpec(dtype_name(d), n) for d, n in captured),
+        sizes=sizes,
+        needs_grad=needs_grad,
+        dropout=dropout,
+    )
+
+
+@lru_cache(maxsize=4096)
+def check_expressions(score: str, weight: str, captured_ndims: tuple[int, ...], sizes: int) -> None:
+    """Raise SpecError unless both texts can be read, name what exists and index every dimension of a tensor."""
+    for role, text, foreign in (("score", score, language.p), ("weight", weight, language.s)):
+        expression = language.parse(text)
+        if foreign in expression.free_symbols:
+            raise SpecError(f"{role} expression {text!r} uses {foreign}, which it does not have")
+        for name in sorted(map(str, expression.free_symbols)):
+            if name[0] == "n" and int(name[1:]) >= sizes:
+                raise SpecError(f"{role} expression {text!r} uses {name}, but {sizes} sizes were given")
+        for load in language.loads(expression):
+            if load.slot >= len(captured_ndims):
+                raise SpecError(
+                    f"{role} expression {text!r} reads c{load.slot}, "
+                    f"but {len(captured_ndims)} captured tensors were given"
+                )
+            if len(load.index) != captured_ndims[load.slot]:
+                raise SpecError(
+                    f"{role} expression {text!r} reads {language.to_text(load)} with {len(load.index)} indices, "
+                    f"but captured tensor {load.slot} has {captured_ndims[load.slot]} dimensions"
+                )
+
+
+@dataclass(frozen=True)
+class SoftmaxSpec:
+    """One `kvt::topk_softmax` node: dtype of the scores, dtype of the weights."""
+
+    dtype: str
+    out_dtype: str
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, out_dtype: torch.dtype) -> SoftmaxSpec:
+        """The spec of scores of `dtype` and weights of `out_dtype`."""
+        return cls(dtype_name(dtype), dtype_name(out_dtype))

@@ -1,0 +1,102 @@
+"""One call of an op under torch.vmap -> one call with the mapped dimension folded into the batch, or a loop of calls.
+
+Folding `[V, B, ...]` into `[V*B, ...]` renumbers b, so it is right only where nothing reads b: no captured tensor is
+mapped or indexed by b, and there is no dropout, whose draw depends on b.  A gradient of an unmapped captured tensor
+would be summed over V; vmap wants V of them.  In those cases: a loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvt_compile.kernels.language import score as language
+
+Dims = Any
+
+
+def register(library: torch.library.Library) -> None:
+    """Give every op its rule."""
+    ops = torch.ops.kvt
+    torch.library.register_vmap("kvt::attention", _attention, lib=library)
+    torch.library.register_vmap("kvt::attention_backward", _attention_backward, lib=library)
+    torch.library.register_vmap("kvt::topk_softmax", _rowwise(ops.topk_softmax), lib=library)
+    torch.library.register_vmap("kvt::topk_softmax_backward", _rowwise(ops.topk_softmax_backward), lib=library)
+
+
+def _attention(info: Any, in_dims: Sequence[Dims], *args: Any) -> tuple[Any, Any]:
+    size, dims = info.batch_size, in_dims
+    captured_mapped = any(dim is not None for dim in dims[3] or ())
+    score, weight, dropout_p = args[4], args[5], args[8]
+    if captured_mapped or dropout_p > 0.0 or _reads_batch(score) or _reads_batch(weight):
+        return _loop(torch.ops.kvt.attention, size, dims, args), (0, 0, 0)
+    q, k, v = (_fold(x, dim, size) for x, dim in zip(args[:3], dims[:3], strict=True))
+    return tuple(_unfold(x, size) for x in torch.ops.kvt.attention(q, k, v, *args[3:])), (0, 0, 0)
+
+
+def _attention_backward(info: Any, in_dims: Sequence[Dims], *args: Any) -> tuple[Any, Any]:
+    size, dims = info.batch_size, in_dims
+    captured, captured_dims = args[4] or (), dims[4] or ()
+    score, weight, dropout_p, needs_grad = args[8], args[9], args[12], args[14]
+    out_dims = (0, 0, 0, [0] * len(captured))
+    captured_mapped = any(dim is not None for dim in captured_dims) or any(needs_grad[3:])
+    if captured_mapped or dropout_p > 0.0 or _reads_batch(score) or _reads_batch(weight):
+        return _loop(torch.ops.kvt.attention_backward, size, dims, args), out_dims
+    grad_out, q, k, v, out, logsumexp, threshold = (_fold(args[n], dims[n], size) for n in (0, 1, 2, 3, 5, 6, 7))
+    results = torch.ops.kvt.attention_backward(grad_out, q, k, v, captured, out, logsumexp, threshold, *args[8:])
+    grads = [
+        _unfold(x, size) if need else x.new_empty((size, 0))
+        for x, need in zip(results[:3], needs_grad[:3], strict=True)
+    ]
+    return (*grads, [x.new_empty((size, 0)) for x in results[3]]), out_dims
+
+
+def _rowwise(op: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
+    """topk_softmax and its backward know one dimension; every other, a mapped one too, is only more rows."""
+
+    def rule(info: Any, in_dims: Sequence[Dims], *args: Any) -> tuple[Tensor, int]:
+        tensors = [
+            x.movedim(dim, 0) if dim is not None else x.expand(info.batch_size, *x.shape)
+            for x, dim in zip(args, in_dims, strict=True)
+            if isinstance(x, Tensor)
+        ]
+        dim, *rest = args[len(tensors) :]
+        if tensors[0].dim() == 1:
+            # each is a 0-d tensor: a row of one
+            return op(*(x.unsqueeze(-1) for x in tensors), 1, *rest).squeeze(-1), 0
+        return op(*tensors, dim + 1 if dim >= 0 else dim, *rest), 0
+
+    return rule
+
+
+def _reads_batch(text: str) -> bool:
+    return language.b in language.parse(text).free_symbols
+
+
+def _fold(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """-> `[V*B, ...]`; an unmapped tensor with B = 1 stays a view."""
+    x = x.movedim(dim, 0) if dim is not None else x.expand(size, *x.shape)
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+def _unfold(x: Tensor, size: int) -> Tensor:
+    return x.reshape(size, x.shape[0] // max(size, 1), *x.shape[1:])
+
+
+def _loop(op: Callable[..., Any], size: int, dims: Sequence[Dims], args: Sequence[Any]) -> tuple[Any, ...]:
+    calls = [op(*(_pick(x, dim, n) for x, dim in zip(args, dims, strict=True))) for n in range(size)]
+    return tuple(
+        [torch.stack(tensors) for tensors in zip(*results, strict=True)]
+        if isinstance(results[0], (list, tuple))
+        else torch.stack(results)
+        for results in zip(*calls, strict=True)
+    )
+
+
+def _pick(x: Any, dim: Dims, n: int) -> Any:
+    if isinstance(x, (list, tuple)) and isinstance(dim, (list, tuple)):
+        return [_pick(y, d, n) for y, d in zip(x, dim, strict=True)]
+    return x if dim is None else x.select(dim, n)

@@ -1,0 +1,208 @@
+"""The contract as straightforward code: dense, one row of the definition after the other, differentiable by autograd.
+
+    q, k, v, captured  ->  Reference(out, logsumexp, threshold, kept)
+
+    s = Q Kt        t = f(s)        tau_i = topk-th largest of t_i        kept = (t >= tau) and (t > -inf)
+    p = softmax of t over kept      w = dropout(g(p))                     out = w V
+
+Every lowering is tested against this file and none imports it; it shares with them only the parser of the score
+language and the random numbers.  Memory is O(Nq * Nk): for tests and small inputs.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import NamedTuple
+
+import sympy
+import torch
+from torch import Tensor
+
+from kvt_compile.kernels import dropout
+from kvt_compile.kernels.language import score as language
+from kvt_compile.topk import kept_range
+
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "lt": torch.lt,
+    "le": torch.le,
+    "gt": torch.gt,
+    "ge": torch.ge,
+    "eq": torch.eq,
+    "ne": torch.ne,
+    "logical_and": torch.logical_and,
+    "logical_or": torch.logical_or,
+    "logical_not": torch.logical_not,
+    "floordiv": torch.floor_divide,
+    "mod": torch.remainder,
+    "where": lambda c, x, y: torch.where(c.bool(), x, y),
+    "exp": torch.exp,
+    "log": torch.log,
+    "sqrt": torch.sqrt,
+    "sin": torch.sin,
+    "cos": torch.cos,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "erf": torch.erf,
+    "abs": torch.abs,
+    "relu": torch.relu,
+    "maximum": torch.maximum,
+    "minimum": torch.minimum,
+    # not maximum of minimum: clamp keeps the whole gradient at its bounds
+    "clamp": torch.clamp,
+}
+
+
+class Reference(NamedTuple):
+    """out `[B, Hq, Nq, Dv]`; logsumexp and threshold `[B, Hq, Nq]`; kept `[B, Hq, Nq, Nk]` bool.
+
+    `threshold` is tau itself, -inf where every valid key is kept.  A row that dense softmax makes NaN is NaN in all but
+    `kept`, where it is True."""
+
+    out: Tensor
+    logsumexp: Tensor
+    threshold: Tensor
+    kept: Tensor
+
+
+def reference_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Sequence[Tensor] = (),
+    *,
+    topk: int,
+    score: str = "s",
+    weight: str = "p",
+    sizes: Sequence[int] = (),
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Reference:
+    """k-NN attention computed in `dtype` throughout; `out` stays in `dtype`.
+
+    q `[B, Hq, Nq, D]`, k `[B, Hk, Nk, D]`, v `[B, Hk, Nk, Dv]`, Hq a multiple of Hk; captured, score, weight, sizes,
+    dropout_p and seed as for `kvt::attention`.
+    """
+    heads, keys = q.shape[1], k.shape[2]
+    v = v.to(dtype).repeat_interleave(heads // max(v.shape[1], 1), dim=1)
+    names = _names(q, k, sizes)
+    t = reference_scores(q, k, captured, score=score, sizes=sizes, dtype=dtype)
+    p, logsumexp, threshold, kept = reference_softmax(t, topk)
+    w = _evaluate(language.parse(weight), names | {"p": p}, captured, dtype).to(dtype).expand(t.shape)
+    if dropout_p > 0.0 and seed is not None:
+        b, h, i, j = (names[x] for x in "bhij")
+        offset = ((b * heads + h) * q.shape[2] + i) * keys + j
+        w = torch.where(dropout.dropped(offset, seed, dropout_p), 0.0, w * dropout.keep_scale(dropout_p))
+    return Reference(w @ v, logsumexp, threshold, kept)
+
+
+def reference_scores(
+    q: Tensor,
+    k: Tensor,
+    captured: Sequence[Tensor] = (),
+    *,
+    score: str = "s",
+    sizes: Sequence[int] = (),
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """The final scores t `[B, Hq, Nq, Nk]` in `dtype`; arguments as for `reference_attention`."""
+    s = _products(q.to(dtype), k.to(dtype).repeat_interleave(q.shape[1] // max(k.shape[1], 1), dim=1))
+    names = _names(q, k, sizes) | {"s": s}
+    return _evaluate(language.parse(score), names, captured, dtype).to(dtype).expand(s.shape)
+
+
+_CHUNK = 2**22
+"""Numbers a chunk of products may have."""
+
+
+def _products(q: Tensor, k: Tensor) -> Tensor:
+    """q kT.  In float64 every element is summed in the same order: keys with the same features tie, where a matrix product
+    of BLAS may round the columns at its border another way.  In float32 it is what eager code computes."""
+    if q.dtype != torch.float64:
+        return q @ k.transpose(-1, -2)
+    rows = max(1, _CHUNK // max(1, q.shape[0] * q.shape[1] * k.shape[2] * k.shape[3]))
+    chunks = [(part.unsqueeze(3) * k.unsqueeze(2)).sum(-1) for part in q.split(rows, dim=2)]
+    return torch.cat(chunks, dim=2)
+
+
+def within_tolerance(t: Tensor, kept: Tensor, topk: int, tolerance: float) -> Tensor:
+    """Scores t and kept `[..., Nk]` -> `[...]` bool: whether a row keeps what it may under a tolerance.
+
+    That is what it would keep, exactly and with all ties, for some k' in `kept_range(topk, tolerance)`.  A row that
+    dense softmax makes NaN may say anything.
+    """
+    low, high = kept_range(topk, tolerance)
+    valid = t > -torch.inf
+    broken = (t.isnan() | (t == torch.inf)).any(-1)
+    smallest = torch.where(kept, t, torch.inf).amin(-1, keepdim=True)
+    closed = (kept == ((t >= smallest) & valid)).all(-1)
+    enough = kept.sum(-1) >= valid.sum(-1).clamp(max=low)
+    few = (t > smallest).sum(-1) < high  # the keys above the ties at the threshold: the ties may exceed
+    return (closed & enough & few) | broken
+
+
+def reference_softmax(t: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """t `[..., Nk]` -> (weights, logsumexp, threshold, kept), as in `Reference`, along the last dimension."""
+    if t.shape[-1] == 0:
+        nothing = torch.full_like(t[..., :0].sum(-1), -torch.inf)
+        return t, nothing, nothing, t > 0
+    descending = t.detach().sort(-1, descending=True).values
+    tau = descending[..., min(topk, t.shape[-1]) - 1].unsqueeze(-1)
+    valid = t > -torch.inf
+    broken = (t.isnan() | (t == torch.inf)).any(-1, keepdim=True)
+    kept = ((t >= tau) & valid) | broken
+    # softmax of a row of -inf is NaN, forward and backward: such rows are computed on zeros and replaced
+    empty = ~kept.any(-1, keepdim=True)
+    masked = t.masked_fill(~kept, -torch.inf)
+    weights = masked.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    threshold = tau.masked_fill((kept == valid).all(-1, keepdim=True), -torch.inf).masked_fill(broken, torch.nan)
+    return weights, masked.logsumexp(-1).masked_fill(broken.squeeze(-1), torch.nan), threshold.squeeze(-1), kept
+
+
+def _names(q: Tensor, k: Tensor, sizes: Sequence[int]) -> dict[str, Tensor]:
+    coordinates = _coordinates((*q.shape[:3], k.shape[2]), q.device)
+    return coordinates | {f"n{n}": torch.tensor(x) for n, x in enumerate(sizes)}
+
+
+def _coordinates(shape: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+    grid = torch.meshgrid(*(torch.arange(n, device=device) for n in shape), indexing="ij")
+    return dict(zip("bhij", grid, strict=True))
+
+
+def _evaluate(
+    expression: sympy.Expr, names: dict[str, Tensor], captured: Sequence[Tensor], dtype: torch.dtype
+) -> Tensor:
+    """One torch operation per node of the expression, all on the full [B, Hq, Nq, Nk] grid."""
+    if isinstance(expression, sympy.Integer):
+        return torch.tensor(int(expression))
+    if isinstance(expression, sympy.Number):  # floats, rationals and infinities
+        return torch.tensor(float(expression), dtype=dtype)
+    if isinstance(expression, sympy.Symbol):
+        return names[str(expression)]
+    if isinstance(expression, language.load):
+        tensor = captured[expression.slot]
+        if not expression.index:
+            return _widen(tensor, dtype)
+        index = [_evaluate(x, names, captured, dtype) for x in expression.index]
+        inside = (x.clamp(0, size - 1) for x, size in zip(index, tensor.shape, strict=True))
+        return _widen(tensor[tuple(inside)], dtype)
+    arguments = [_evaluate(x, names, captured, dtype) for x in expression.args]
+    if any(x.is_floating_point() for x in arguments):
+        arguments = [x if x.dtype == torch.bool else x.to(dtype) for x in arguments]
+    if isinstance(expression, sympy.Add):
+        return torch.stack(torch.broadcast_tensors(*arguments)).sum(0)
+    if isinstance(expression, sympy.Mul):
+        return reduce(operator.mul, arguments)  # not prod, whose backward multiplies a gradient of 0 with a score of -inf
+    if isinstance(expression, sympy.Pow):
+        base, exponent = arguments
+        return base.to(dtype) ** exponent
+    name = type(expression).__name__
+    if name in ("exp", "log", "sqrt", "sin", "cos", "tanh", "sigmoid", "erf"):
+        arguments = [x.to(dtype) for x in arguments]
+    return _FUNCTIONS[name](*arguments)
+
+
+def _widen(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() else x

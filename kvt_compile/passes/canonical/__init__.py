@@ -1,0 +1,1 @@
+"""Nodes -> values with a meaning: many spellings (spellings.py), one small vocabulary (canonicalise.py)."""

@@ -1,0 +1,1 @@
+"""Expressions -> attention sites and refusals.  Start at `find.py`."""

@@ -1,0 +1,100 @@
+"""What one sweep over the canonical graph tells about every value (linear in the graph).
+
+activation    depends on a graph input            raw     a parameter, at most rearranged
+carries       a pointwise/layout way leads here from a product of two computed tensors, so it may be scores
+widely        the same, also through operations that mix axes (a linear map over heads, a convolution)
+asked         a pointwise/layout way leads here from a product of a computed tensor with a raw one: learned queries, if
+              what was computed are the keys
+cost          elements that must be kept to compute it again from what is kept, where that is cheap
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvt_compile.passes.canonical.canonicalise import CanonicalGraph
+from kvt_compile.passes.reading.read import numel
+from kvt_compile.passes.canonical.values import Value
+
+_THROUGH = frozenset({"pointwise", "layout", "select_by"})
+
+
+@dataclass
+class Facts:
+    activation: set[Value] = field(default_factory=set)
+    computed: set[Value] = field(default_factory=set)
+    raw: set[Value] = field(default_factory=set)
+    carries: set[Value] = field(default_factory=set)
+    widely: set[Value] = field(default_factory=set)
+    asked: set[Value] = field(default_factory=set)
+    cost: dict[Value, float] = field(default_factory=dict)
+    work: dict[Value, int] = field(default_factory=dict)
+    """Pointwise operations per element that computing it again takes."""
+
+
+def gather_facts(graph: CanonicalGraph) -> Facts:
+    facts = Facts()
+    for value in graph.values:
+        operands = list(value.operands)
+        size = numel(value)
+        if value.kind == "source":
+            if value.origin == "input":
+                facts.activation.add(value)
+                facts.computed.add(value)
+            else:
+                facts.raw.add(value)
+            facts.cost[value], facts.work[value] = size, 0
+            continue
+        if any(x in facts.activation for x in operands):
+            facts.activation.add(value)
+        if value in facts.activation or value.kind == "contraction" or any(x in facts.computed for x in operands):
+            facts.computed.add(value)
+        if _is_raw(value, operands, facts):
+            facts.raw.add(value)
+        if value.kind == "contraction":
+            sides = [n for n, x in enumerate(value.inputs) if x in facts.raw]
+            value.attrs["mixing"] = bool(sides)
+            value.attrs["raw_side"] = sides[-1] if sides else None
+        if value.kind == "contraction" and not value.attrs["mixing"]:
+            facts.carries.add(value)
+            facts.widely.add(value)
+        elif value.kind != "sdpa":
+            for carried in (facts.carries, facts.asked):
+                if value.kind in _THROUGH and any(x in carried for x in operands):
+                    carried.add(value)
+            if value.kind == "contraction" and may_ask(value):
+                facts.asked.add(value)
+            if any(x in facts.widely for x in operands):
+                facts.widely.add(value)
+        facts.cost[value] = _cost(value, operands, size, facts)
+    return facts
+
+
+def may_ask(value: Value) -> bool:
+    """Whether a product with a parameter may be one with learned queries: it is not spelled as a layer is."""
+    return bool(value.attrs["mixing"]) and value.name in ("matmul", "einsum")
+
+
+def _is_raw(value: Value, operands: list[Value], facts: Facts) -> bool:
+    if value.kind not in ("layout", "pointwise") or not operands or not all(x in facts.raw for x in operands):
+        return False
+    grows = value.name == "expand" and numel(value) > numel(operands[0])
+    return not grows
+
+
+_CHEAP = 4
+"""Pointwise operations a kernel may repeat per score to spare a captured tensor of that size."""
+
+
+def _cost(value: Value, operands: list[Value], size: float, facts: Facts) -> float:
+    if value.kind == "layout":
+        facts.work[value] = facts.work[operands[0]]
+        return min(size, facts.cost[operands[0]])
+    if value.kind == "pointwise" and value.name != "dropout":
+        work = sum(facts.work[x] for x in operands) + (value.name != "identity")
+        cost = sum(facts.cost[x] for x in set(operands))
+        if work <= _CHEAP and cost < size:
+            facts.work[value] = work
+            return cost
+    facts.work[value] = 0
+    return size

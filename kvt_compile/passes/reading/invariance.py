@@ -1,0 +1,42 @@
+"""softmax(t + c) = softmax(t) for any c that is the same along the row; so is which keys are the k largest.
+
+    alpha * (x - max(x))   ->   alpha * x
+
+Models subtract a row maximum (or the maximum of everything) for numerical safety, which the kernel does by itself.
+"""
+
+from __future__ import annotations
+
+import sympy
+
+from kvt_compile.passes.canonical.coords import Coord
+from kvt_compile.passes.reading.read import Reader
+from kvt_compile.passes.canonical.values import Value
+
+
+def without_row_constants(scores: sympy.Expr, reader: Reader, keys: Coord) -> sympy.Expr:
+    """The scores without the maxima that enter them as one added number per row."""
+    space = reader.space
+    along = set(space.resolve(keys).digits)
+    varying = {
+        leaf.symbol for leaf in reader.leaves if any(along & set(c.digits) for c in space.resolve_all(leaf.coords))
+    }
+    varying |= {symbol for symbol, at in reader.positions.items() if along & set(space.resolve(at).digits)}
+    for leaf in reader.leaves:
+        maximum = _detached(leaf.value)
+        if maximum[-1].kind != "reduce" or maximum[-1].name != "amax" or leaf.symbol in varying:
+            continue
+        slope = sympy.diff(scores, leaf.symbol)
+        if slope.free_symbols & (varying | {leaf.symbol}):
+            continue
+        scores = scores.subs(leaf.symbol, 0)
+        reader.visited.update(maximum)
+    return scores
+
+
+def _detached(value: Value) -> list[Value]:
+    """The value and what it is, detached."""
+    chain = [value]
+    while chain[-1].name in ("detach", "identity") and chain[-1].inputs:
+        chain.append(chain[-1].inputs[0])
+    return chain

@@ -1,0 +1,117 @@
+"""Which kind of axis is attended over: tokens, channels or the batch.
+
+XCiT multiplies (channels x tokens) by (tokens x channels): node for node the same graph as attention.  What differs is
+where the key axis comes from, so its digits are followed back to the operation that made them:
+
+    last axis of a linear layer, axis 1 of a convolution  ->  channel       axis 0 of a convolution  ->  batch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kvt_compile.passes.canonical.coords import Atom, Coord, Coords, Space
+from kvt_compile.passes.canonical.meaning_layout import PULL
+from kvt_compile.passes.reading.passing import passed_inputs
+from kvt_compile.passes.reading.read import aligned
+from kvt_compile.passes.site import Axis
+from kvt_compile.passes.canonical.values import Value
+
+_CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution", "conv_transpose2d"})
+_BATCH_FIRST = _CONVOLUTIONS | frozenset(
+    {
+        "batch_norm",
+        "group_norm",
+        "instance_norm",
+        "max_pool2d",
+        "avg_pool2d",
+        "adaptive_avg_pool2d",
+        "adaptive_max_pool2d",
+        "interpolate",
+        "pixel_shuffle",
+    }
+)
+_LIMIT = 400
+"""Steps back before giving up: real projections are a few steps away, and "token" is the safe answer."""
+
+
+def kind_of_attention(
+    space: Space, query: tuple[Value, Coords], key: tuple[Value, Coords], queries: Iterable[Atom], keys: Iterable[Atom]
+) -> Axis:
+    """The kind of the axis that is attended over; channels on one side only are latents, or tokens that a layer mixed."""
+    axis = kind_of_axis(space, *key, keys)
+    return axis if axis == "token" or kind_of_axis(space, *query, queries) == axis else "token"
+
+
+def kind_of_axis(space: Space, value: Value, coords: Coords, axis: Iterable[Atom]) -> Axis:
+    """The kind of the axis `axis` of `value` (read at `coords`); token when nothing says otherwise."""
+    space = space.copy()  # the splits of what lies behind are not the site's business
+    wanted = set(axis)
+    for _ in range(_LIMIT):
+        coords = space.resolve_all(coords)
+        wanted = set(space.resolve(Coord(tuple(wanted))).digits)
+        here = {d for d, c in enumerate(coords) if wanted & set(c.digits)}
+        if not here or value.kind in ("source", "sdpa"):
+            return "token"
+        if value.kind == "contraction" and not value.attrs["mixing"]:
+            return "token"
+        if _makes_channels(value, here):
+            return "channel"
+        if value.name in _BATCH_FIRST and len(value.shape) > 2 and 0 in here and set(coords[0].digits) <= wanted:
+            return "batch"
+        back = _step_back(space, value, coords, wanted)
+        if back is None:
+            return "token"
+        value, coords = back
+    return "token"
+
+
+def _makes_channels(value: Value, dims: set[int]) -> bool:
+    """Whether these axes of the value are the features a layer computed."""
+    if value.name in _CONVOLUTIONS:
+        return dims == {1}
+    if value.kind != "contraction":
+        return False
+    weight, other = ("rhs", "lhs") if value.attrs["raw_side"] == 1 else ("lhs", "rhs")
+    return all(
+        value.attrs["out"][d] in value.attrs[weight] and value.attrs["out"][d] not in value.attrs[other] for d in dims
+    )
+
+
+def _step_back(space: Space, value: Value, coords: Coords, wanted: set[Atom]) -> tuple[Value, Coords] | None:
+    if value.kind == "layout":
+        source = value.inputs[0]
+        if value.name == "reshape":
+            coords = _whole(space, value, coords, wanted)
+        pulled = PULL[value.name](space, value, coords)
+        return None if pulled is None else (source, pulled)
+    if value.kind == "pointwise":
+        inputs = [(x, space.resolve_all(aligned(coords, x))) for x in value.operands]
+        return max(inputs, key=lambda item: _digits_of(item, wanted), default=None)
+    inputs = passed_inputs(space, value, coords) or []
+    if value.kind == "contraction":
+        other: int = 1 - value.attrs["raw_side"]
+        return inputs[other]
+    if inputs:
+        return inputs[0]
+    source = next(iter(value.operands), None)  # something that keeps its shape keeps its axes, as a rule
+    return (source, coords) if source is not None and source.shape == value.shape else None
+
+
+def _whole(space: Space, value: Value, coords: Coords, wanted: set[Atom]) -> Coords:
+    """Coordinates a reshape can regroup: a slice or a constant is widened to its whole dimension."""
+    out: list[Coord] = []
+    for size, coord in zip(value.shape, coords, strict=True):
+        if not space.covers(coord, size):
+            wide = space.fresh("whole", size)
+            if wanted & set(coord.digits):
+                wanted.update(wide.digits)
+            coord = wide
+        out.append(coord)
+    return tuple(out)
+
+
+def _digits_of(item: tuple[Value, Coords], wanted: set[Atom]) -> int:
+    """How many wanted digits an operand still has; activations win over parameters on a tie."""
+    value, coords = item
+    return 2 * len({a for c in coords for a in c.digits} & wanted) + (value.kind != "source")

@@ -1,0 +1,206 @@
+"""Reading: a Value at given coordinates -> a sympy expression over leaves.
+
+    read(softmax input, [b, h, i, j])  ->  0.125*L0 + L1        L0 = the product q.k at [b, h, i, j]
+                                                                L1 = bias table at [h, i, j]
+
+The reader walks backwards through pointwise and layout operations.  It goes through whatever carries the scores, and
+through everything else only as far as that makes what must be kept smaller (a mask built by broadcasting two short
+vectors is read as the two vectors).  Operations that are not pointwise are passed with their inputs remembered, so that
+"this is attention, but with a convolution on the map" can be told from "this is not attention".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import sympy
+
+from kvt_compile.kernels.language import score
+
+from kvt_compile.passes.canonical.coords import ZERO, Coord, Coords, Space
+from kvt_compile.passes.canonical.meaning import number
+from kvt_compile.passes.canonical.meaning_layout import PULL
+from kvt_compile.passes.reading.passing import passed_inputs
+from kvt_compile.passes.canonical.values import Value, as_dim, at_most, broadcasts, is_number
+
+OPAQUE = sympy.Function("opaque")
+DROP = sympy.Symbol("drop")
+"""The dropout factor of a weight: 0 or 1/(1-p)."""
+
+
+MOST_PASSED = 64
+"""Operations that are not pointwise between a product and its softmax; beyond, it is not that softmax's product."""
+
+
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """An element the expression needs: a value at coordinates."""
+
+    value: Value
+    coords: Coords
+    symbol: sympy.Symbol
+
+
+@dataclass
+class Reader:
+    """One reading.  `carries` says which values the walk must go through; `cost` what keeping a value takes."""
+
+    space: Space
+    carries: Callable[[Value], bool]
+    cost: dict[Value, float]
+    stops: frozenset[Value] = frozenset()
+    leaves: list[Leaf] = field(default_factory=list)
+    positions: dict[sympy.Symbol, Coord] = field(default_factory=dict)
+    """Symbols that stand for the value of a coordinate itself."""
+    visited: set[Value] = field(default_factory=set)
+    passed: list[Value] = field(default_factory=list)
+    """Operations on the way that are not pointwise."""
+    dropouts: list[Value] = field(default_factory=list)
+    _memo: dict[tuple[Value, Coords], sympy.Expr] = field(default_factory=dict)
+
+    def read(self, value: Value, coords: Coords) -> sympy.Expr:
+        """The expression of the element of `value` at `coords`."""
+        coords = self.space.resolve_all(coords)
+        key = (value, coords)
+        if key not in self._memo:
+            self._memo[key] = self._read(value, coords)
+        return self._memo[key]
+
+    def _read(self, value: Value, coords: Coords) -> sympy.Expr:
+        if value in self.stops:
+            return self._leaf(value, coords)
+        carries = self.carries(value)
+        if value.kind == "layout":
+            pulled = PULL[value.name](self.space, value, coords)
+            if pulled is not None:
+                self.visited.add(value)
+                return self.read(value.inputs[0], pulled)
+        elif carries and value.kind == "select_by":
+            return self._chosen(value, coords)
+        elif value.kind == "pointwise" and (carries or is_number(value) or self.cost[value] < numel(value)):
+            return self._pointwise(value, coords)
+        elif carries and (value.kind != "contraction" or value.attrs["mixing"]) and len(self.passed) < MOST_PASSED:
+            return self._pass(value, coords)
+        return self._leaf(value, coords)
+
+    def _leaf(self, value: Value, coords: Coords) -> sympy.Symbol:
+        for leaf in self.leaves:
+            if leaf.value is value and self.space.resolve_all(leaf.coords) == coords:
+                return leaf.symbol
+        taken = {leaf.symbol for leaf in self.leaves}  # a reading goes on with some of another's leaves
+        names = (sympy.Symbol(f"L{n}") for n in range(len(self.leaves), 2 * len(self.leaves) + 1))
+        leaf = Leaf(value, coords, next(symbol for symbol in names if symbol not in taken))
+        self.leaves.append(leaf)
+        return leaf.symbol
+
+    def _pointwise(self, value: Value, coords: Coords) -> sympy.Expr:
+        if not all(broadcasts(x.shape, value.shape) for x in value.operands):
+            return self._leaf(value, coords)  # where an operand is read depends on a size that is known at run time
+        self.visited.add(value)
+        arguments = [
+            self.read(x, aligned(coords, x)) if isinstance(x, Value) else number(x) for x in value.inputs
+        ]  # fmt: skip
+        if value.name == "dropout":
+            self.dropouts.append(value)
+            return arguments[0] * DROP
+        return value.attrs["fn"](*arguments)
+
+    def _pass(self, value: Value, coords: Coords) -> sympy.Expr:
+        inputs = passed_inputs(self.space, value, coords)
+        if inputs is None:
+            return self._leaf(value, coords)
+        self.visited.add(value)
+        self.passed.append(value)
+        return OPAQUE(sympy.Integer(value.index), *(self.read(x, at) for x, at in inputs))
+
+    def _chosen(self, value: Value, coords: Coords) -> sympy.Expr:
+        """put(base, inner, [start, start+size) of dim): the inner value where the slice is, the base elsewhere.
+        cat(parts): every part where it lies."""
+        if value.name == "cat":
+            return self._parts(value, coords)
+        base, inner = value.inputs
+        dim, start, size = value.attrs["dim"], value.attrs["start"], value.attrs["size"]
+        self.visited.add(value)
+        whole = value.shape[dim]
+        known = self.space.known(coords[dim])
+        if known is not None and isinstance(size, int):
+            if start <= known < start + size:
+                inside = (*coords[:dim], self.space.constant(size, known - start), *coords[dim + 1 :])
+                return self.read(inner, aligned(inside, inner)) if isinstance(inner, Value) else number(inner)
+            return self.read(base, coords)
+        at = self.position(coords[dim])
+        conditions = [] if start == 0 else [score.ge(at, sympy.Integer(start))]
+        if not (isinstance(whole, int) and isinstance(size, int) and start + size == whole):
+            conditions.append(score.lt(at, sympy.sympify(start + size)))
+        inside = (*coords[:dim], self.space.inside(coords[dim], start, size), *coords[dim + 1 :])
+        before = self._memo
+        if size == 1 and conditions:  # x[:, 0] += y: where it is written, x at 0 is x at the coordinate
+            elsewhere = self.read(base, coords)
+            constants = (Coord((), start), self.space.constant(whole, start))
+            places = ((*coords[:dim], constant, *coords[dim + 1 :]) for constant in constants)
+            same = {(base, self.space.resolve_all(place)): elsewhere for place in places}
+            self._memo = {**before, **same}
+        written = self.read(inner, aligned(inside, inner)) if isinstance(inner, Value) else number(inner)
+        self._memo = before  # what was read under the condition holds under it alone
+        if not conditions:
+            return written
+        condition = conditions[0] if len(conditions) == 1 else score.logical_and(*conditions)
+        return score.where(condition, written, self.read(base, coords))
+
+    def _parts(self, value: Value, coords: Coords) -> sympy.Expr:
+        dim = value.attrs["dim"]
+        self.visited.add(value)
+        expression: sympy.Expr | None = None
+        stop = value.shape[dim]
+        coord = self.space.resolve(coords[dim])
+        known = self.space.known(coord)
+        end = as_dim(coord.start + self.space.size(coord)) if coord.step == 1 else None
+        for part in reversed(value.inputs):
+            start = as_dim(stop - part.shape[dim])
+            if known is not None and isinstance(start, int) and isinstance(stop, int):
+                if start <= known < stop:
+                    constant = self.space.constant(part.shape[dim], known - start)
+                    return self.read(part, (*coords[:dim], constant, *coords[dim + 1 :]))
+                stop = start
+                continue
+            if end is not None and at_most(end, start):
+                stop = start  # the coordinate never gets that far
+                continue
+            if end is not None and isinstance(start, int) and start <= coord.start and at_most(end, stop):
+                moved = Coord(coord.digits, coord.start - start)  # it never leaves this part
+                return self.read(part, (*coords[:dim], moved, *coords[dim + 1 :]))
+            inside = (*coords[:dim], self.space.inside(coord, start, part.shape[dim]), *coords[dim + 1 :])
+            here = self.read(part, aligned(inside, part))
+            if expression is None:
+                expression = here
+            else:
+                expression = score.where(score.lt(self.position(coord), sympy.sympify(stop)), here, expression)
+            stop = start
+        assert expression is not None
+        return expression
+
+    def position(self, coord: Coord) -> sympy.Symbol:
+        for symbol, known in self.positions.items():
+            if self.space.resolve(known) == self.space.resolve(coord):
+                return symbol
+        symbol = sympy.Symbol(f"X{len(self.positions)}")
+        self.positions[symbol] = coord
+        return symbol
+
+
+def aligned(coords: Coords, x: Value) -> Coords:
+    """Coordinates of an operand under right-aligned broadcasting."""
+    tail = coords[len(coords) - len(x.shape) :]
+    return tuple(ZERO if size == 1 else coord for size, coord in zip(x.shape, tail, strict=True))
+
+
+SYMBOLIC_SIZE = 64.0
+"""What a dynamic size counts as when two costs are compared."""
+
+
+def numel(value: Value) -> float:
+    total = 1.0
+    for size in value.shape:
+        total *= size if isinstance(size, int) else SYMBOLIC_SIZE
+    return total

@@ -1,0 +1,1 @@
+"""Sites -> the same graph with one `kvt::` node for each.  Start at `rewrite.py`."""

@@ -1,0 +1,162 @@
+"""Decisions -> the graph, in place: one `kvt::` node per site, everything that only served the dense map removed.
+
+softmax(0.125 * (q @ kT) + bias) @ v   ->   kvt.attention(q, k, v, [bias], "0.125*s + c0[h, i, j]", "p", k, ...)[0]
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from kvt_compile.kernels.op import ops as _ops  # noqa: F401 - registers torch.ops.kvt
+from kvt_compile.topk import TopK
+
+from kvt_compile.passes.decide import Decision, share_of
+from kvt_compile.passes.rewriting.emit import Emitter
+from kvt_compile.passes.site import Fused, ScoresKept
+from kvt_compile.passes.canonical.values import Value, meta_value
+
+aten = torch.ops.aten
+How = tuple[str, float]
+"""The last arguments of a forward op: lowering, tolerance."""
+
+
+class DropoutRate(nn.Module):
+    """The dropout probability an `nn.Dropout` applies now: p while training, 0 in evaluation."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self) -> float:
+        return self.p if self.training else 0.0
+
+
+def rewrite(
+    gm: fx.GraphModule, decisions: Iterable[Decision], lowering: str = "auto", tolerance: float = 0.0
+) -> bool:
+    """Rewrites every decided site of the graph in place and returns whether anything changed.
+
+    The graph is linted before and after; a site whose decision has no k is not touched.
+    """
+    gm.graph.lint()
+    renamed: dict[fx.Node, fx.Node] = {}
+    for decision in decisions:
+        if decision.topk is None:
+            continue
+        plan = decision.site.plan
+        if isinstance(plan, Fused):
+            _fuse(gm, plan, decision.topk, (lowering, tolerance), renamed)
+        else:
+            _keep_scores(gm.graph, plan, decision.topk, (lowering, tolerance), renamed)
+    if not renamed:
+        return False
+    gm.graph.lint()
+    gm.recompile()
+    return True
+
+
+def _fuse(gm: fx.GraphModule, plan: Fused, topk: TopK, how: How, renamed: dict[fx.Node, fx.Node]) -> None:
+    emit = Emitter(gm.graph, plan.node, plan.node, renamed)
+    emit.know_sizes(plan.q, plan.k, plan.v)
+    g = plan.groups
+    heads = (*g.kv_heads, *g.group)
+    q = emit.operand(plan.q, (g.batch, heads, g.queries, g.features))
+    k = emit.operand(plan.k, (g.batch, g.kv_heads, g.keys, g.features))
+    v = emit.operand(plan.v, (g.batch, g.kv_heads, g.keys, g.value_features))
+    captured = [emit.node(value.holder) for value in plan.captured if value.holder is not None]
+    sizes = [emit.size(atoms) for atoms in plan.sizes]
+    rate, seed = _dropout(gm, plan, emit, q)
+    call = emit.call(
+        torch.ops.kvt.attention.default, q, k, v, captured, plan.score, plan.weight,
+        _keys_to_keep(emit, topk, emit.size(g.keys)), sizes, rate, seed, *how,
+    )  # fmt: skip
+    out = emit.call(operator.getitem, call, 0)
+    out = emit.arrange(out, (g.batch, heads, g.queries, g.value_features), plan.out)
+    out = emit.like(out, plan.node)
+    _replace(gm.graph, plan.node, out, renamed)
+    _remove(gm.graph, plan)
+
+
+def _dropout(gm: fx.GraphModule, plan: Fused, emit: Emitter, q: fx.Node) -> tuple[Any, Any]:
+    if plan.dropout == 0.0:
+        return 0.0, None
+    rate: Any = plan.dropout
+    if plan.dropout_module:  # a module that can still be switched between train and eval
+        name = plan.dropout_module.replace(".", "_") + "_rate"
+        if not hasattr(gm, name):
+            module = gm.get_submodule(plan.dropout_module)
+            gm.add_submodule(name, DropoutRate(plan.dropout).train(module.training))
+        rate = emit.module(name)
+        rate.meta["val"] = plan.dropout
+    # one int64 from torch's own generator, so that `torch.manual_seed` rules the dropout mask
+    device = meta_value(q).device
+    return rate, emit.call(aten.randint.low, 0, 1 << 62, [1], dtype=torch.int64, device=device)
+
+
+def _keys_to_keep(emit: Emitter, topk: TopK, keys: Any) -> Any:
+    """k as an int, or as nodes that compute it when the number of keys is dynamic."""
+    share = share_of(topk)
+    if share is None:
+        return int(topk)  # the op clamps it to the number of keys
+    if isinstance(keys, int):
+        return -(-keys * share.numerator // share.denominator)
+    scaled = emit.call(operator.mul, keys, share.numerator)
+    return emit.call(operator.floordiv, emit.call(operator.add, scaled, share.denominator - 1), share.denominator)
+
+
+def _keep_scores(graph: fx.Graph, plan: ScoresKept, topk: TopK, how: How, renamed: dict[fx.Node, fx.Node]) -> None:
+    emit = Emitter(graph, plan.node, plan.node, renamed)
+    assert plan.scores.holder is not None
+    scores = emit.node(plan.scores.holder)
+    size = plan.scores.shape[plan.dim]
+    keys = size if isinstance(size, int) else emit.call(aten.sym_size.int, scores, plan.dim)
+    dtype = meta_value(plan.node).dtype
+    new = emit.call(
+        torch.ops.kvt.topk_softmax.default, scores, plan.dim, _keys_to_keep(emit, topk, keys), dtype, *how
+    )
+    if plan.written:
+        new = emit.call(aten.clone.default, new)
+    new = emit.like(new, plan.node)
+    _replace(graph, plan.node, new, renamed)
+    graph.erase_node(plan.node)
+
+
+def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node, renamed: dict[fx.Node, fx.Node]) -> None:
+    old.replace_all_uses_with(new)
+    renamed[old] = new
+
+
+def _remove(graph: fx.Graph, plan: Fused) -> None:
+    """Erases the region and then whatever only fed it.
+
+    The region was proved closed, so its in-place writes have no reader left either; outside it only operations known
+    to be free of side effects go.
+    """
+
+    graph.erase_node(plan.node)
+    for values in (plan.interior, _pure_feeders(plan.sources)):
+        last_first = sorted(values, key=lambda value: value.index, reverse=True)
+        for node in dict.fromkeys(value.node for value in last_first):
+            if not node.users:
+                graph.erase_node(node)
+
+
+def _pure_feeders(sources: Iterable[Value]) -> set[Value]:
+    """Values behind the region that only compute: pointwise and layout values no write has touched."""
+    pure: set[Value] = set()
+    queue = list(sources)
+    seen: set[Value] = set()
+    while queue:
+        value = queue.pop()
+        if value in seen or value.kind not in ("pointwise", "layout") or value.name == "dropout":
+            continue
+        seen.add(value)
+        if value.holder is value.node and value.expired is None:
+            pure.add(value)
+        queue += value.operands
+    return pure

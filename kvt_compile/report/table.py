@@ -1,0 +1,149 @@
+"""`Report` -> a table in the terminal.  Sites that differ in their module path alone share a row.
+
+blocks.{0..11}.attn ×12     fused    1×3 heads, 197×197      98    0.125*s
+attention.py:98             aten     D 64, float32                 ...
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from kvt_compile.report.report import RefusalReport, Report, SiteReport
+
+COLORS = {"fused": "green", "scores-kept": "cyan", "dense": "yellow"}
+
+
+def as_text(report: Report, width: int) -> str:
+    """The table as plain text, no line longer than `width` columns."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False)
+    with console.capture() as capture:
+        console.print(render(report))
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def render(report: Report) -> RenderableType:
+    """What `rich` prints for a report.  Everything from the model is `Text`: `mask[b, i]` is not markup."""
+    parts: list[RenderableType] = []
+    if report.sites:
+        parts.append(_sites(report))
+    if report.refusals:
+        parts.append(_refusals(report))
+    spaced = [item for part in parts for item in (part, "")]
+    return Group(*spaced, Text(report.summary, style="bold"))
+
+
+def _sites(report: Report) -> Table:
+    table = _table("attention", "outcome", "B×H Nq×Nk", "k", "score")
+    table.columns[0].max_width, table.columns[4].ratio = 31, 1
+    table.columns[3].justify = "right"
+    for modules, site in fold(report.sites):
+        table.add_row(
+            _lines(label(modules), (_file(site.location), "dim")),
+            _lines((site.outcome, COLORS[site.outcome]), (site.lowering, "dim")),
+            _lines(*_shape(site)),
+            "" if site.topk is None else str(site.topk),
+            _lines(*_algebra(site)),
+        )
+    return table
+
+
+def _refusals(report: Report) -> Table:
+    table = _table("left alone", "why")
+    table.columns[0].max_width, table.columns[1].ratio = 36, 1
+    folded: dict[tuple[str, str, str], list[RefusalReport]] = {}
+    for row in report.refusals:
+        folded.setdefault((row.location, row.reason, row.step), []).append(row)
+    for (location, reason, step), rows in folded.items():
+        names = rows[0].node if len(rows) == 1 else f"{rows[0].node} and {len(rows) - 1} more"
+        place = f"{names}  {_file(location)}" if location else names
+        table.add_row(_lines(label([row.module for row in rows]), (place, "dim")), _lines(reason, (f"({step})", "dim")))
+    return table
+
+
+def _table(*titles: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, expand=True, pad_edge=False, show_edge=False, header_style="bold", leading=1)
+    for title in titles:
+        table.add_column(title, overflow="fold")
+    return table
+
+
+def _shape(site: SiteReport) -> list[str | tuple[str, str]]:
+    heads = f"{site.heads}" if site.heads == site.kv_heads else f"{site.heads} over {site.kv_heads}"
+    dims = f"{site.head_dim}" if site.head_dim == site.value_dim else f"{site.head_dim}/{site.value_dim}"
+    lines: list[str | tuple[str, str]] = [f"{site.batch}×{heads} {site.queries}×{site.keys}"]
+    lines.append((f"D {dims} {site.dtype.removeprefix('torch.')}", "dim"))
+    return lines if site.axis == "token" else [*lines, f"over {site.axis}s"]
+
+
+def _algebra(site: SiteReport) -> list[str | tuple[str, str]]:
+    lines: list[str | tuple[str, str]] = [_rounded(site.score)]
+    if site.weight != "p":
+        lines.append(f"then {_rounded(site.weight)}")
+    for tensor in site.captured:
+        size = "×".join(str(n) for n in tensor.shape) or "scalar"
+        lines.append((f"{tensor.name}: {size}{', trained' if tensor.requires_grad else ''}", "dim"))
+    if site.reason:
+        lines.append((f"{site.outcome}: {site.reason}", COLORS[site.outcome]))
+    return lines
+
+
+def fold(rows: Iterable[SiteReport]) -> list[tuple[list[str], SiteReport]]:
+    """Rows that differ in their module path alone, together: [([paths], row)], in order of first appearance."""
+    folded: dict[SiteReport, list[str]] = {}
+    for row in rows:
+        folded.setdefault(replace(row, module=""), []).append(row.module)
+    return [(modules, row) for row, modules in folded.items()]
+
+
+def _lines(*lines: str | tuple[str, str]) -> Text:
+    """Lines of plain text, a pair carrying its style; empty ones are left out."""
+    styled = [line if isinstance(line, tuple) else (line, "") for line in lines]
+    return Text("\n").join(Text(text, style=style) for text, style in styled if text)
+
+
+def _rounded(expression: str) -> str:
+    """Numbers to four places, for reading: 0.17677669529663687*s -> 0.1768*s."""
+    return re.sub(r"\d+\.\d{5,}(e[-+]?\d+)?", lambda number: f"{float(number[0]):.4g}", expression)
+
+
+def _file(location: str) -> str:
+    """The file's own name and the line: the folder does not fit, and `to_dict` has it."""
+    return location.rsplit("/", 1)[-1]
+
+
+def label(modules: list[str]) -> str:
+    """`blocks.{0..11}.attn ×12` for paths that differ in one number, else the first, the last and how many."""
+    count = f" ×{len(modules)}" if len(modules) > 1 else ""
+    names = list(dict.fromkeys(module or "(top level)" for module in modules))
+    if len(names) == 1:
+        return names[0] + count
+    parts = [re.split(r"(\d+)", name) for name in names]
+    if len({len(part) for part in parts}) == 1:
+        differing = [n for n in range(len(parts[0])) if len({part[n] for part in parts}) > 1]
+        if len(differing) == 1 and parts[0][differing[0]].isdigit():
+            inner = "{" + _ranges([int(part[differing[0]]) for part in parts]) + "}"
+            return "".join(inner if n == differing[0] else part for n, part in enumerate(parts[0])) + count
+    return f"{names[0]} … {names[-1]}{count}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """0, 1, 2, 5 -> `0..2,5`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs)

@@ -1,0 +1,34 @@
+"""The site: pages written from the code say what the code says, and nothing that is named is missing.  (`make docs`,
+which CI runs, builds it strictly.)"""
+
+from __future__ import annotations
+
+import re
+import runpy
+
+import pytest
+from places import ROOT
+
+CONFIG = (ROOT / "mkdocs.yml").read_text()
+
+
+@pytest.mark.parametrize("page", ["options.md", "cli.md"])
+def test_reference_page_is_what_the_code_says(page: str) -> None:
+    write = runpy.run_path(str(ROOT / "tools" / "reference.py"))["PAGES"][page]
+    assert (ROOT / "docs" / page).read_text() == write(), "run python tools/reference.py (make docs does)"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    assert set(re.findall(r": ([\w/]+\.md)$", CONFIG, re.M)) == {
+        str(file.relative_to(ROOT / "docs")) for file in (ROOT / "docs").rglob("*.md")
+    }
+
+
+def test_included_code_exists_and_every_example_is_listed() -> None:
+    pages = {file.name: file.read_text() for file in (ROOT / "docs").rglob("*.md")}
+    included = {name for text in pages.values() for name in re.findall(r'^--8<-- "(.+)"$', text, re.M)}
+    assert included
+    assert all((ROOT / name).is_file() for name in included)
+    listed = set(re.findall(r"`examples/([\w.]+)`", pages["examples.md"]))
+    helpers = {"torchvision_cpu.py", "eager_kvt.py", "digits.py"}
+    assert {file.name for file in (ROOT / "examples").iterdir() if file.is_file()} == listed | helpers
