@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from kvt_compile.kernels.op.call import AttentionCall
-from kvt_compile.kernels.source import Source
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.source import Source
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]
 
@@ -27,8 +27,8 @@ class LoweringError(ValueError):
 
 
 class Lowering(Protocol):
-    """What runs a node.  Shapes, dtypes and meaning are those of the ops (`kernels/ops.py`); inputs are already checked and
-    autocast is off, strides may be anything, 0 included."""
+    """What runs a node.  Shapes, dtypes and meaning are those of the ops (`kernels/ops.py`); inputs are already checked
+    and autocast is off, strides may be anything, 0 included."""
 
     name: str
     devices: tuple[str, ...]

@@ -13,9 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from kvt_compile.topk import TopK, as_fraction, validate
-
 from kvt_compile.passes.site import AttentionSite, Axis
+from kvt_compile.topk import TopK, as_fraction, validate
 
 Rule = TopK | None | Mapping[str, TopK | None] | Callable[[AttentionSite], TopK | None]
 DEFAULT_TOPK = 0.5

@@ -13,8 +13,8 @@ from typing import Literal
 from torch import fx
 
 from kvt_compile.passes.canonical.canonicalise import canonicalise
-from kvt_compile.passes.decide import Decision, Policy, decide
 from kvt_compile.passes.canonical.expand import expand_composites
+from kvt_compile.passes.decide import Decision, Policy, decide
 from kvt_compile.passes.finding.find import find
 from kvt_compile.passes.rewriting.rewrite import rewrite
 from kvt_compile.passes.site import Refusal

@@ -18,7 +18,7 @@ from test_report import REFUSAL, SITE, SWIN
 from torch import nn
 
 import kvt_compile
-from kvt_compile.passes.finding import find
+from kvt_compile.passes.finding.miss import NEAR
 from kvt_compile.report.graphs import GraphReport, NodeReport, SiteNodes
 from kvt_compile.report.page import graph_svg, page
 from kvt_compile.report.page.build import STEPS
@@ -364,7 +364,7 @@ class TestPage:
         assert "it generates no code" in text
 
     def test_every_step_of_the_finder_has_words(self) -> None:
-        assert tuple(STEPS) == ("capture", *find._NEAR)
+        assert tuple(STEPS) == ("capture", *NEAR)
 
 
 class TestFiles:

@@ -15,11 +15,11 @@ from typing import Any
 import jinja2
 import sympy
 
-from kvt_compile.kernels.language import score as language
 from kvt_compile.kernels.c.gradients import score_gradient, weight_gradient
 from kvt_compile.kernels.c.layout import SOFTMAX_FIELDS, fields
 from kvt_compile.kernels.c.program import Builder, Program
 from kvt_compile.kernels.c.scalar import ELEMENTS, ScalarPrinter
+from kvt_compile.kernels.language import score as language
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 
 _ENVIRONMENT = jinja2.Environment(

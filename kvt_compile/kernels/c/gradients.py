@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import sympy
 
-from kvt_compile.kernels.language import score as language
 from kvt_compile.kernels.c.program import Builder, Program
 from kvt_compile.kernels.c.scalar import ScalarPrinter, depends_on
+from kvt_compile.kernels.language import score as language
 from kvt_compile.kernels.op.spec import KernelSpec
 
 

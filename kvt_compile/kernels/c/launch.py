@@ -21,10 +21,10 @@ from kvt_compile.kernels.c.generate import source
 from kvt_compile.kernels.c.gradients import separated_axes
 from kvt_compile.kernels.c.layout import MATRICES, SOFTMAX_FIELDS, call_fields, shape_fields
 from kvt_compile.kernels.c.settings import Settings
-from kvt_compile.kernels.op.call import AttentionCall
 from kvt_compile.kernels.dropout import keep_scale
 from kvt_compile.kernels.language.expressions import check_captured
 from kvt_compile.kernels.lowerings import Gradients
+from kvt_compile.kernels.op.call import AttentionCall
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 
 Arguments = dict[str, int | float]
@@ -167,8 +167,8 @@ def _layouts(*tensors: Tensor) -> tuple[Layout, ...]:
 def _shapes(
     spec: KernelSpec, matrices: tuple[Layout, ...], captured: tuple[Layout, ...], topk: int, sizes: tuple[int, ...]
 ) -> bytes:
-    """The part of the argument structure that shapes decide; `matrices`: q, k, v and for a backward grad_out.  Packed and
-    checked once, as a model calls its sites with the same shapes again and again."""
+    """The part of the argument structure that shapes decide; `matrices`: q, k, v and for a backward grad_out.  Packed
+    and checked once, as a model calls its sites with the same shapes again and again."""
     (batch, heads, queries, _), (_, kv_heads, keys, _) = matrices[0][0], matrices[1][0]
     check_captured(spec, [shape for shape, _ in captured], {"b": batch, "h": heads, "i": queries, "j": keys})
     values = {"B": batch, "Hq": heads, "Hk": kv_heads, "Nq": queries, "Nk": keys, "topk": min(topk, keys)}

@@ -9,17 +9,17 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kvt_compile.kernels.plain import aten
 from kvt_compile.kernels.c import launch, rows
 from kvt_compile.kernels.c.generate import source
 from kvt_compile.kernels.c.scalar import ELEMENTS
 from kvt_compile.kernels.c.settings import Settings, from_environment
 from kvt_compile.kernels.c.toolchain import BuildError, find_compiler
-from kvt_compile.kernels.op.call import AttentionCall
 from kvt_compile.kernels.language.expressions import NotGenerated
 from kvt_compile.kernels.lowerings import Gradients, Lowering
-from kvt_compile.kernels.source import Source
+from kvt_compile.kernels.op.call import AttentionCall
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.plain import aten
+from kvt_compile.kernels.source import Source
 from kvt_compile.kernels.warn import warn_once
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 import sympy
 
-from kvt_compile.kernels.language import score as language
 from kvt_compile.kernels.c.scalar import ScalarPrinter, constant, depends_on
+from kvt_compile.kernels.language import score as language
 from kvt_compile.kernels.language.expressions import COMPARE, NotGenerated
 
 

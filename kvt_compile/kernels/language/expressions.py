@@ -11,7 +11,6 @@ from functools import lru_cache
 
 import sympy
 import torch
-from torch import Tensor
 
 from kvt_compile.kernels.language import score as language
 from kvt_compile.kernels.op.spec import KernelSpec
@@ -38,7 +37,8 @@ def guarded_loads(expression: sympy.Expr, inside: bool = False) -> frozenset[lan
 
 
 def nonnegative(x: sympy.Expr) -> bool:
-    """Whether a division that rounds towards zero, as C's and Triton's do, agrees with the language's, which rounds down."""
+    """Whether a division that rounds towards zero, as C's and Triton's do, agrees with the language's, which rounds
+    down."""
     if isinstance(x, sympy.Symbol | sympy.Number):
         return bool(x.is_nonnegative)
     if isinstance(x, sympy.Add | sympy.Mul | language.floordiv | language.mod):
@@ -47,8 +47,8 @@ def nonnegative(x: sympy.Expr) -> bool:
 
 
 def check_captured(spec: KernelSpec, shapes: Sequence[Sequence[int]], extents: dict[str, int]) -> None:
-    """Raises ValueError when a coordinate that indexes a captured tensor (of the given shape) outside every where() leaves
-    the tensor: such indices are not clamped in the kernel."""
+    """Raises ValueError when a coordinate that indexes a captured tensor (of the given shape) outside every where()
+    leaves the tensor: such indices are not clamped in the kernel."""
     for slot, dim, name, value in _unclamped(spec):
         needed = extents[name] if name else value + 1
         if not surely(shapes[slot][dim] >= needed):

@@ -7,10 +7,11 @@
 
 q `[B, Hq, Nq, D]`, k `[B, Hk, Nk, D]`, v `[B, Hk, Nk, Dv]` with any strides; out `[B, Hq, Nq, Dv]` in v's dtype;
 logsumexp and threshold `[B, Hq, Nq]` in float32 (float64 when q is float64), not differentiable.  All results are
-contiguous.  Everything that changes a result is an argument, so compile caches key on it by themselves.  `tolerance` lets
-a row keep another number of keys than topk (`kvt_compile.topk.kept_range`) and has a default, so that programs saved
-without it still load; the backward reads what was kept from the thresholds.  `captured` and `sizes` may be None, which
-means empty: AOTInductor's proxy executor hands an empty list on as None, and a schema without `?` would refuse it.
+contiguous.  Everything that changes a result is an argument, so compile caches key on it by themselves.  `tolerance`
+lets a row keep another number of keys than topk (`kvt_compile.topk.kept_range`) and has a default, so that programs
+saved without it still load; the backward reads what was kept from the thresholds.  `captured` and `sizes` may be None,
+which means empty: AOTInductor's proxy executor hands an empty list on as None, and a schema without `?` would refuse
+it.
 
 Raw `Library.define`/`impl` and not `custom_op`: the schema stands here as text that a reader and a saved program can be
 checked against, and a call costs 2 to 5 microseconds less (measured: 12 against 14, 19 against 24 with a gradient).
@@ -25,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvt_compile.kernels.op import flops, vmap
 from kvt_compile.kernels import lowerings
+from kvt_compile.kernels.op import flops, vmap
 from kvt_compile.kernels.op.call import AttentionCall
 from kvt_compile.kernels.op.check import check_attention, check_backward, check_softmax
 from kvt_compile.kernels.op.function import no_second_derivative
@@ -43,8 +44,8 @@ LIBRARY.define(
     tags=_TAGS,
 )
 LIBRARY.define(
-    "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor[]? captured, Tensor out, Tensor logsumexp,"
-    f" Tensor threshold, {_COMMON}, bool[] needs_grad, str lowering)"
+    "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor[]? captured, Tensor out, Tensor"
+    f" logsumexp, Tensor threshold, {_COMMON}, bool[] needs_grad, str lowering)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor[] dcaptured)",
     tags=_TAGS,
 )
@@ -134,8 +135,8 @@ def _attention_autograd(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple[
         score, weight, topk, sizes, dropout_p, seed, needs_grad, lowering,
     )  # fmt: skip
     dq, dk, dv, *dcaptured = (x if need else None for x, need in zip((dq, dk, dv, *dcaptured), needs_grad, strict=True))
-    # register_autograd takes None or a list of numbers for one value, and an empty list for a list of tensors; it wants as
-    # many results as there were arguments, and the dispatcher drops a last one that equals its default
+    # register_autograd takes None or a list of numbers for one value, and an empty list for a list of tensors; it wants
+    # as many results as there were arguments, and the dispatcher drops a last one that equals its default
     others = [None] * (len(ctx.needs_input_grad) - 8)
     of_captured = None if ctx.nothing else list(dcaptured)
     of_sizes: list[None] | None = [] if sizes is not None and not sizes else None

@@ -7,10 +7,10 @@ whole rows, so that selection and softmax need nothing from outside it.  Memory 
     backward   s, t, p, w again, then  dV += wt dO   dw = dropout(dO Vt)   dp = dw dg/dp   dt = p (dp - sum p dp)
                ds = dt df/ds   dQ = ds K   dK += dst Q   dc += dt df/dc + dw dg/dc
 
-Why the backward keeps the forward's keys: `_Algorithm.scores` computes both, from the same tile plan and so with the same
-matrix shapes, which gives the same bits; and the saved threshold lies midway between the smallest kept and the largest
-dropped score, so that even other bits (another thread count, another lowering's forward) fall on the same side unless
-they differ by half that gap.
+Why the backward keeps the forward's keys: `_Algorithm.scores` computes both, from the same tile plan and so with the
+same matrix shapes, which gives the same bits; and the saved threshold lies midway between the smallest kept and the
+largest dropped score, so that even other bits (another thread count, another lowering's forward) fall on the same side
+unless they differ by half that gap.
 
 Products run in float32 (float64 for float64), widened before, never rounded after.  Whoever allows TF32 for float32
 products (`torch.set_float32_matmul_precision`) allows it here too, and with it other keys at near-ties.
@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from kvt_compile.kernels import dropout
-from kvt_compile.kernels.plain import select, tiling
-from kvt_compile.kernels.language import score as language
-from kvt_compile.kernels.op.call import AttentionCall
-from kvt_compile.kernels.language.evaluate import compile_expression, compile_text, scatter, tile
 from kvt_compile.kernels.grid import Environment, Grid
+from kvt_compile.kernels.language import score as language
+from kvt_compile.kernels.language.evaluate import compile_expression, compile_text, scatter, tile
 from kvt_compile.kernels.lowerings import Gradients
+from kvt_compile.kernels.op.call import AttentionCall
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.plain import select, tiling
 
 Slopes = list[tuple[language.load, sympy.Expr, Tensor]]
 

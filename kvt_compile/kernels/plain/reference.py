@@ -118,8 +118,8 @@ _CHUNK = 2**22
 
 
 def _products(q: Tensor, k: Tensor) -> Tensor:
-    """q kT.  In float64 every element is summed in the same order: keys with the same features tie, where a matrix product
-    of BLAS may round the columns at its border another way.  In float32 it is what eager code computes."""
+    """q kT.  In float64 every element is summed in the same order: keys with the same features tie, where a matrix
+    product of BLAS may round the columns at its border another way.  In float32 it is what eager code computes."""
     if q.dtype != torch.float64:
         return q @ k.transpose(-1, -2)
     rows = max(1, _CHUNK // max(1, q.shape[0] * q.shape[1] * k.shape[2] * k.shape[3]))
@@ -194,7 +194,9 @@ def _evaluate(
     if isinstance(expression, sympy.Add):
         return torch.stack(torch.broadcast_tensors(*arguments)).sum(0)
     if isinstance(expression, sympy.Mul):
-        return reduce(operator.mul, arguments)  # not prod, whose backward multiplies a gradient of 0 with a score of -inf
+        return reduce(
+            operator.mul, arguments
+        )  # not prod, whose backward multiplies a gradient of 0 with a score of -inf
     if isinstance(expression, sympy.Pow):
         base, exponent = arguments
         return base.to(dtype) ** exponent

@@ -1,9 +1,9 @@
 """KernelSpec -> Triton kernels for a GPU, generated, compiled by Triton at the first launch.
 
-    generate   spec -> source            module      source -> kernels        launch     tensors -> arguments -> tensors
-    scalar     expression -> Triton      candidates  block sizes              lowering   the lowering "triton" of the ops
-    slopes     its derivatives           choose      which of them            rows       kvt::topk_softmax
-    bounds     which tiles a mask skips  compile     resources, without a GPU interpret  kernels on CPU tensors
+    generate   spec -> source            module      source -> kernels         launch     tensors -> call -> tensors
+    scalar     expression -> Triton      candidates  block sizes               lowering   the lowering "triton"
+    slopes     its derivatives           choose      which of them             rows       kvt::topk_softmax
+    bounds     which tiles a mask skips  compile     resources, without a GPU  interpret  kernels on CPU tensors
 
 Triton itself is imported only where kernels are built.  The kernels are explained in docs/kernel.md.
 """

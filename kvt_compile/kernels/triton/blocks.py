@@ -28,7 +28,8 @@ class Blocks:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Blocks:
-        """The inverse of `to_dict`.  Raises ValueError that names the field that is missing, unknown or out of range."""
+        """The inverse of `to_dict`.  Raises ValueError that names the field that is missing, unknown or out of
+        range."""
         names = [field.name for field in fields(cls)]
         for name in names:
             if name not in values:

@@ -1,7 +1,7 @@
 """Spec, kernel and size -> the block sizes worth timing, and the one to use where nothing was timed.
 
-Forward and backward of a call have to agree about every score to the last bit (or about where it lies beside a threshold
-set midway), so all kernels of one shape have their scores from the same matrix instruction: `family`.
+Forward and backward of a call have to agree about every score to the last bit (or about where it lies beside a
+threshold set midway), so all kernels of one shape have their scores from the same matrix instruction: `family`.
 
 Defaults come from compilation alone (no spills, tests/golden/triton_resources.json); none has been timed on a GPU.
 """

@@ -91,7 +91,9 @@ def compile_kernel(
     ]
     attributes = {place[name]: [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, signature, {place[name]: value for name, value in constants.items()}, attributes)
-    return triton.compile(source, target=GPUTarget(backend, architecture, warp), options=options(blocks) | {"enable_fp_fusion": fusion})
+    return triton.compile(
+        source, target=GPUTarget(backend, architecture, warp), options=options(blocks) | {"enable_fp_fusion": fusion}
+    )
 
 
 def _type(name: str, spec: KernelSpec | SoftmaxSpec, part: str) -> str:

@@ -1,5 +1,5 @@
-"""KernelSpec -> the Triton source of its kernels: of the forward, or, where it says what needs a gradient, of the backward;
-SoftmaxSpec -> the row kernels.
+"""KernelSpec -> the Triton source of its kernels: of the forward, or, where it says what needs a gradient, of the
+backward; SoftmaxSpec -> the row kernels.
 
     header  functions  load  program  score  select  normalise  forward
     header  functions  load  program  score  normalise  slopes  backward
@@ -25,10 +25,11 @@ from kvt_compile.kernels.triton.scalar import NotGenerated, TilePrinter, unsure_
 from kvt_compile.kernels.triton.slopes import slopes
 
 HALVING_FROM = 6
-"""Passes that only interpolate; 64 rows of normal scores are all done after 5.5 (N = 197) to 6.5 (4096), docs/kernel.md."""
+"""Passes that only interpolate; 64 rows of normal scores are all done after 5.5 (N = 197) to 6.5 (4096),
+docs/kernel.md."""
 EXACT_LOGSUMEXP = 32.0
-"""Beyond it exp(t - logsumexp) is divided by its sum once more: its relative error, half an ulp of logsumexp, is then more
-than 2e-6."""
+"""Beyond it exp(t - logsumexp) is divided by its sum once more: its relative error, half an ulp of logsumexp, is then
+more than 2e-6."""
 WIDTH = 118
 
 _ENVIRONMENT = jinja2.Environment(
@@ -59,7 +60,9 @@ def _without_infinite_constants(text: str) -> str:
 
 def _attention(spec: KernelSpec, contracting: bool) -> str:
     if contracting and (unsure := unsure_functions(spec.score_expression)):
-        raise NotGenerated(f"{', '.join(unsure)} of a score, whose library code may round otherwise from place to place,")
+        raise NotGenerated(
+            f"{', '.join(unsure)} of a score, whose library code may round otherwise from place to place,"
+        )
     printer = TilePrinter(spec, contracting)
     tile = layout.tile_names(spec)
     backward = bool(spec.needs_grad)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from kvt_compile.kernels import tune
-from kvt_compile.kernels.op.call import AttentionCall
 from kvt_compile.kernels.dropout import keep_scale
 from kvt_compile.kernels.language.expressions import check_captured, surely
 from kvt_compile.kernels.lowerings import Gradients
+from kvt_compile.kernels.op.call import AttentionCall
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton import layout
 from kvt_compile.kernels.triton.blocks import Blocks
@@ -146,8 +146,8 @@ def constexprs(part: str, blocks: Blocks, index: str, products: str | None) -> d
 
 
 def options(blocks: Blocks) -> dict[str, Any]:
-    """How a kernel is compiled.  Nothing is contracted into a multiply-add: two kernels that contract the same expression
-    in two ways would disagree about the last bit of a score, and so about a key."""
+    """How a kernel is compiled.  Nothing is contracted into a multiply-add: two kernels that contract the same
+    expression in two ways would disagree about the last bit of a score, and so about a key."""
     return {"num_warps": blocks.warps, "enable_fp_fusion": False}
 
 

@@ -14,7 +14,8 @@ KEPT = ("topk", "fewest", "most")
 
 @dataclass(frozen=True)
 class Part:
-    """Features first .. first + width - 1 of a head; width is a power of two, the last part may reach beyond the end."""
+    """Features first .. first + width - 1 of a head; width is a power of two, the last part may reach beyond the
+    end."""
 
     first: int
     width: int
@@ -22,8 +23,8 @@ class Part:
 
 @lru_cache(maxsize=256)
 def parts(features: int, widest: int = 256) -> tuple[Part, ...]:
-    """80 -> 64 + 16, 96 -> 64 + 32, 72 -> 64 + 16, 24 -> 32: parts of `widest` features, then at most three powers of two
-    with the least padding."""
+    """80 -> 64 + 16, 96 -> 64 + 32, 72 -> 64 + 16, 24 -> 32: parts of `widest` features, then at most three powers of
+    two with the least padding."""
     whole = (features - 1) // widest
     widths = [widest] * whole + _split(features - whole * widest, 3)
     starts = [sum(widths[:n]) for n in range(len(widths))]
@@ -31,14 +32,15 @@ def parts(features: int, widest: int = 256) -> tuple[Part, ...]:
 
 
 def widest_part(spec: KernelSpec) -> int:
-    """Of heads of more than 128 features that are multiplied as float32, 64 at a time fit into the registers of a GPU."""
+    """Of heads of more than 128 features that are multiplied as float32, 64 at a time fit into the registers of a
+    GPU."""
     large = max(spec.head_dim, spec.value_dim) > 128
     return 64 if large and spec.dtype != "float64" and "float32" in (spec.dtype, spec.value_dtype) else 256
 
 
 def reloads(spec: KernelSpec) -> bool:
-    """Whether backward_kv reads its k and v again for every tile: as operands of a matrix instruction, each float32 split
-    in two, they would fill all registers by themselves."""
+    """Whether backward_kv reads its k and v again for every tile: as operands of a matrix instruction, each float32
+    split in two, they would fill all registers by themselves."""
     return widest_part(spec) < 256
 
 

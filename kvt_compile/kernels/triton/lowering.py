@@ -12,11 +12,11 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from kvt_compile.kernels.plain import aten
-from kvt_compile.kernels.op.call import AttentionCall
 from kvt_compile.kernels.lowerings import Gradients, Lowering
-from kvt_compile.kernels.source import Source
+from kvt_compile.kernels.op.call import AttentionCall
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.plain import aten
+from kvt_compile.kernels.source import Source
 from kvt_compile.kernels.triton import rows
 from kvt_compile.kernels.triton.generate import module_source
 from kvt_compile.kernels.triton.launch import LARGEST, Launcher

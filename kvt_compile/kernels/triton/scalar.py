@@ -1,8 +1,11 @@
-"""Score language -> Triton expression over a tile:  0.125*s + c0[h, i, j]  ->  0.125 * s + tl.load(c0_ptr + ...).to(REAL)
+"""Score language -> Triton expression over a tile.
 
-A value has the shape its coordinates give it (b, h: a number; i: [ROWS, 1]; j: [1, COLS]) and meets others by broadcasting,
-so what does not depend on a key is computed once a row.  Types follow the values as in every lowering: indices and
-integer tensors are integers, comparisons truth values, and whatever meets a float becomes REAL, the accumulation type.
+    0.125*s + c0[h, i, j]  ->  0.125 * s + tl.load(c0_ptr + ...).to(REAL)
+
+A value has the shape its coordinates give it (b, h: a number; i: [ROWS, 1]; j: [1, COLS]) and meets others by
+broadcasting, so what does not depend on a key is computed once a row.  Types follow the values as in every lowering:
+indices and integer tensors are integers, comparisons truth values, and whatever meets a float becomes REAL, the
+accumulation type.
 """
 
 from __future__ import annotations

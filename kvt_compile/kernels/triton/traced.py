@@ -1,11 +1,12 @@
-"""An operator in a graph that AOTInductor traces -> its Triton kernels in that graph, as `torch.library.triton_op` does it.
+"""An operator in a graph that AOTInductor traces -> its Triton kernels there, as `torch.library.triton_op` does it.
 
-    kvt::attention(q, k, v, ...)   ->   out, logsumexp, threshold = empty ...;  triton_kernel_wrapper(forward, q, k, v, ...)
-    kvt::topk_softmax(scores, ...) ->   out = empty ...;                         triton_kernel_wrapper(softmax, scores, out)
+    kvt::attention(q, k, v, ...)    ->  out, logsumexp, threshold = empty ...;  triton_kernel_wrapper(forward, q, ...)
+    kvt::topk_softmax(scores, ...)  ->  out = empty ...;                        triton_kernel_wrapper(softmax, ...)
 
 Inductor compiles a user's kernel with contraction of products and sums allowed and takes no option against it; so these
-kernels come from sources in which nothing that a score is made of can be contracted (`module_source(contracting=True)`),
-for NVIDIA GPUs.  No branch depends on a symbolic size: what holds for some sizes only is not assumed.
+kernels come from sources in which nothing that a score is made of can be contracted
+(`module_source(contracting=True)`), for NVIDIA GPUs.  No branch depends on a symbolic size: what holds for some sizes
+only is not assumed.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ Progress = Callable[[Step], None]
 
 @dataclass
 class LogProgress:
-    """Every step at level INFO; whoever waits longer than `patience_s` is told why, at level WARNING, which is shown where
-    logging was never set up."""
+    """Every step at level INFO; whoever waits longer than `patience_s` is told why, at level WARNING, which is shown
+    where logging was never set up."""
 
     patience_s: float = 5.0
     now: Callable[[], float] = time.monotonic

@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,9 @@ def read_entry(path: Path) -> Entry | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        warn_once(f"the tuning result {path} cannot be read and is ignored: {error}; it will be replaced when tuned again")
+        warn_once(
+            f"the tuning result {path} cannot be read and is ignored: {error}; it will be replaced when tuned again"
+        )
         return None
 
 

@@ -41,8 +41,8 @@ class WallClock:
 class DeviceClock(WallClock):
     """Events around the work on a CUDA device, with a cold second-level cache.
 
-    Before every run a buffer of twice that cache is written, often enough to keep the device busy for `lead_ms`: in that
-    time the host queues the run and both events, so that its own work is not in the measurement.
+    Before every run a buffer of twice that cache is written, often enough to keep the device busy for `lead_ms`: in
+    that time the host queues the run and both events, so that its own work is not in the measurement.
     """
 
     def __init__(self, device: torch.device, lead_ms: float = 0.2) -> None:

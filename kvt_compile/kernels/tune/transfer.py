@@ -1,6 +1,6 @@
 """Results <-> one file, to carry them to other machines with the same GPU, and to ship them with the package.
 
-    {"format": 1, "results": [one result as in its own file, ...]}
+{"format": 1, "results": [one result as in its own file, ...]}
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from kvt_compile.kernels.tune.key import checked
 from kvt_compile.kernels.tune.store import FORMAT, Entry, Store, write_atomically
 
 
-class BadFile(ValueError):
+class BadFile(ValueError):  # noqa: N818 - it says what is bad
     """A file that does not hold results; its text names the file and the place."""
 
 

@@ -50,7 +50,7 @@ C = TypeVar("C", bound=Candidate)
 Candidates = Sequence[C] | Callable[[], Sequence[C]]
 
 
-class Unfit(Exception):
+class Unfit(Exception):  # noqa: N818 - an outcome of a run, not an error
     """Raised by `run` for a candidate that is not worth timing; the text says why ("spills 12 registers")."""
 
 
@@ -179,8 +179,8 @@ class Tuner:
         if not ready:
             self._given_up.add(key)
             log.warning(
-                "none of %d block sizes for the %s kernel of %s could be timed, the default stays; the first failed with: "
-                "%s", len(contestants), key.part, key.shape, dropped[0].reason,
+                "none of %d block sizes for the %s kernel of %s could be timed, the default stays; the first failed "
+                "with: %s", len(contestants), key.part, key.shape, dropped[0].reason,
             )  # fmt: skip
             return default
         try:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import sympy
 
 from kvt_compile.kernels.language.score import floordiv, mod
-
 from kvt_compile.passes.canonical.values import Dim, divide, product, same
 
 
@@ -209,9 +208,9 @@ class Space:
         """start + step*coordinate: what reading through a slice does; undoes `inside` exactly."""
         if step == 1 and coord.plain and coord.digits:
             atom = self.root_of(coord.digits[0])
-            if atom.derived is not None and atom.derived.start == start:
-                if tuple(self._leaves((atom,))) == self.resolve(coord).digits:
-                    return atom.derived.of
+            derived = atom.derived
+            if derived and derived.start == start and tuple(self._leaves((atom,))) == self.resolve(coord).digits:
+                return derived.of
         if coord.step != 1 and step != 1:
             return None
         return Coord(coord.digits, start + step * coord.start, step * coord.step)

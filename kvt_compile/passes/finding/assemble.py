@@ -12,25 +12,15 @@ import sympy
 import torch
 
 from kvt_compile.kernels.language import score as language
-
 from kvt_compile.passes.canonical.coords import Atom, Axes, Coord, Coords, Space
-from kvt_compile.passes.reading.facts import Facts
 from kvt_compile.passes.canonical.meaning_layout import PULL, REARRANGES
+from kvt_compile.passes.canonical.values import Dim, Value, product, same
+from kvt_compile.passes.finding.miss import Miss
+from kvt_compile.passes.finding.sizes import size_sources
+from kvt_compile.passes.reading.facts import Facts
 from kvt_compile.passes.reading.provenance import kind_of_attention
 from kvt_compile.passes.reading.read import DROP, Leaf, Reader, aligned
 from kvt_compile.passes.site import Axis, Groups, Operand
-from kvt_compile.passes.rewriting.sizes import size_sources
-from kvt_compile.passes.canonical.values import Dim, Value, product, same
-
-
-class Miss(Exception):  # noqa: N818 - an outcome of the search, not an error
-    """One step of the finder failed: at which node, and why, in one sentence."""
-
-    def __init__(self, step: str, value: Value, reason: str) -> None:
-        super().__init__(reason)
-        self.step = step
-        self.value = value
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -105,9 +95,7 @@ def assemble(reading: Reading, facts: Facts) -> Assembled:
     )  # fmt: skip
 
 
-def peel(
-    reader: Reader, value: Value, coords: Coords, *, scales: bool
-) -> tuple[Value, Coords, sympy.Expr]:
+def peel(reader: Reader, value: Value, coords: Coords, *, scales: bool) -> tuple[Value, Coords, sympy.Expr]:
     """Looks through rearrangements and scale factors to the tensor below: (base, its coordinates, factor)."""
     space = reader.space
     factor: sympy.Expr = sympy.Integer(1)
@@ -123,9 +111,7 @@ def peel(
             best = (value, coords, factor)
 
 
-def _one_step(
-    reader: Reader, value: Value, coords: Coords, scales: bool
-) -> tuple[Value, Coords, sympy.Expr] | None:
+def _one_step(reader: Reader, value: Value, coords: Coords, scales: bool) -> tuple[Value, Coords, sympy.Expr] | None:
     one = sympy.Integer(1)
     if value.kind == "layout" and value.name in REARRANGES:
         pulled = PULL[value.name](reader.space, value, coords)

@@ -11,12 +11,11 @@ import torch
 from torch import fx
 
 from kvt_compile.kernels.language import score as language
-
-from kvt_compile.passes.finding.assemble import Assembled, Miss, size_of
 from kvt_compile.passes.canonical.coords import Atom, Coords, Space
-from kvt_compile.passes.site import AttentionSite, Axis, Captured, Fused, Operand, ScoresKept, Size, Where
 from kvt_compile.passes.canonical.values import Dim, Value, meta_value
-
+from kvt_compile.passes.finding.assemble import Assembled, size_of
+from kvt_compile.passes.finding.miss import Miss
+from kvt_compile.passes.site import AttentionSite, Axis, Captured, Fused, Operand, ScoresKept, Size, Where
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
@@ -32,7 +31,8 @@ def place(node: fx.Node) -> Where:
     entries = [entry for entry in stack.values() if isinstance(entry, tuple)]
     while entries and "Softmax" in getattr(entries[-1][-1], "__name__", str(entries[-1][-1])):
         entries.pop()  # an nn.Softmax is part of the attention, not its name
-    # a model's own names, whatever a function that runs it calls the model: L['self'].head, L['args'][0].head, G['net'].head
+    # a model's own names, whatever a function that runs it calls the model:
+    # L['self'].head, L['args'][0].head, G['net'].head
     path = re.sub(r"\b[LG]\[['\"][^'\"]+['\"]\](?:\[\d+\])*\.?", "", str(entries[-1][0])) if entries else ""
     path = re.sub(r"^L__self___?|^self\.", "", path)
     # where a class has a __getattr__ of its own, Dynamo looks into __dict__

@@ -1,7 +1,5 @@
-"""Canonical graph -> attention sites and refusals.  No pattern list: each softmax is read both ways.
-
-    q, k --contraction--> scores --pointwise/layout--> softmax --pointwise/layout--> --contraction with v--> out
-           \\______________ read backwards ____________/  \\________ found forwards, read backwards ________/
+"""Canonical graph -> attention sites and refusals.  No pattern list: each softmax is read both ways (softmax_site.py),
+and each SDPA call by its definition (sdpa_site.py).
 
 Three outcomes: fused (the whole region is an expression), scores kept (it is attention, but something between the
 products is not pointwise, or somebody else reads the map), refused (with the step that failed and why).
@@ -9,29 +7,16 @@ products is not pointwise, or somebody else reads the map), refused (with the st
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import networkx as nx
-import sympy
-
-from kvt_compile.kernels.language import score as language
-
-from kvt_compile.passes.finding.assemble import Assembled, Miss, Reading, assemble
 from kvt_compile.passes.canonical.canonicalise import CanonicalGraph
-from kvt_compile.passes.canonical.coords import Coord, Coords, Space
-from kvt_compile.passes.finding.describe import describe_fused, describe_kept, place
-from kvt_compile.passes.reading.facts import Facts, gather_facts, may_ask
-from kvt_compile.passes.reading.invariance import without_row_constants
-from kvt_compile.passes.canonical.meaning import is_bool, number
-from kvt_compile.passes.reading.passing import contraction_inputs
-from kvt_compile.passes.reading.provenance import kind_of_attention
-from kvt_compile.passes.reading.read import OPAQUE, Leaf, Reader
-from kvt_compile.passes.site import AttentionSite, Refusal, ScoresKept
-from kvt_compile.passes.canonical.values import Value, broadcasts, same
-
-_NEAR = ("values", "scores", "axes", "provenance", "weights", "closed")
-"""Steps in the order they are tried; the nearest miss is the one that got furthest."""
+from kvt_compile.passes.canonical.values import Value
+from kvt_compile.passes.finding.describe import place
+from kvt_compile.passes.finding.miss import Miss
+from kvt_compile.passes.finding.sdpa_site import read_sdpa
+from kvt_compile.passes.finding.softmax_site import read_softmax
+from kvt_compile.passes.reading.facts import Facts, gather_facts
+from kvt_compile.passes.site import AttentionSite, Refusal
 
 
 @dataclass(frozen=True)
@@ -43,14 +28,13 @@ class Found:
 def find(graph: CanonicalGraph) -> Found:
     """Every site of the graph in program order, and a refusal for every other softmax."""
     facts = gather_facts(graph)
-    finder = _Finder(graph, facts)
     sites: list[AttentionSite] = []
     refusals: list[Refusal] = []
     for value in graph.values:
         if value.kind == "softmax":
-            found, miss = finder.softmax(value)
+            found, miss = read_softmax(graph, facts, value)
         elif value.kind == "sdpa":
-            found, miss = finder.sdpa(value)
+            found, miss = _sdpa(facts, value)
         elif value.kind == "opaque" and value.name in _SOFTMAX_LIKE:
             found, miss = [], Miss("scores", value, f"{value.name} {_SOFTMAX_LIKE[value.name]}")
         else:
@@ -61,8 +45,6 @@ def find(graph: CanonicalGraph) -> Found:
     return Found(tuple(sites), tuple(refusals))
 
 
-_ONE_KEY = "there is a single key, so there is nothing to select"
-_LEARNED = "the {} are a learned table that no layer was applied to, not tokens"
 _SOFTMAX_LIKE = {
     **dict.fromkeys(("softmax", "scaled_dot_product_attention"), "with these arguments is not understood"),
     "flex_attention": "has a sparsity of its own, and a score function that is no part of this graph",
@@ -70,403 +52,8 @@ _SOFTMAX_LIKE = {
 }
 
 
-@dataclass(frozen=True)
-class _Consumer:
-    """A product that the softmax's weights go into, and on which side."""
-
-    product: Value
-    side: int
-
-
-@dataclass
-class _Finder:
-    graph: CanonicalGraph
-    facts: Facts
-
-    # ---- a softmax between two products ----------------------------------------------------------------------------
-
-    def softmax(self, anchor: Value) -> tuple[list[AttentionSite], Miss | None]:
-        if anchor.shape[anchor.attrs["dim"]] == 1:
-            return [], Miss("values", anchor, _ONE_KEY)
-        if not anchor.users and anchor not in self.graph.outputs:
-            return [], Miss("values", anchor, "nobody reads what is computed of it")
-        consumers, others = self._consumers(anchor)
-        if not consumers:
-            return [], Miss("values", anchor, "its weights are not multiplied with values by a matrix product")
-        sites: list[AttentionSite] = []
-        misses: list[Miss] = []
-        kept: AttentionSite | None = None
-        for consumer in consumers:
-            attempt = _Attempt(self.graph, self.facts, anchor, consumer)
-            try:
-                attempt.read()
-            except Miss as miss:
-                misses.append(miss)
-                continue
-            try:
-                if others:
-                    reader = "the model's output" if others[0] in self.graph.outputs else others[0].node.name
-                    raise Miss("closed", anchor, f"the attention weights are also read by {reader}")
-                sites.append(attempt.fused())
-            except Miss as miss:
-                misses.append(miss)
-                kept = kept or attempt.kept(miss)
-        if kept is not None:  # one reader needs the map: compute it once, for all of them
-            return [kept], None
-        if sites and len(sites) == len(consumers):
-            return sites, None
-        return [], max(misses, key=lambda miss: _NEAR.index(miss.step))
-
-    def _consumers(self, anchor: Value) -> tuple[list[_Consumer], list[Value]]:
-        """Products reached from the softmax through anything that keeps its axes, and every other reader."""
-        consumers: list[_Consumer] = []
-        others: list[Value] = []
-        seen: set[Value] = {anchor}
-        queue = [anchor]
-        if anchor in self.graph.outputs:
-            others.append(anchor)
-        while queue:
-            value = queue.pop(0)
-            for user in value.users:
-                if user.kind == "contraction" and not user.attrs["mixing"]:
-                    found = (_Consumer(user, side) for side, x in enumerate(user.inputs) if x is value)
-                    consumers += [consumer for consumer in found if consumer not in consumers]
-                elif user not in seen:
-                    seen.add(user)
-                    if user.kind in ("softmax", "sdpa", "source") or len(seen) > 200:
-                        others.append(user)
-                        continue
-                    queue.append(user)
-                    if not user.users or user in self.graph.outputs:
-                        others.append(user)
-        return consumers, others
-
-    # ---- scaled_dot_product_attention ------------------------------------------------------------------------------
-
-    def sdpa(self, anchor: Value) -> tuple[list[AttentionSite], Miss | None]:
-        try:
-            return [_sdpa_site(self.graph, self.facts, anchor)], None
-        except Miss as miss:
-            return [], miss
-
-
-class _Attempt:
-    """One softmax with one product that consumes its weights."""
-
-    def __init__(self, graph: CanonicalGraph, facts: Facts, anchor: Value, consumer: _Consumer) -> None:
-        self.graph, self.facts, self.anchor, self.product, self.side = (
-            graph, facts, anchor, consumer.product, consumer.side,
-        )  # fmt: skip
-        self.space = Space()
-
-    def read(self) -> None:
-        """Reads weights and scores; raises Miss when this is not attention at all."""
-        space, anchor, product = self.space, self.anchor, self.product
-        self.out = tuple(space.fresh(f"o{d}", size) for d, size in enumerate(product.shape))
-        operands = contraction_inputs(space, product, self.out)
-        weights, weights_at = operands[self.side]
-        self.value = operands[1 - self.side]
-        after = _descendants(anchor, stop=product)
-        if self.value[0] is anchor or self.value[0] in after:
-            raise Miss("values", product, "both operands of the product come from the same softmax")
-        reader = Reader(space, lambda v: v in after, self.facts.cost, stops=frozenset({anchor}))
-        self.weights = reader.read(weights, weights_at)
-        self.weights_reader = reader
-        self.dim = anchor.attrs["dim"]
-        self.leaf = self._weights_leaf(reader, self._summed(operands))
-        self._read_scores(space.resolve_all(self.leaf.coords))
-
-    def _weights_leaf(self, reader: Reader, summed: set[object]) -> Leaf:
-        """The softmax, read where its axis is the one the product sums over."""
-        at = [leaf for leaf in reader.leaves if leaf.value is self.anchor]
-        if not at:
-            raise Miss("values", self.product, "the attention weights do not reach the product axis by axis")
-        coords = [self.space.resolve_all(leaf.coords)[self.dim].digits for leaf in at]
-        shared = [leaf for leaf, digits in zip(at, coords, strict=True) if digits and set(digits) <= summed]
-        if not shared:
-            reason = "the softmax axis is not the axis the product with the values sums over"
-            raise Miss("values", self.product, reason)
-        self.places = len(at)
-        return shared[0]
-
-    def _read_scores(self, coords: Coords) -> None:
-        """Back to the product: past pointwise operations, else past any, else to one with learned queries."""
-        facts, scores = self.facts, self.anchor.inputs[0]
-        misses: list[Miss] = []
-        for carries in (facts.carries, facts.widely, facts.asked):
-            if misses and scores not in carries:
-                continue
-            try:
-                self._read_scores_through(coords, carries, learned=carries is facts.asked)
-            except Miss as miss:
-                if miss.step != "scores":
-                    raise
-                misses.append(miss)
-            else:
-                return
-        raise misses[-1 if scores in facts.asked else 0]
-
-    def _read_scores_through(self, coords: Coords, carries: set[Value], learned: bool) -> None:
-        passes = (lambda v: v in carries and v.kind != "contraction") if learned else carries.__contains__
-        self.scores_reader = Reader(self.space, passes, self.facts.cost)
-        self.scores = self.scores_reader.read(self.anchor.inputs[0], coords)
-        self.coords = self.space.resolve_all(coords)
-        self.scores = without_row_constants(self.scores, self.scores_reader, self.coords[self.dim])
-        self._find_product(learned)
-
-    def _summed(self, operands: tuple[tuple[Value, Coords], tuple[Value, Coords]]) -> set[object]:
-        kept = self.space.atoms_of(self.out)
-        both = [self.space.atoms_of(at) for _, at in operands]
-        return (both[0] & both[1]) - kept  # type: ignore[return-value]
-
-    def _find_product(self, learned: bool) -> None:
-        """The leaf that is q.k: a product of two computed tensors, one with the key axis and one without.
-
-        learned: also one whose queries are a parameter as it is, the same for every input.
-        """
-        candidates: list[tuple[Leaf, int, tuple[tuple[Value, Coords], tuple[Value, Coords]]]] = []
-        reason = "the scores are not a product of two computed tensors"
-        for leaf in list(self.scores_reader.leaves):
-            if leaf.value.kind != "contraction" or (leaf.value.attrs["mixing"] and not (learned and may_ask(leaf.value))):
-                continue
-            operands = contraction_inputs(self.space, leaf.value, leaf.coords)
-            keys = set(self.space.resolve(self.coords[self.dim]).digits)
-            have = [keys & self.space.atoms_of(at) for _, at in operands]
-            sides = [found == keys for found in have]
-            if sides.count(True) != 1 or all(have):
-                reason = "the softmax axis does not come from one operand of the product alone"
-                continue
-            if self._mixed(operands):
-                reason = "a layer mixes the rows of an earlier product before the softmax"
-                continue
-            key = sides.index(True)
-            if operands[key][0] not in self.facts.computed:
-                reason = _LEARNED.format("keys")
-                continue
-            candidates.append((leaf, key, operands))
-        if not candidates:
-            raise Miss("scores", self.anchor, reason)
-        if self.value[0] not in self.facts.computed:
-            raise Miss("values", self.product, _LEARNED.format("values"))
-        # relative positions are multiplied with the queries too: with real keys at hand they are a bias
-        candidates = [c for c in candidates if c[2][c[1]][0] in self.facts.activation] or candidates
-        self.leaf_of_product, key, operands = candidates[0]
-        self.several = len(candidates) > 1
-        self.query, self.key = operands[1 - key], operands[key]
-        labels = [self.leaf_of_product.value.attrs[name] for name in ("lhs", "rhs")]
-        out = (None, *self.leaf_of_product.value.attrs["out"])  # None: a size-1 dimension that is broadcast
-        summed = [x for x in labels[0] if x in labels[1] and x not in out]
-        digits = (a for label in summed for a in operands[0][1][labels[0].index(label)].digits)
-        self.features = Coord(tuple(digits)) if summed else None
-
-    def _mixed(self, operands: tuple[tuple[Value, Coords], tuple[Value, Coords]]) -> bool:
-        """Whether an axis that one operand alone has is no axis of the softmax any more.
-
-        Mixing heads (an axis of both) leaves queries and keys what they are; a linear layer over the product's last axis,
-        as between two blocks of a model, does not.
-        """
-        own = self.space.atoms_of(self.coords)
-        left, right = (self.space.atoms_of(at) for _, at in operands)
-        free = (a for a in left ^ right if a.fixed is None and self.space.root_of(a).derived is None)
-        return any(a not in own for a in free)
-
-    # ---- outcomes --------------------------------------------------------------------------------------------------
-
-    def fused(self) -> AttentionSite:
-        """The site with everything in one kernel.  Raises Miss when the region cannot be fused."""
-        passed = [*self.weights_reader.passed, *self.scores_reader.passed]
-        if passed:
-            raise Miss("weights", passed[0], f"{passed[0].name} between the two products is not pointwise")
-        if self.places > 1:
-            raise Miss("weights", self.product, "the attention weights are read at several places at once")
-        if any(leaf.value.kind == "softmax" for leaf in self.weights_reader.leaves if leaf is not self.leaf):
-            raise Miss("weights", self.product, "several softmaxes are combined into one map")
-        if not self.space.covers(self.coords[self.dim], self.anchor.shape[self.dim]):
-            raise Miss("values", self.product, "the product with the values leaves out a part of the softmax axis")
-        if self.several:
-            raise Miss("scores", self.anchor, "the scores are a sum of several products of queries and keys")
-        if self.features is None:
-            raise Miss("axes", self.anchor, "queries and keys are multiplied without a sum over features")
-        if self.scores_reader.dropouts:
-            raise Miss("scores", self.anchor, "dropout is applied to the scores before the softmax")
-        reading = Reading(
-            self.space, self.anchor,
-            tuple(c for d, c in enumerate(self.coords) if d != self.dim), self.coords[self.dim],
-            self.query, self.key, self.value, self.features, self.out,
-            self.leaf_of_product.value.dtype, self.product.dtype,
-            self.scores.xreplace({self.leaf_of_product.symbol: language.s}),
-            *self._weights(),
-        )  # fmt: skip
-        assembled = assemble(reading, self.facts)
-        dropouts = self.weights_reader.dropouts
-        if len(dropouts) > 1:
-            raise Miss("weights", self.product, "dropout is applied to the weights twice")
-        interior = self._interior(assembled)
-        node = self.product.node
-        if self.product.holder is not node:
-            raise Miss("closed", self.product, "the product with the values is one part of a larger operation")
-        return describe_fused(
-            self.anchor, node, assembled, self.out, self.space, interior,
-            float(dropouts[0].attrs["p"]) if dropouts else 0.0,
-            str(dropouts[0].attrs["module"]) if dropouts else "",
-        )  # fmt: skip
-
-    def _weights(self) -> tuple[sympy.Expr, tuple[Leaf, ...], dict[sympy.Symbol, Coord]]:
-        """Weight expression with its leaves renamed apart from the score expression's."""
-        renamed = {leaf.symbol: sympy.Symbol(f"W{n}") for n, leaf in enumerate(self.weights_reader.leaves)}
-        positions = {symbol: sympy.Symbol(f"Y{n}") for n, symbol in enumerate(self.weights_reader.positions)}
-        weights = self.weights.xreplace({**renamed, **positions, self.leaf.symbol: language.p})
-        leaves = [Leaf(x.value, x.coords, renamed[x.symbol]) for x in self.weights_reader.leaves if x is not self.leaf]
-        leaves += [x for x in self.scores_reader.leaves if x is not self.leaf_of_product]
-        known = {positions[symbol]: coord for symbol, coord in self.weights_reader.positions.items()}
-        return weights, tuple(leaves), {**known, **self.scores_reader.positions}
-
-    def _interior(self, assembled: Assembled) -> frozenset[Value]:
-        """What lies between the products; proved closed (nobody outside reads it) and fully read."""
-        return closed_interior(
-            self.graph, self.leaf_of_product.value, self.product,
-            self.weights_reader.visited | self.scores_reader.visited | {self.anchor, self.leaf_of_product.value},
-            [assembled.q.value, assembled.k.value, assembled.v.value, *(x.value for x in assembled.captured)],
-        )  # fmt: skip
-
-    def kept(self, miss: Miss) -> AttentionSite | None:
-        """The site as `topk_softmax`: the map stays, the selection and the softmax become one row kernel."""
-        if self.anchor.holder is None or self.anchor.inputs[0].holder is None:
-            return None
-        keys = tuple(self.space.resolve(self.coords[self.dim]).digits)
-        in_query, in_key = (self.space.atoms_of(at) for _, at in (self.query, self.key))
-        queries = (in_query - in_key) & self.space.atoms_of(self.coords)
-        axis = kind_of_attention(self.space, self.query, self.key, queries, keys)
-        plan = ScoresKept(self.anchor.node, self.anchor.inputs[0], self.dim, self.anchor.expired is not None)
-        width = self.space.size(self.features) if self.features is not None else self.key[0].shape[-1]
-        return describe_kept(self.anchor, plan, axis, width, self.value[0].shape[-1], miss)
-
-
-def _descendants(anchor: Value, stop: Value) -> set[Value]:
-    seen: set[Value] = set()
-    queue = [anchor]
-    while queue:
-        for user in queue.pop().users:
-            if user not in seen and user.index < stop.index:
-                seen.add(user)
-                queue.append(user)
-    return seen
-
-
-def closed_interior(
-    graph: CanonicalGraph, first: Value, last: Value, read: set[Value], leaves: list[Value]
-) -> frozenset[Value]:
-    """The values on a way from `first` to `last`.  Raises Miss unless all were read and nobody else reads them, and
-    every leaf still holds the same version when `last` runs."""
-    region: nx.DiGraph = nx.DiGraph()
-    region.add_node(first)
-    for value in graph.values[first.index : last.index + 1]:
-        region.add_node(value)
-        region.add_edges_from((x, value) for x in value.operands if x.index >= first.index)
-    interior = (nx.descendants(region, first) & nx.ancestors(region, last)) | {first}
-    outputs = set(graph.outputs)
-    for value in sorted(interior, key=lambda v: v.index):
-        if value not in read:
-            raise Miss("closed", value, f"the values or a bias are computed from the scores by {value.node.name}")
-        outside = [user for user in value.users if user not in interior and user is not last]
-        if outside or value in outputs:
-            reader = outside[0].node.name if outside else "the model's output"
-            raise Miss("closed", value, f"{value.node.name} is also read by {reader}")
-    erased = {value.node for value in interior}
-    for leaf in leaves:
-        if leaf in interior:  # N x N numbers beside the kernel, and in-place writes they need would be erased with the rest
-            raise Miss("closed", leaf, f"{leaf.node.name} is made of the scores and is read beside them")
-        if leaf.expired is not None and leaf.expired <= last.index:
-            raise Miss("closed", leaf, f"{leaf.node.name} is overwritten before the product with the values")
-        if leaf.holder is not leaf.node and leaf.node in erased:  # held by what a write of the region wrote to
-            raise Miss("closed", leaf, f"{leaf.node.name} writes to the scores what the scores are made of")
-    return frozenset(interior)
-
-
-def _sdpa_site(graph: CanonicalGraph, facts: Facts, anchor: Value) -> AttentionSite:
-    """SDPA(q, k, v, mask, ...) -> site: the same algebra, its meaning given by torch's documentation."""
-    space = Space()
-    query, key, value, mask, scale = anchor.inputs
-    if isinstance(anchor.attrs["dropout_p"], Value):
-        raise Miss("weights", anchor, "its dropout probability is known only at run time")
-    rank = len(anchor.shape)
-    if not all(isinstance(x, Value) and len(x.shape) >= 2 for x in (query, key, value)):
-        raise Miss("scores", anchor, "scaled_dot_product_attention is called without tensors for q, k and v")
-    batch = [space.fresh(f"o{d}", size) for d, size in enumerate(anchor.shape[:-2])]
-    rows, keys = space.fresh("i", query.shape[-2]), space.fresh("j", key.shape[-2])
-    features, out = space.fresh("d", query.shape[-1]), space.fresh("e", value.shape[-1])
-    if not keys.digits:
-        raise Miss("axes", anchor, _ONE_KEY)
-
-    def operand(x: Value, *last: Coord) -> tuple[Value, Coords]:
-        coords: list[Coord] = []
-        for d, size in enumerate(x.shape[:-2]):
-            position = d + rank - len(x.shape)
-            full = anchor.shape[position]
-            if size == 1 or same(size, full):
-                coords.append(Coord() if size == 1 else batch[position])
-                continue
-            parts = space.cut(batch[position], _ratio(full, size)) if anchor.attrs["enable_gqa"] else None
-            if parts is None:
-                raise Miss("axes", anchor, "the batch dimensions of q, k and v do not broadcast")
-            coords.append(parts[0])
-        return x, (*coords, *last)
-
-    q, k, v = operand(query, rows, features), operand(key, keys, features), operand(value, keys, out)
-    for x, name in ((key, "keys"), (value, "values")):
-        if x not in facts.computed:
-            raise Miss("provenance", anchor, _LEARNED.format(name))
-    scores, reader = _sdpa_scores(space, facts, anchor, mask, scale, (*batch, rows, keys))
-    reading = Reading(
-        space, anchor, (*batch, rows), keys, q, k, v, features, (*batch, rows, out),
-        anchor.dtype, anchor.dtype, scores,
-        language.p, tuple(reader.leaves), reader.positions,
-    )  # fmt: skip
-    assembled = assemble(reading, facts)
-    operands = [assembled.q.value, assembled.k.value, assembled.v.value, *(x.value for x in assembled.captured)]
-    for leaf in operands:
-        if leaf.expired is not None and leaf.expired <= anchor.index:
-            raise Miss("closed", leaf, f"{leaf.node.name} is overwritten before it is read")
-    dropout = float(anchor.attrs["dropout_p"])
-    return describe_fused(
-        anchor, anchor.node, assembled, (*batch, rows, out), space, frozenset(), dropout, ""
-    )  # fmt: skip
-
-
-def _ratio(full: object, part: object) -> int:
-    return int(full) // int(part) if isinstance(full, int) and isinstance(part, int) and part else 0
-
-
-def _sdpa_scores(
-    space: Space, facts: Facts, anchor: Value, mask: Value | None, scale: Value | float | None, coords: Coords
-) -> tuple[sympy.Expr, Reader]:
-    width = anchor.inputs[0].shape[-1]
-    if scale is None and not isinstance(width, int):
-        raise Miss("scores", anchor, "the head dimension is dynamic, so the default scale is not a number")
-    reader = Reader(space, lambda v: v in facts.carries, facts.cost)
-    term = _sdpa_mask(reader, mask, coords)
-    if term is not None and (term.has(OPAQUE) or reader.passed):
-        reader = Reader(space, lambda v: False, dict.fromkeys(facts.cost, float("inf")))
-        term = _sdpa_mask(reader, mask, coords)
-    factor = reader.read(scale, ()) if isinstance(scale, Value) else number(width**-0.5 if scale is None else scale)
-    scores = factor * language.s
-    if term is not None:
-        scores = language.where(term, scores, -sympy.oo) if is_bool(mask) else scores + term
-    if anchor.attrs["is_causal"]:
-        i, j = reader.position(coords[-2]), reader.position(coords[-1])
-        scores = language.where(language.le(j, i), scores, -sympy.oo)
-    return scores, reader
-
-
-def _sdpa_mask(reader: Reader, mask: Value | None, coords: Coords) -> sympy.Expr | None:
-    if mask is None:
-        return None
-    tail = coords[len(coords) - len(mask.shape) :]
-    if not broadcasts(mask.shape, tuple(reader.space.size(c) for c in tail)):
-        raise Miss("scores", mask, "a size of the mask is known only at run time, and so is where it broadcasts")
-    return reader.read(mask, tuple(Coord() if size == 1 else c for size, c in zip(mask.shape, tail, strict=True)))
-
-
-def sites_in_order(found: Found) -> Iterator[AttentionSite]:
-    """Sites in program order."""
-    yield from found.sites
+def _sdpa(facts: Facts, anchor: Value) -> tuple[list[AttentionSite], Miss | None]:
+    try:
+        return [read_sdpa(facts, anchor)], None
+    except Miss as miss:
+        return [], miss

@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvt_compile.passes.canonical.canonicalise import CanonicalGraph
-from kvt_compile.passes.reading.read import numel
 from kvt_compile.passes.canonical.values import Value
+from kvt_compile.passes.reading.read import numel
 
 _THROUGH = frozenset({"pointwise", "layout", "select_by"})
 

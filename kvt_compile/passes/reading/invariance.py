@@ -10,8 +10,8 @@ from __future__ import annotations
 import sympy
 
 from kvt_compile.passes.canonical.coords import Coord
-from kvt_compile.passes.reading.read import Reader
 from kvt_compile.passes.canonical.values import Value
+from kvt_compile.passes.reading.read import Reader
 
 
 def without_row_constants(scores: sympy.Expr, reader: Reader, keys: Coord) -> sympy.Expr:

@@ -12,10 +12,10 @@ from collections.abc import Iterable
 
 from kvt_compile.passes.canonical.coords import Atom, Coord, Coords, Space
 from kvt_compile.passes.canonical.meaning_layout import PULL
+from kvt_compile.passes.canonical.values import Value
 from kvt_compile.passes.reading.passing import passed_inputs
 from kvt_compile.passes.reading.read import aligned
 from kvt_compile.passes.site import Axis
-from kvt_compile.passes.canonical.values import Value
 
 _CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution", "conv_transpose2d"})
 _BATCH_FIRST = _CONVOLUTIONS | frozenset(
@@ -38,7 +38,8 @@ _LIMIT = 400
 def kind_of_attention(
     space: Space, query: tuple[Value, Coords], key: tuple[Value, Coords], queries: Iterable[Atom], keys: Iterable[Atom]
 ) -> Axis:
-    """The kind of the axis that is attended over; channels on one side only are latents, or tokens that a layer mixed."""
+    """The kind of the axis that is attended over; channels on one side only are latents, or tokens that a layer
+    mixed."""
     axis = kind_of_axis(space, *key, keys)
     return axis if axis == "token" or kind_of_axis(space, *query, queries) == axis else "token"
 

@@ -17,12 +17,11 @@ from dataclasses import dataclass, field
 import sympy
 
 from kvt_compile.kernels.language import score
-
 from kvt_compile.passes.canonical.coords import ZERO, Coord, Coords, Space
 from kvt_compile.passes.canonical.meaning import number
 from kvt_compile.passes.canonical.meaning_layout import PULL
-from kvt_compile.passes.reading.passing import passed_inputs
 from kvt_compile.passes.canonical.values import Value, as_dim, at_most, broadcasts, is_number
+from kvt_compile.passes.reading.passing import passed_inputs
 
 OPAQUE = sympy.Function("opaque")
 DROP = sympy.Symbol("drop")

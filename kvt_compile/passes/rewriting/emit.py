@@ -18,9 +18,9 @@ from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 from kvt_compile.passes.canonical.coords import Atom, Coord
-from kvt_compile.passes.site import Operand
-from kvt_compile.passes.rewriting.sizes import SizeSource, is_part, size_sources
 from kvt_compile.passes.canonical.values import meta_value, product
+from kvt_compile.passes.finding.sizes import SizeSource, is_part, size_sources
+from kvt_compile.passes.site import Operand
 
 aten = torch.ops.aten
 Group = tuple[Atom, ...]

@@ -13,12 +13,11 @@ import torch
 from torch import fx, nn
 
 from kvt_compile.kernels.op import ops as _ops  # noqa: F401 - registers torch.ops.kvt
-from kvt_compile.topk import TopK
-
+from kvt_compile.passes.canonical.values import Value, meta_value
 from kvt_compile.passes.decide import Decision, share_of
 from kvt_compile.passes.rewriting.emit import Emitter
 from kvt_compile.passes.site import Fused, ScoresKept
-from kvt_compile.passes.canonical.values import Value, meta_value
+from kvt_compile.topk import TopK
 
 aten = torch.ops.aten
 How = tuple[str, float]
@@ -36,9 +35,7 @@ class DropoutRate(nn.Module):
         return self.p if self.training else 0.0
 
 
-def rewrite(
-    gm: fx.GraphModule, decisions: Iterable[Decision], lowering: str = "auto", tolerance: float = 0.0
-) -> bool:
+def rewrite(gm: fx.GraphModule, decisions: Iterable[Decision], lowering: str = "auto", tolerance: float = 0.0) -> bool:
     """Rewrites every decided site of the graph in place and returns whether anything changed.
 
     The graph is linted before and after; a site whose decision has no k is not touched.
@@ -116,9 +113,7 @@ def _keep_scores(graph: fx.Graph, plan: ScoresKept, topk: TopK, how: How, rename
     size = plan.scores.shape[plan.dim]
     keys = size if isinstance(size, int) else emit.call(aten.sym_size.int, scores, plan.dim)
     dtype = meta_value(plan.node).dtype
-    new = emit.call(
-        torch.ops.kvt.topk_softmax.default, scores, plan.dim, _keys_to_keep(emit, topk, keys), dtype, *how
-    )
+    new = emit.call(torch.ops.kvt.topk_softmax.default, scores, plan.dim, _keys_to_keep(emit, topk, keys), dtype, *how)
     if plan.written:
         new = emit.call(aten.clone.default, new)
     new = emit.like(new, plan.node)

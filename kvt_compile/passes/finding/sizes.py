@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvt_compile.passes.canonical.coords import Atom
-from kvt_compile.passes.site import Operand
 from kvt_compile.passes.canonical.values import product, same
+from kvt_compile.passes.site import Operand
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,210 @@
+"""Pointwise operations: one function of the elements that stand at the same coordinates.
+
+masked_fill(x, m, v)  ->  where(m, v, x)        x.to(bfloat16)  ->  identity        dropout(x, p)  ->  dropout
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from kvt_compile.kernels.language import score
+from kvt_compile.passes.canonical.meaning import MEANINGS, Builder, Meaning, is_bool, is_float, meaning, number
+from kvt_compile.passes.canonical.meaning_softmax import softmax_by_hand
+from kvt_compile.passes.canonical.values import Value, meta_value
+
+_FLOAT_FUNCTIONS: dict[str, Callable[[sympy.Expr], sympy.Expr]] = {
+    "neg": lambda x: -x,
+    "exp": score.exp,
+    "log": score.log,
+    "sqrt": score.sqrt,
+    "rsqrt": lambda x: 1 / score.sqrt(x),
+    "reciprocal": lambda x: 1 / x,
+    "square": lambda x: x**2,
+    "sin": score.sin,
+    "cos": score.cos,
+    "tanh": score.tanh,
+    "sigmoid": score.sigmoid,
+    "erf": score.erf,
+    "abs": score.abs_,
+    "relu": score.relu,
+    "silu": lambda x: x * score.sigmoid(x),
+    "exp2": lambda x: score.exp(0.6931471805599453 * x),
+    "relu6": lambda x: score.clamp(x, score.zero, sympy.Float(6.0)),
+}
+_COMPARISONS = {name: getattr(score, name) for name in ("lt", "le", "gt", "ge", "eq", "ne")}
+_LOGIC = {"logical_and": score.logical_and, "logical_or": score.logical_or}
+
+
+def _one(name: str, fn: Callable[[sympy.Expr], sympy.Expr]) -> Meaning:
+    return lambda b, input: b.pointwise(name, fn, input)
+
+
+def _two(name: str, fn: Callable[[sympy.Expr, sympy.Expr], sympy.Expr]) -> Meaning:
+    return lambda b, input, other: b.pointwise(name, fn, input, other)
+
+
+MEANINGS.update({name: _one(name, fn) for name, fn in _FLOAT_FUNCTIONS.items()})
+MEANINGS.update({name: _two(name, fn) for name, fn in _COMPARISONS.items()})
+MEANINGS["mul"] = _two("mul", lambda x, y: x * y)
+MEANINGS["maximum"] = _two("maximum", score.maximum)
+MEANINGS["minimum"] = _two("minimum", score.minimum)
+
+
+def _logic(name: str, fn: Callable[[sympy.Expr, sympy.Expr], sympy.Expr]) -> Meaning:
+    return lambda b, input, other: b.pointwise(name, fn, input, other) if is_bool(input) and is_bool(other) else None
+
+
+MEANINGS.update({name: _logic(name, fn) for name, fn in _LOGIC.items()})
+
+
+@meaning("logical_not")
+def _logical_not(b: Builder, input: Value) -> Value | None:
+    return b.pointwise("logical_not", score.logical_not, input) if is_bool(input) else None
+
+
+@meaning("add")
+def _add(b: Builder, input: Any, other: Any, alpha: Any = 1) -> Value | None:
+    if b.dtype is torch.bool:
+        return None
+    return b.pointwise("add", lambda x, y, a=1: x + a * y, input, other, *(() if alpha == 1 else (alpha,)))
+
+
+@meaning("sub")
+def _sub(b: Builder, input: Any, other: Any, alpha: Any = 1) -> Value | None:
+    return b.pointwise("sub", lambda x, y, a=1: x - a * y, input, other, *(() if alpha == 1 else (alpha,)))
+
+
+@meaning("rsub")
+def _rsub(b: Builder, input: Any, other: Any, alpha: Any = 1) -> Value | None:
+    return _sub(b, other, input, alpha)
+
+
+@meaning("div")
+def _div(b: Builder, input: Any, other: Any, rounding_mode: str | None = None) -> Value | None:
+    if rounding_mode is not None:
+        return None
+    by_hand = softmax_by_hand(b, input, other)
+    return by_hand or b.pointwise("div", lambda x, y: x / y, input, other)
+
+
+@meaning("pow")
+def _pow(b: Builder, input: Any, exponent: Any) -> Value | None:
+    known = isinstance(exponent, int | float) and exponent in (2, 3, 0.5, -1, -0.5)
+    return b.pointwise("pow", lambda x, y: x**y, input, exponent) if known else None
+
+
+@meaning("clamp")
+def _clamp(b: Builder, input: Value, min: Any = None, max: Any = None) -> Value | None:
+    low, high = (-sympy.oo if min is None else min), (sympy.oo if max is None else max)
+    if isinstance(low, Value | fx.Node) or isinstance(high, Value | fx.Node):
+        return None
+    return b.pointwise("clamp", lambda x: score.clamp(x, number(low), number(high)), input)
+
+
+@meaning("clamp_min")
+def _clamp_min(b: Builder, input: Value, min: Any) -> Value | None:
+    return _clamp(b, input, min=min)
+
+
+@meaning("clamp_max")
+def _clamp_max(b: Builder, input: Value, max: Any) -> Value | None:
+    return _clamp(b, input, max=max)
+
+
+@meaning("where")
+def _where(b: Builder, condition: Value, input: Any, other: Any) -> Value | None:
+    return b.pointwise("where", score.where, condition, input, other) if is_bool(condition) else None
+
+
+@meaning("masked_fill")
+def _masked_fill(b: Builder, input: Value, mask: Value, value: Any) -> Value | None:
+    return b.pointwise("where", score.where, mask, value, input) if is_bool(mask) else None
+
+
+@meaning("lerp")
+def _lerp(b: Builder, input: Any, end: Any, weight: Any) -> Value | None:
+    return b.pointwise("lerp", lambda x, y, w: x + w * (y - x), input, end, weight)
+
+
+# ---- a number everywhere: what it is made like gives a shape and no element ------------------------------------------
+
+
+def _everywhere(value: float) -> Meaning:
+    return lambda b, input, *size, **more: _constant(b, value)
+
+
+MEANINGS.update({f"{name}_like": _everywhere(value) for name, value in (("zeros", 0.0), ("ones", 1.0))})
+MEANINGS.update({f"new_{name}": _everywhere(value) for name, value in (("zeros", 0.0), ("ones", 1.0))})
+
+
+@meaning("full_like")
+def _full_like(b: Builder, input: Value, fill_value: Any, **ignored: Any) -> Value | None:
+    return _constant(b, fill_value)
+
+
+@meaning("new_full")
+def _new_full(b: Builder, input: Value, size: Any, fill_value: Any, **ignored: Any) -> Value | None:
+    return _constant(b, fill_value)
+
+
+def _constant(b: Builder, value: Any) -> Value | None:
+    if b.dtype is None or not b.dtype.is_floating_point or isinstance(value, bool | complex):
+        return None
+    return b.pointwise("constant", lambda x: x, value)
+
+
+# ---- the same numbers ----------------------------------------------------------------------------------------------
+
+
+@meaning("identity")
+def _identity(b: Builder, input: Value, *ignored: Any) -> Value | None:
+    return b.pointwise("identity", lambda x: x, input)
+
+
+@meaning("item", "_local_scalar_dense")
+def _item(b: Builder, input: Value) -> Value | None:
+    """The number in a tensor that the caller feeds.  It has no gradient, so a tensor that has one is not the same."""
+    constant = input.kind == "source" and not getattr(meta_value(input.node), "requires_grad", False)
+    return b.layout("reshape", input, ()) if constant and is_float(input) else None
+
+
+@meaning("to", "type", "float", "half", "bfloat16", "double", "type_as", "_autocast_to_full_precision")
+def _cast(b: Builder, input: Value, *ignored: Any, **more: Any) -> Value | None:
+    """A cast between floating types is rounding, which the kernel does without; a cast to int changes the value."""
+    if b.dtype is None or input.dtype is None:
+        return None
+    if b.dtype == input.dtype or b.dtype.is_floating_point:
+        return b.pointwise("identity", lambda x: x, input)
+    return None
+
+
+@meaning("copy")
+def _copy(b: Builder, input: Value, src: Value) -> Value | None:
+    """x.copy_(src): from now on x holds src."""
+    return b.pointwise("identity", lambda x: x, src) if is_float(input) == is_float(src) else None
+
+
+@meaning("fill")
+def _fill(b: Builder, input: Value, value: Any) -> Value | None:
+    return b.pointwise("fill", lambda x: x, value)
+
+
+@meaning("zero")
+def _zero(b: Builder, input: Value) -> Value | None:
+    return _fill(b, input, 0.0)
+
+
+@meaning("dropout")
+def _dropout(b: Builder, input: Value, p: float = 0.5, training: bool = True, module: str = "") -> Value | None:
+    if training is False and not module:
+        return _identity(b, input)
+    if isinstance(p, Value | fx.Node) or isinstance(training, fx.Node):
+        return None
+    if (p == 0.0 or not training) and not (module and p > 0.0):
+        return _identity(b, input)
+    return b.value("pointwise", "dropout", (input,), p=p, module=module)

@@ -1,0 +1,101 @@
+"""What is known half-way through a graph: the value each node's tensor holds now, and which nodes share memory."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from kvt_compile.passes.canonical.spellings import Call, read_call
+from kvt_compile.passes.canonical.values import Value, dim_of, meta_value
+
+
+@dataclass
+class State:
+    graph_module: fx.GraphModule
+    modules: dict[str, torch.nn.Module]
+    origins: dict[str, str]
+    values: list[Value] = field(default_factory=list)
+    env: dict[fx.Node, Value] = field(default_factory=dict)
+    escaping: list[Value] = field(default_factory=list)
+    storages: dict[int, list[fx.Node]] = field(default_factory=dict)
+
+    def add(self, value: Value) -> Value:
+        """Append a value and the values it was built from that are not listed yet."""
+        for operand in value.operands:
+            if operand.index < 0:
+                self.add(operand)
+            operand.users.append(value)
+        value.index = len(self.values)
+        self.values.append(value)
+        return value
+
+    def hold(self, node: fx.Node, value: Value) -> None:
+        """From here on the node's tensor is this version."""
+        old = self.env.get(node)
+        if old is not None and old is not value and old.holder is node:
+            old.expired = len(self.values)
+        self.env[node] = value
+        if value.holder is None:
+            value.holder = node
+
+
+def builtin_call(node: fx.Node) -> Call | None:
+    if node.op == "call_function" and node.target is operator.getitem:
+        return Call("getitem", tuple(node.args), {})
+    if node.op == "call_function" and node.target is getattr and len(node.args) >= 2:
+        if node.args[1] == "values" and isinstance(node.args[0], fx.Node):  # of torch.max(x, dim), say
+            return Call("getitem", (node.args[0], 0), {})
+        return Call(str(node.args[1]), node.args[:1], {})
+    return None
+
+
+def shape_of(fake: torch.Tensor) -> tuple[Any, ...]:
+    return tuple(dim_of(size) for size in fake.shape)
+
+
+def lookup(state: State, argument: Any) -> Any:
+    """Node arguments -> Values where they are tensors; scalars that are known become numbers."""
+    if isinstance(argument, fx.Node):
+        known = state.env.get(argument, meta_value(argument))
+        return known if isinstance(known, Value | bool | int | float) else argument
+    if isinstance(argument, list):
+        return [lookup(state, x) for x in argument]
+    if type(argument) is tuple or isinstance(argument, fx.immutable_collections.immutable_list):
+        return tuple(lookup(state, x) for x in argument)
+    if isinstance(argument, dict):
+        return {key: lookup(state, x) for key, x in argument.items()}
+    return argument
+
+
+def opaque_value(state: State, node: fx.Node, fake: Any) -> Value:
+    inputs: list[Value] = []
+    fx.map_arg((node.args, node.kwargs), lambda n: inputs.append(state.env[n]) if n in state.env else None)
+    shape = shape_of(fake) if isinstance(fake, torch.Tensor) else ()
+    name = getattr(node.target, "__name__", str(node.target))
+    call = builtin_call(node) or read_call(node, state.modules)
+    return Value(
+        "opaque", call.name if call else name, node, shape, getattr(fake, "dtype", None), tuple(inputs),
+        {"call": call},
+    )  # fmt: skip
+
+
+def storage_of(node: fx.Node) -> int | None:
+    """Identity of the memory behind a node's tensor; fake tensors share it exactly when the real ones do."""
+    fake = meta_value(node)
+    if not isinstance(fake, torch.Tensor):
+        return None
+    try:
+        return int(fake.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def bind(state: State, node: fx.Node, value: Value) -> None:
+    state.hold(node, state.add(value))
+    storage = storage_of(node)
+    if storage is not None:
+        state.storages.setdefault(storage, []).append(node)

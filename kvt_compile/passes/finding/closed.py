@@ -1,0 +1,41 @@
+"""A region between two products -> the proof that it can be replaced: nobody outside reads it, all of it was read."""
+
+from __future__ import annotations
+
+import networkx as nx
+
+from kvt_compile.passes.canonical.canonicalise import CanonicalGraph
+from kvt_compile.passes.canonical.values import Value
+from kvt_compile.passes.finding.miss import Miss
+
+
+def closed_interior(
+    graph: CanonicalGraph, first: Value, last: Value, read: set[Value], leaves: list[Value]
+) -> frozenset[Value]:
+    """The values on a way from `first` to `last`.  Raises Miss unless all were read and nobody else reads them, and
+    every leaf still holds the same version when `last` runs."""
+    region: nx.DiGraph = nx.DiGraph()
+    region.add_node(first)
+    for value in graph.values[first.index : last.index + 1]:
+        region.add_node(value)
+        region.add_edges_from((x, value) for x in value.operands if x.index >= first.index)
+    interior = (nx.descendants(region, first) & nx.ancestors(region, last)) | {first}
+    outputs = set(graph.outputs)
+    for value in sorted(interior, key=lambda v: v.index):
+        if value not in read:
+            raise Miss("closed", value, f"the values or a bias are computed from the scores by {value.node.name}")
+        outside = [user for user in value.users if user not in interior and user is not last]
+        if outside or value in outputs:
+            reader = outside[0].node.name if outside else "the model's output"
+            raise Miss("closed", value, f"{value.node.name} is also read by {reader}")
+    erased = {value.node for value in interior}
+    for leaf in leaves:
+        if (
+            leaf in interior
+        ):  # N x N numbers beside the kernel, and in-place writes they need would be erased with the rest
+            raise Miss("closed", leaf, f"{leaf.node.name} is made of the scores and is read beside them")
+        if leaf.expired is not None and leaf.expired <= last.index:
+            raise Miss("closed", leaf, f"{leaf.node.name} is overwritten before the product with the values")
+        if leaf.holder is not leaf.node and leaf.node in erased:  # held by what a write of the region wrote to
+            raise Miss("closed", leaf, f"{leaf.node.name} writes to the scores what the scores are made of")
+    return frozenset(interior)

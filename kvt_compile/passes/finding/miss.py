@@ -1,0 +1,21 @@
+"""A step of the finder that failed: which step, at which value, and why in one sentence."""
+
+from __future__ import annotations
+
+from kvt_compile.passes.canonical.values import Value
+
+NEAR = ("values", "scores", "axes", "provenance", "weights", "closed")
+"""Steps in the order they are tried; the nearest miss is the one that got furthest."""
+
+ONE_KEY = "there is a single key, so there is nothing to select"
+LEARNED = "the {} are a learned table that no layer was applied to, not tokens"
+
+
+class Miss(Exception):  # noqa: N818 - an outcome of the search, not an error
+    """One step of the finder failed: at which node, and why, in one sentence."""
+
+    def __init__(self, step: str, value: Value, reason: str) -> None:
+        super().__init__(reason)
+        self.step = step
+        self.value = value
+        self.reason = reason
