@@ -197,6 +197,7 @@ WORKER = textwrap.dedent(
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
     import kvt_compile
+    from nets import Net
 
     rank, folder = int(sys.argv[1]), sys.argv[2]
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
