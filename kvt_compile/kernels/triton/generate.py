@@ -48,14 +48,7 @@ def module_source(spec: KernelSpec | SoftmaxSpec, contracting: bool = False) -> 
 
     Raises NotGenerated with the reason.
     """
-    text = _softmax(spec) if isinstance(spec, SoftmaxSpec) else _attention(spec, contracting)
-    return _without_infinite_constants(text) if contracting else text
-
-
-def _without_infinite_constants(text: str) -> str:
-    """INF -> float("inf"): Inductor writes a global constant down by its repr, and `inf` is no name."""
-    text = re.sub(r"^(INF|NAN) = .*\n", "", text, flags=re.MULTILINE)
-    return re.sub(r"\b(INF|NAN)\b", lambda name: f'float("{name[1].lower()}")', text)
+    return _softmax(spec) if isinstance(spec, SoftmaxSpec) else _attention(spec, contracting)
 
 
 def _attention(spec: KernelSpec, contracting: bool) -> str:

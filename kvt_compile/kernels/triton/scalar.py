@@ -64,10 +64,15 @@ def real_constant(value: sympy.Expr) -> Text:
     """A literal with all its digits."""
     number = float("nan") if value is sympy.nan else float(value)
     if number != number:
-        return Text("NAN", "real", True)
+        return Text('float("nan")', "real", True)
     if number in (float("inf"), float("-inf")):
-        return Text("INF" if number > 0 else "(-INF)", "real", True)
+        return Text('float("inf")' if number > 0 else '(-float("inf"))', "real", True)
     return Text(repr(number) if number >= 0 else f"({number!r})", "real", True)
+
+
+def bare(constant: str) -> str:
+    """The text of a constant without the brackets that let it stand beside any operator."""
+    return constant[1:-1] if constant.startswith("(") else constant
 
 
 def axes_of(x: sympy.Expr) -> frozenset[str]:
@@ -140,7 +145,7 @@ class TilePrinter:
     def tensor(self, value: Text) -> str:
         """As an argument of a function: a constant does not adapt there, so it is given its type."""
         value = self.real(value)
-        return f"tl.full((), {value.text.strip('()')}, REAL)" if value.constant else value.text
+        return f"tl.full((), {bare(value.text)}, REAL)" if value.constant else value.text
 
     def truth(self, x: sympy.Expr) -> str:
         value = self(x)
@@ -208,7 +213,7 @@ class TilePrinter:
         if name in COMPARE:
             values, _ = self.common([self(y) for y in args])
             if all(v.constant for v in values):
-                values = [Text(f"tl.full((), {v.text.strip('()')}, {'INDEX' if v.kind == 'int' else 'REAL'})", v.kind)
+                values = [Text(f"tl.full((), {bare(v.text)}, {'INDEX' if v.kind == 'int' else 'REAL'})", v.kind)
                           for v in values]  # fmt: skip
             return Text(f"({values[0].text} {COMPARE[name]} {values[1].text})", "bool")
         if name in ("logical_and", "logical_or"):
@@ -236,7 +241,7 @@ class TilePrinter:
     def argument(self, value: Text) -> str:
         if value.kind == "real":
             return self.tensor(value)
-        return f"tl.full((), {value.text.strip('()')}, INDEX)" if value.constant else value.text
+        return f"tl.full((), {bare(value.text)}, INDEX)" if value.constant else value.text
 
     def where(self, args: tuple[sympy.Expr, ...]) -> Text:
         yes, no = self(args[1]), self(args[2])
@@ -303,7 +308,7 @@ class TilePrinter:
         value = self(index)
         if plain_index(index) and x not in self.guarded:
             return value.text
-        text = f"tl.full((), {value.text.strip('()')}, INDEX)" if value.constant else value.text
+        text = f"tl.full((), {bare(value.text)}, INDEX)" if value.constant else value.text
         if value.kind != "int":
             text = f"{self.real(value).text}.to(INDEX)" if value.kind == "real" else f"{text}.to(INDEX)"
         self.functions.add("clamp_index")
