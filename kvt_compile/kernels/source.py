@@ -17,5 +17,12 @@ class Source:
     text: str
 
     def headed(self, *lines: str) -> str:
-        """The text under comment lines of its language."""
-        return "".join(f"{COMMENT[self.language]} {line}\n" for line in lines) + "\n" + self.text
+        """The text under comment lines of its language.  Module paths and file names are a model's: what could end or
+        continue a comment line is written as an escape."""
+        return "".join(f"{COMMENT[self.language]} {_one_line(line)}\n" for line in lines) + "\n" + self.text
+
+
+def _one_line(text: str) -> str:
+    # a backslash at its end, or its trigraph, would join the next line to a C comment
+    plain = (x if x.isascii() and x.isprintable() and x not in "\\?" else f"<{ord(x):x}>" for x in text)
+    return "".join(plain)

@@ -463,5 +463,5 @@ def test_specs_of_like_calls_are_one() -> None:
 def test_a_spec_checks_itself() -> None:
     with pytest.raises(SpecError, match="needs_grad has 2 entries, expected 3"):
         KernelSpec("float32", "float32", 8, 8, needs_grad=(True, False))
-    with pytest.raises(SpecError, match="dtype int8"):
+    with pytest.raises(SpecError, match="dtype 'int8'"):
         KernelSpec("int8", "float32", 8, 8)

@@ -20,19 +20,18 @@ import ast
 import re
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
 import sympy
 from sympy.printing.precedence import PRECEDENCE
 from sympy.printing.str import StrPrinter
 
+from kvt_compile.kernels.language import limits
+from kvt_compile.kernels.language.limits import ScoreSyntaxError as ScoreSyntaxError
+
 s, p = sympy.symbols("s p")
 b, h, i, j = sympy.symbols("b h i j", integer=True, nonnegative=True)
 _NAMES: dict[str, sympy.Expr] = {str(x): x for x in (s, p, b, h, i, j)} | {"oo": sympy.oo}
-
-
-class ScoreSyntaxError(ValueError):
-    """A score expression that is not in the vocabulary above."""
 
 
 def size_symbol(n: int) -> sympy.Symbol:
@@ -150,7 +149,6 @@ _BINARY: dict[type[ast.operator], Callable[[Any, Any], sympy.Expr]] = {
     ast.Sub: lambda x, y: x - y,
     ast.Mult: lambda x, y: x * y,
     ast.Div: lambda x, y: x / y,
-    ast.Pow: lambda x, y: x**y,
     ast.FloorDiv: lambda x, y: floordiv(x, y),
     ast.Mod: lambda x, y: mod(x, y),
 }
@@ -159,36 +157,65 @@ _BINARY: dict[type[ast.operator], Callable[[Any, Any], sympy.Expr]] = {
 @lru_cache(maxsize=4096)
 def parse(text: str) -> sympy.Expr:
     """Text -> sympy expression.  Raises ScoreSyntaxError with the offending part; nothing is run as Python."""
-    try:
-        tree = ast.parse(text, mode="eval").body
-    except SyntaxError as error:
-        raise ScoreSyntaxError(f"score expression {text!r} cannot be read: {error.msg}") from None
-    return _build(tree, text)
+    return _build(limits.read(text), text)
+
+
+@lru_cache(maxsize=4096)
+def canonical(text: str) -> str:
+    """The text as the printer writes what was parsed: the only text a generator may see (see `limits`).
+
+    Raises ScoreSyntaxError, also when what the printer writes cannot be read back as itself."""
+    printed = to_text(parse(text))
+    if to_text(parse(printed)) != printed:
+        limits.refuse(text, f"it has no canonical form, {limits.shown(printed)} reads as something else")
+    return printed
 
 
 def _build(node: ast.expr, text: str) -> sympy.Expr:
     match node:
-        case ast.Constant(value=bool() | int() | float()):
-            return sympy.Integer(node.value) if isinstance(node.value, int) else sympy.Float(node.value)
+        case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
+            return limits.number(value, text)
         case ast.Name(id=name):
             return _name(name, text)
         case ast.UnaryOp(op=ast.USub()):
             return -_build(node.operand, text)
         case ast.UnaryOp(op=ast.UAdd()):
             return _build(node.operand, text)
-        case ast.BinOp() if type(node.op) in _BINARY:
-            return _BINARY[type(node.op)](_build(node.left, text), _build(node.right, text))
+        case ast.BinOp():
+            return _build_binary(node, text)
         case ast.Subscript(value=ast.Name(id=name)) if re.fullmatch(r"c\d+", name):
             items = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
             return load(sympy.Integer(name[1:]), *(_build(item, text) for item in items))
         case ast.Call(func=ast.Name(id=name)) if name in FUNCTIONS and not node.keywords:
             found, expected = len(node.args), FUNCTIONS[name].arity
             if found != expected:
-                raise ScoreSyntaxError(f"score expression {text!r}: {name} has {found} arguments, expected {expected}")
+                limits.refuse(text, f"{name} has {found} arguments, expected {expected}")
             return FUNCTIONS[name](*(_build(argument, text) for argument in node.args))
-    raise ScoreSyntaxError(
-        f"score expression {text!r}: {ast.unparse(node)!r} is not part of the score language "
-        f"(names s p b h i j n0 c0[...] oo, arithmetic, and {', '.join(sorted(FUNCTIONS))})"
+    _refuse_node(node, text)
+
+
+def _build_binary(node: ast.BinOp, text: str) -> sympy.Expr:
+    # a long sum leans to the left: without recursion
+    spine = [node]
+    while isinstance(spine[-1].left, ast.BinOp):
+        spine.append(spine[-1].left)
+    value = _build(spine[-1].left, text)
+    for step in reversed(spine):
+        right = _build(step.right, text)
+        if isinstance(step.op, ast.Pow):
+            value = limits.checked(limits.power(value, right, text), text)
+        elif type(step.op) in _BINARY:
+            value = limits.checked(_BINARY[type(step.op)](value, right), text)
+        else:
+            _refuse_node(step, text)
+    return value
+
+
+def _refuse_node(node: ast.expr, text: str) -> NoReturn:
+    limits.refuse(
+        text,
+        f"{limits.shown(ast.unparse(node))} is not part of the score language "
+        f"(names s p b h i j n0 c0[...] oo, arithmetic, and {', '.join(sorted(FUNCTIONS))})",
     )
 
 
@@ -199,7 +226,7 @@ def _name(name: str, text: str) -> sympy.Expr:
         return size_symbol(int(name[1:]))
     if re.fullmatch(r"c\d+", name):
         return load(sympy.Integer(name[1:]))
-    raise ScoreSyntaxError(f"score expression {text!r}: unknown name {name!r}")
+    limits.refuse(text, f"unknown name {name!r}")
 
 
 def loads(expression: sympy.Expr) -> tuple[load, ...]:

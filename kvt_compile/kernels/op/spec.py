@@ -6,7 +6,7 @@ are not in it.  Building one checks its expressions, so whoever holds a spec nee
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvt_compile.kernels.language import score as language
+from kvt_compile.kernels.language.limits import SLOTS
 
 
 class SpecError(ValueError):
@@ -26,6 +27,17 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+DTYPES = frozenset(dtype_name(x) for x in vars(torch).values() if isinstance(x, torch.dtype))
+"""Names that may stand in generated code; each lowering generates for some of them."""
+
+
+def _check_dtype(role: str, dtype: str, allowed: Collection[str] = DTYPES) -> None:
+    if dtype not in allowed:
+        expected = "a dtype of torch" if allowed is DTYPES else ", ".join(sorted(allowed))
+        raise SpecError(f"{role}: dtype {dtype!r}, expected {expected}")
+
+
 @dataclass(frozen=True)
 class CapturedSpec:
     """A captured tensor as far as code depends on it."""
@@ -33,13 +45,16 @@ class CapturedSpec:
     dtype: str
     ndim: int
 
+    def __post_init__(self) -> None:
+        _check_dtype("captured tensor", self.dtype)
+
     @classmethod
     def of(cls, tensor: Tensor) -> CapturedSpec:
         return cls(dtype_name(tensor.dtype), tensor.dim())
 
     @property
     def is_float(self) -> bool:
-        return self.dtype in ("float16", "bfloat16", "float32", "float64")
+        return self.dtype in FLOATS
 
 
 @dataclass(frozen=True)
@@ -65,14 +80,19 @@ class KernelSpec:
 
     def __post_init__(self) -> None:
         for role, dtype in (("q and k", self.dtype), ("v", self.value_dtype)):
-            if dtype not in ("float16", "bfloat16", "float32", "float64"):
-                raise SpecError(f"{role}: dtype {dtype}, expected float16, bfloat16, float32 or float64")
+            _check_dtype(role, dtype, FLOATS)
+        if max(len(self.captured), self.sizes) > SLOTS:
+            found = f"{len(self.captured)} captured tensors and {self.sizes} sizes"
+            raise SpecError(f"{found}, expected at most {SLOTS} each")
         if self.needs_grad and len(self.needs_grad) != 3 + len(self.captured):
             raise SpecError(
                 f"needs_grad has {len(self.needs_grad)} entries, expected {3 + len(self.captured)}: "
                 f"q, k, v and {len(self.captured)} captured tensors"
             )
         check_expressions(self.score, self.weight, tuple(x.ndim for x in self.captured), self.sizes)
+        # the trust boundary: a text that came with a saved program ends here, generators print what was parsed of it
+        for name in ("score", "weight"):
+            object.__setattr__(self, name, language.canonical(getattr(self, name)))
 
     def __hash__(self) -> int:
         return self._hash
@@ -189,6 +209,10 @@ class SoftmaxSpec:
 
     dtype: str
     out_dtype: str
+
+    def __post_init__(self) -> None:
+        _check_dtype("scores", self.dtype)
+        _check_dtype("weights", self.out_dtype)
 
     @classmethod
     def of(cls, dtype: torch.dtype, out_dtype: torch.dtype) -> SoftmaxSpec:
