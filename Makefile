@@ -1,6 +1,6 @@
 # Every target sets up its environment first (tools/python) and is quick about it when there is nothing to do.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu golden resources check format docs bench zoo fuzz clean
+.PHONY: help demo test test-gpu gpu gpu-cache golden resources check format docs bench zoo fuzz clean
 
 ARGS ?=
 
@@ -17,6 +17,18 @@ test:  ## set up, then run the tests (ARGS="-k name" and the like)
 test-gpu:  ## on a machine with an NVIDIA GPU: set up, then run the tests that need it
 	@./tools/python test -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make test-gpu: torch finds no GPU here')"
 	@./tools/python test -m pytest -m gpu tests/triton/test_triton_gpu.py $(ARGS)
+
+# its own Python where that has a torch for the GPU and all that is needed: a machine with a GPU may have no network
+GPU_PYTHON := $(if $(PYTHON),$(PYTHON),python3)
+GPU_RUN := $(if $(OUT),--out "$(OUT)") $(if $(PARTS),--parts "$(PARTS)") $(if $(SECONDS),--seconds $(SECONDS)) \
+  $(if $(FROM),--from "$(FROM)") $(if $(CACHE),--cache "$(CACHE)") $(if $(DRY),--dry) $(if $(AGAIN),--again)
+
+gpu:  ## nine minutes that check, tune, time and profile on a GPU; dry without one (OUT=, PARTS=a,b,d, SECONDS=, FROM=, CACHE=, DRY=1)
+	@if $(GPU_PYTHON) benchmarks/gpu/fits.py 2>/dev/null; then $(GPU_PYTHON) -m benchmarks.gpu $(GPU_RUN) $(ARGS); \
+	else ./tools/python test -m benchmarks.gpu $(GPU_RUN) $(ARGS); fi
+
+gpu-cache:  ## compile the kernels of `make gpu` here, to carry them to a machine with a GPU (build/gpu-cache.tar.xz)
+	@./tools/python test -m benchmarks.gpu.cache $(CACHE) $(ARGS)
 
 golden:  ## write the golden sources of the Triton kernels anew, after a change to a template
 	@./tools/python test tests/helpers/triton_specs.py
@@ -40,9 +52,8 @@ docs:  ## write the reference pages and build the site into build/site, strictly
 	@NO_MKDOCS_2_WARNING=1 ./tools/python docs -m mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
-bench:  ## run every benchmark, or the demo's timings while there is none
+bench:  ## run every benchmark of a CPU, or the demo's timings while there is none
 	@set -e; for file in benchmarks/[!_]*.py; do \
-	  case "$$file" in benchmarks/gpu_*) nvidia-smi -L >/dev/null 2>&1 || continue;; esac; \
 	  if [ -e "$$file" ]; then ./tools/python examples "$$file" $(ARGS); \
 	  else ./tools/python examples examples/quickstart.py --timings; fi; done
 

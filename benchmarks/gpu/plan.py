@@ -1,108 +1,32 @@
-"""Cells, budget, verdicts: the part of the GPU benchmark that needs no GPU.
+"""Contestants + seconds -> medians in turns, with a reason for every number that is absent.
 
-    cells in order of importance -> prepare every contestant -> medians in turns -> ratios beside their targets
-
-Nothing is estimated: a number is a median of this run or absent, and what is absent has a reason.
+Nothing is estimated: a number is a median of this run or absent.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.gpu.bars import bars_of
+from benchmarks.gpu.cells import COMPILED, EAGER, FLEX, OURS, SDPA, TOLERANT, Cell
 from kvt_compile.kernels.tune.timing import Clock, Run, take_turns
 
-SIZES = (197, 256, 576, 1024, 2048, 4096, 16384)
-TOKENS = 32768
-WIDTH = 768
-OURS, TOLERANT, SDPA, FLEX, EAGER, COMPILED = "ours", "ours 0.02", "sdpa", "flex", "eager", "compiled"
-TOLERANCE = 0.02
-COMPILING = {FLEX: 0.2, COMPILED: 0.2}
+COMPILING = {FLEX: 0.25, COMPILED: 0.25}
 """Contestants that torch compiles anew for every cell, and which share of the whole time each may take for that."""
 ERROR = {"bfloat16": 1e-2, "float32": 2e-4}
-"""Largest relative error |out - exact| / |exact| of a right result: tf32 products would come near 3e-4."""
+"""Largest relative error |x - exact| / |exact| of a right result: tf32 products would come near 3e-4."""
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One shape, dtype and pass."""
-
-    dtype: str
-    dim: int
-    size: int
-    topk: int
-    backward: bool
-
-    @property
-    def batch(self) -> int:
-        return max(1, TOKENS // self.size)
-
-    @property
-    def heads(self) -> int:
-        return WIDTH // self.dim
-
-    def __str__(self) -> str:
-        share = f"N/{round(self.size / self.topk)}"
-        return f"{self.dtype} D={self.dim} N={self.size} k={share} {'fwd+bwd' if self.backward else 'forward'}"
-
-
-def cells(
-    dtypes: Sequence[str] = ("bfloat16", "float32"), dims: Sequence[int] = (64, 128), sizes: Sequence[int] = SIZES
-) -> list[Cell]:
-    """Every cell, the most telling first: what the time does not suffice for is at the end."""
-    return [
-        Cell(dtype, dim, size, -(-size // part), backward)
-        for dtype in dtypes
-        for dim in dims
-        for part in (2, 8)
-        for backward in (False, True)
-        for size in sizes
-    ]
-
-
-@dataclass(frozen=True)
-class Target:
-    """One bar of the project's table, for an H100 or H200: a ratio that should be at most (or at least) so large."""
-
-    name: str
-    limit: float
-    stretch: float | None = None
-    at_least: bool = False
-
-    def text(self) -> str:
-        sign = "≥" if self.at_least else "≤"
-        return f"{sign} {self.limit:g}" + (f" ({self.stretch:g})" if self.stretch else "")
-
-    def met(self, ratio: float) -> bool:
-        return ratio >= self.limit if self.at_least else ratio <= self.limit
-
-
-def targets(cell: Cell) -> tuple[Target, ...]:
-    """The bars of a cell; float32 has none."""
-    if cell.dtype != "bfloat16":
-        return ()
-    if cell.backward:
-        time = Target("time / sdpa", 1.4, 1.15)
-    elif cell.size <= 256:
-        time = Target("time / sdpa", 2.0, 1.3)
-    else:
-        time = Target("time / sdpa", 2.5, 1.5)
-    return (
-        time,
-        Target("eager / time", 10.0, 20.0, at_least=True),
-        Target("compiled / time", 5.0, 10.0, at_least=True),
-        Target("memory / sdpa", 1.1),
-    )
-
-
-MODEL_TARGET = Target("time / dense", 1.10, 1.03)
+class WrongError(Exception):
+    """A result that is none; the text says how far off it is."""
 
 
 @dataclass
 class Measured:
-    """What one cell gave."""
+    """What one race gave."""
 
     cell: Cell
     ms: dict[str, float] = field(default_factory=dict)
@@ -111,30 +35,39 @@ class Measured:
     """Contestant -> most memory allocated by one run beyond its inputs."""
     dropped: dict[str, str] = field(default_factory=dict)
     """Contestant -> why it has no number."""
-    error: float | None = None
-    """Of ours, exact, forward."""
-    notes: dict[str, str] = field(default_factory=dict)
-
-    def ratios(self) -> dict[str, float]:
-        """By the names of `targets`, and the tolerant one's time; a ratio without both its numbers is absent."""
-        found = {
-            "time / sdpa": _ratio(self.ms, OURS, SDPA),
-            "tolerant / sdpa": _ratio(self.ms, TOLERANT, SDPA),
-            "eager / time": _ratio(self.ms, EAGER, OURS),
-            "compiled / time": _ratio(self.ms, COMPILED, OURS),
-            "flex / time": _ratio(self.ms, FLEX, OURS),
-            "memory / sdpa": _ratio(self.peak_mb, OURS, SDPA),
-        }
-        return {name: x for name, x in found.items() if x is not None}
+    notes: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        ratios = self.ratios()
+        found = ratios(self.ms, self.peak_mb)
         verdicts = [
-            asdict(t) | {"ratio": ratios[t.name], "met": t.met(ratios[t.name])}
-            for t in targets(self.cell)
-            if t.name in ratios
+            {
+                "bar": bar.name,
+                "ratio": found[bar.ratio],
+                "must": bar.must,
+                "aim": bar.aim,
+                "met": bar.met(found[bar.ratio]),
+            }
+            for bar in bars_of(self.cell)
+            if bar.ratio in found
         ]
-        return {**asdict(self), "name": str(self.cell), "ratios": ratios, "targets": verdicts}
+        about = {"cell": str(self.cell), "batch": self.cell.batch, "heads": self.cell.heads}
+        return {
+            **about, "ms": self.ms, "peak_mb": self.peak_mb, "ratios": found, "bars": verdicts, "dropped": self.dropped,
+            "notes": self.notes,
+        }  # fmt: skip
+
+
+def ratios(ms: Mapping[str, float], peak_mb: Mapping[str, float]) -> dict[str, float]:
+    """By the names that `bars.BARS` uses, and some more; a ratio without both its numbers is absent."""
+    found = {
+        "time / sdpa": _ratio(ms, OURS, SDPA),
+        "tolerant / sdpa": _ratio(ms, TOLERANT, SDPA),
+        "eager / time": _ratio(ms, EAGER, OURS),
+        "compiled / time": _ratio(ms, COMPILED, OURS),
+        "flex / time": _ratio(ms, FLEX, OURS),
+        "memory / sdpa": _ratio(peak_mb, OURS, SDPA),
+    }
+    return {name: x for name, x in found.items() if x is not None}
 
 
 def _ratio(numbers: Mapping[str, float], above: str, below: str) -> float | None:
@@ -189,7 +122,7 @@ def measure(
 
     Args:
         contestants: name -> a function that builds what is timed; it may raise, which drops the contestant with the
-            exception's text.
+            exception's text.  What checks itself raises `WrongError` here, before anything is timed.
         peak: run -> megabytes allocated at most beyond what was there before.
         seconds: for the turns; five are taken at least, three where one round takes longer than that.
     """
@@ -225,4 +158,5 @@ def measure(
 
 def reason_of(error: BaseException) -> str:
     """One line."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+    text = (str(error).strip().splitlines() or [""])[0][:200]
+    return f"wrong: {text}" if isinstance(error, WrongError) else f"{type(error).__name__}: {text}"

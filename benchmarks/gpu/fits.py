@@ -1,0 +1,44 @@
+"""Exit code 0 where this Python runs `make gpu` as it is: a GPU, a torch built for one, and all that the project
+imports.
+
+Standard library only, and nothing heavy is imported: the environment of tools/python needs a network, and a machine
+with a GPU may have none.
+"""
+
+import re
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+NEEDED = (
+    "torch",
+    "triton",
+    "networkx",
+    "sympy",
+    "jinja2",
+    "markupsafe",
+    "pygments",
+    "rich",
+    "typer",
+    "pip",
+    "setuptools",
+)
+
+
+def complaint() -> str:
+    """What is missing; empty where nothing is."""
+    absent = [name for name in NEEDED if find_spec(name) is None]
+    return f"{', '.join(absent)} cannot be imported" if absent else no_gpu()
+
+
+def no_gpu() -> str:
+    """Why no GPU is used; empty where one is."""
+    spec = find_spec("torch")
+    text = Path(spec.origin).with_name("version.py").read_text() if spec and spec.origin else ""
+    if not re.search(r"^cuda\b.*= *['\"]\d", text, re.M):
+        return "its torch is not built for CUDA"
+    return "" if Path("/dev/nvidiactl").exists() or Path("/dev/nvidia0").exists() else "there is no NVIDIA GPU"
+
+
+if __name__ == "__main__":
+    sys.exit(complaint() or 0)
