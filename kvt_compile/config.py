@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from kvt_compile.kernels import lowerings
+from kvt_compile.kernels.op import lowerings
 from kvt_compile.kernels.tune import Mode
 from kvt_compile.passes.decide import DEFAULT_TOPK, Policy, Rule, validate_rule
 from kvt_compile.passes.site import Axis

@@ -15,9 +15,10 @@ from kvt_compile.config import NAMES, OptionError, Options, make_options
 from kvt_compile.passes.decide import keys_kept, unmatched_patterns
 from kvt_compile.passes.pipeline import PassResult, run_passes
 from kvt_compile.passes.site import Where
-from kvt_compile.report.graphs import GraphRecorder, GraphReport
+from kvt_compile.report.facts import GraphReport, RefusalReport, SiteReport, location_of
+from kvt_compile.report.graphs import GraphRecorder
 from kvt_compile.report.kernel_spec import lowering_of, spec_of
-from kvt_compile.report.report import RefusalReport, Report, SiteReport, location_of
+from kvt_compile.report.report import Report
 
 
 def explain(model: nn.Module | fx.GraphModule | ExportedProgram, *example_inputs: Any, **keywords: Any) -> Report:

@@ -22,15 +22,15 @@ from torch.export import ExportedProgram
 from kvt_compile.capture.capture import capture, run_through_dynamo, unchanged
 from kvt_compile.config import OptionError, Options, make_options
 from kvt_compile.explain import build_report
-from kvt_compile.kernels.grid import Environment, Grid
 from kvt_compile.kernels.language.evaluate import compile_text, tile
+from kvt_compile.kernels.language.grid import Environment, Grid
 from kvt_compile.kernels.plain.select import row_threshold
 from kvt_compile.kernels.plain.tiling import budget_of, chunks
 from kvt_compile.passes.decide import unmatched_patterns
 from kvt_compile.passes.finding.describe import place
 from kvt_compile.passes.pipeline import PassResult, nested_graphs, run_passes
 from kvt_compile.passes.site import Where
-from kvt_compile.report.report import SiteReport
+from kvt_compile.report.facts import SiteReport
 from kvt_compile.rewrite import RewriteResult
 
 KVT = torch.ops.kvt

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers as t
 
-from benchmarks.zoo.transformers_models import Inputs, Tiny, ids, padding, tokens
+from benchmarks.zoo.tiny import Inputs, Tiny, ids, padding, tokens
 
 ENCODER: dict[str, Any] = {
     "vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,

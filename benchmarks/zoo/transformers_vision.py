@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers as t
 
-from benchmarks.zoo.transformers_models import Tiny, both, ids, images, padding, tokens
+from benchmarks.zoo.tiny import Tiny, both, ids, images, padding, tokens
 
 VIT: dict[str, Any] = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128,

@@ -22,8 +22,9 @@ from torch import Tensor, fx, nn
 
 from kvt_compile.calibration.choose import Levels, Unit, first_that_meets, lower_bound, path, smallest_with_mass
 from kvt_compile.calibration.data import Batch, CalibrationError, as_batches, split
+from kvt_compile.calibration.facts import Check, SiteCurve
 from kvt_compile.calibration.measure import Curve, Runner, compare, evaluating, measure
-from kvt_compile.calibration.policy import CalibratedPolicy, Check, SiteCurve
+from kvt_compile.calibration.policy import CalibratedPolicy
 from kvt_compile.calibration.progress import Progress, bar
 from kvt_compile.config import OptionError, make_options
 from kvt_compile.topk import TopK, resolve, validate

@@ -9,16 +9,15 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from kvt_compile.calibration.facts import Calibration
 from kvt_compile.topk import TopK, resolve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import RenderableType
 
-    from kvt_compile.calibration.policy import CalibratedPolicy
 
-
-def render(policy: CalibratedPolicy) -> RenderableType:
+def render(policy: Calibration) -> RenderableType:
     """One row for each attention: its k, and what that k does."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("attention", overflow="fold")
@@ -38,7 +37,7 @@ def render(policy: CalibratedPolicy) -> RenderableType:
     return Group(table, "", Text(policy.summary, style="bold"))
 
 
-def plot(policy: CalibratedPolicy) -> Figure:
+def plot(policy: Calibration) -> Figure:
     """Mass and error against the share of keys, one line for each attention, its k as a dot; and the policies tried."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure

@@ -21,7 +21,8 @@ from kvt_compile.cli.errors import UserError, did_you_mean, in_one_line
 from kvt_compile.kernels.c.cache import Built, built, is_whole
 from kvt_compile.kernels.cache_folder import cache_folder
 from kvt_compile.kernels.tune import transfer
-from kvt_compile.kernels.tune.store import Entry, Store, parse_entry
+from kvt_compile.kernels.tune.entry import Entry
+from kvt_compile.kernels.tune.store import Store, parse_entry, read_into
 
 app = typer.Typer(help="What is kept on this machine: tuning results and compiled C kernels.", no_args_is_help=True)
 
@@ -126,7 +127,7 @@ def import_(
 ) -> None:
     """Add the tuning results of a file; all of it is checked before anything is written."""
     try:
-        added, left = transfer.read_into(file, _store(), replace)
+        added, left = read_into(file, _store(), replace)
     except transfer.BadFile as error:
         raise UserError(str(error)) from None
     except OSError as error:

@@ -17,7 +17,7 @@ from kvt_compile.cli.data import read
 from kvt_compile.cli.errors import UserError, in_one_line
 from kvt_compile.cli.explain import attention_named, build
 from kvt_compile.cli.options import Attn, Exclude, ImageSize, Include, Preload, Spec
-from kvt_compile.cli.spec import Subject
+from kvt_compile.cli.subject import Subject
 from kvt_compile.cli.weights import load_weights
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kvt_compile.cli.errors import UserError, in_one_line
-from kvt_compile.cli.spec import Subject, library
+from kvt_compile.cli.subject import Subject, library
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"})
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

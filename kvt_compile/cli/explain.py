@@ -18,7 +18,8 @@ from kvt_compile.cli.busy import busy
 from kvt_compile.cli.errors import UserError, in_one_line
 from kvt_compile.cli.files import run_file
 from kvt_compile.cli.options import Attn, Batch, Exclude, ImageSize, Include, Preload, Spec
-from kvt_compile.cli.spec import Attention, Subject, Wanted, load
+from kvt_compile.cli.spec import load
+from kvt_compile.cli.subject import Attention, Subject, Wanted
 from kvt_compile.cli.topk import parse_topk
 from kvt_compile.report.report import Report
 

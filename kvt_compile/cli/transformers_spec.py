@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kvt_compile.cli.errors import UserError, did_you_mean
-from kvt_compile.cli.spec import DEFAULT_BATCH, Subject, Wanted, failure, library
+from kvt_compile.cli.subject import DEFAULT_BATCH, Subject, Wanted, failure, library
 
 LARGE = 1_000_000_000
 """Parameters a default configuration may have before it is built with FEW_LAYERS layers."""

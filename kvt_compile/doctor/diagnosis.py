@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from kvt_compile.doctor import machine
 from kvt_compile.doctor.selftest import self_test, specs
-from kvt_compile.kernels import lowerings
 from kvt_compile.kernels.c.toolchain import INSTALL_HINT
+from kvt_compile.kernels.op import lowerings
 
 Status = Literal["ok", "note", "failed"]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import kvt_compile.kernels.op.ops  # noqa: F401 - registers the ops
-from kvt_compile.kernels import lowerings
+from kvt_compile.kernels.op import lowerings
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.plain.reference import reference_attention, reference_softmax
 

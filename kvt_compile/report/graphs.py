@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import fx
@@ -22,77 +22,13 @@ from kvt_compile.passes.decide import Decision
 from kvt_compile.passes.finding.describe import place, size_text
 from kvt_compile.passes.pipeline import Stage
 from kvt_compile.passes.rewriting.rewrite import rewrite
-from kvt_compile.passes.site import Fused, Refusal, Size
-from kvt_compile.report.page.diff import site_diff
-from kvt_compile.report.report import location_of
+from kvt_compile.passes.site import Fused, Refusal
+from kvt_compile.report.diff import site_diff
+from kvt_compile.report.facts import GraphReport, Kind, NodeReport, SiteNodes, location_of
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["input", "weight", "operation", "output"]
 _SITE_OPS = (torch.ops.kvt.attention.default, torch.ops.kvt.topk_softmax.default)
-
-
-@dataclass(frozen=True)
-class NodeReport:
-    """One node of a graph."""
-
-    name: str
-    kind: Kind
-    """weight: a parameter, a buffer or a constant."""
-    target: str
-    """What it calls, e.g. `softmax` or `kvt.attention`; what a weight is called in its module."""
-    module: str
-    """Module path, e.g. `blocks.0.attn`; empty at the top level."""
-    location: str
-    """The line of the model's code; empty where the graph carries none."""
-    inputs: tuple[str, ...]
-    """Names of the nodes it reads, each once."""
-    shape: tuple[Size, ...] | None
-    """None where its value is not one tensor."""
-    dtype: str
-    code: str
-    """The call as it might be written, e.g. `softmax(scores, dim=-1)`."""
-
-    @property
-    def line(self) -> str:
-        """`attn: [2, 3, 197, 197] = softmax(scores, dim=-1)`"""
-        shape = "" if self.shape is None else f": [{', '.join(map(str, self.shape))}]"
-        return f"{self.name}{shape} = {self.code}"
-
-
-@dataclass(frozen=True)
-class SiteNodes:
-    """The nodes of one attention."""
-
-    site: int
-    """Its place in `Report.sites`."""
-    anchor: str
-    """The node that stands for it: its softmax (or SDPA call) before the rewrite."""
-    before: tuple[str, ...]
-    """What is the attention's own: dense sites keep these."""
-    after: tuple[str, ...]
-    """What replaces it; empty where it is left dense."""
-    anchor_after: str = ""
-    """Its `kvt::` node; empty where it is left dense."""
-
-
-@dataclass(frozen=True)
-class GraphReport:
-    """One graph, before and after the rewrite, each in the order it runs."""
-
-    graph: int
-    """Which captured graph it is in."""
-    name: str
-    """Empty, or the name of a graph nested in it: `wrap_body_0`."""
-    before: tuple[NodeReport, ...]
-    after: tuple[NodeReport, ...]
-    sites: tuple[SiteNodes, ...]
-    refusals: Mapping[int, str]
-    """Place in `Report.refusals` -> the node that was refused."""
-
-    @property
-    def title(self) -> str:
-        return f"graph {self.graph}{f', {self.name}' if self.name else ''}"
 
 
 class GraphRecorder:

@@ -9,14 +9,11 @@ import dataclasses
 import difflib
 import fnmatch
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from kvt_compile.kernels import lowerings
+from kvt_compile.kernels.op import lowerings
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.source import Source
-
-if TYPE_CHECKING:
-    from kvt_compile.report.report import SiteReport
+from kvt_compile.report.facts import SiteReport
 
 
 def kernel_source(sites: Sequence[SiteReport], wanted: SiteReport | str, target: str | None = None) -> str:

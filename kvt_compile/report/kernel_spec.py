@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvt_compile.kernels import lowerings
+from kvt_compile.kernels.op import lowerings
 from kvt_compile.kernels.op.spec import CapturedSpec, KernelSpec, SoftmaxSpec, dtype_name
 from kvt_compile.passes.canonical.values import Value, meta_value
 from kvt_compile.passes.site import AttentionSite, Fused

@@ -17,15 +17,15 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from kvt_compile.report.facts import Findings, RefusalReport, SiteReport
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-    from kvt_compile.report.report import RefusalReport, Report, SiteReport
 
 COLORS = {"fused": "green", "scores-kept": "cyan", "dense": "yellow"}
 
 
-def as_text(report: Report, width: int) -> str:
+def as_text(report: Findings, width: int) -> str:
     """The table as plain text, no line longer than `width` columns."""
     console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False)
     with console.capture() as capture:
@@ -33,7 +33,7 @@ def as_text(report: Report, width: int) -> str:
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
-def render(report: Report) -> RenderableType:
+def render(report: Findings) -> RenderableType:
     """What `rich` prints for a report.  Everything from the model is `Text`: `mask[b, i]` is not markup."""
     parts: list[RenderableType] = []
     if report.sites:
@@ -44,7 +44,7 @@ def render(report: Report) -> RenderableType:
     return Group(*spaced, Text(report.summary, style="bold"))
 
 
-def _sites(report: Report) -> Table:
+def _sites(report: Findings) -> Table:
     table = _table("attention", "outcome", "B×H Nq×Nk", "k", "score")
     table.columns[0].max_width, table.columns[4].ratio = 31, 1
     table.columns[3].justify = "right"
@@ -59,7 +59,7 @@ def _sites(report: Report) -> Table:
     return table
 
 
-def _refusals(report: Report) -> Table:
+def _refusals(report: Findings) -> Table:
     table = _table("left alone", "why")
     table.columns[0].max_width, table.columns[1].ratio = 36, 1
     folded: dict[tuple[str, str, str], list[RefusalReport]] = {}

@@ -17,7 +17,8 @@ from places import FACTORIES, TESTS
 import kvt_compile
 from kvt_compile.cli import main
 from kvt_compile.cli.errors import UserError
-from kvt_compile.cli.spec import Subject, Wanted, load
+from kvt_compile.cli.spec import load
+from kvt_compile.cli.subject import Subject, Wanted
 from kvt_compile.cli.topk import parse_topk
 from kvt_compile.report.report import Report
 

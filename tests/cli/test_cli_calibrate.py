@@ -17,7 +17,8 @@ from places import FACTORIES
 
 from kvt_compile import CalibratedPolicy
 from kvt_compile.cli.data import read
-from kvt_compile.cli.spec import Subject, Wanted, load
+from kvt_compile.cli.spec import load
+from kvt_compile.cli.subject import Subject, Wanted
 
 MANY = f"{FACTORIES}:many"
 Kvt = Callable[..., Result]

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvt_compile.kernels.grid import Environment, Grid
 from kvt_compile.kernels.language import score as language
 from kvt_compile.kernels.language.evaluate import compile_expression, compile_text, scatter, tile
+from kvt_compile.kernels.language.grid import Environment, Grid
 
 TEXTS = [
     "s",

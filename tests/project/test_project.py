@@ -31,7 +31,7 @@ def sources() -> Iterator[Path]:
         yield from (
             path for path in sorted((ROOT / folder).rglob("*")) if path.is_file() and path.suffix not in (".pyc", ".so")
         )
-    yield from (path for path in sorted(ROOT.iterdir()) if path.is_file() and path.name != "LICENSE")
+    yield from (path for path in sorted(ROOT.iterdir()) if path.is_file() and path.name not in ("LICENSE", ".git"))
 
 
 def text(path: Path) -> str:
@@ -104,7 +104,7 @@ class TestImports:
                 )
 
     @pytest.mark.parametrize(
-        "library", ["rich", "typer", "timm", "transformers", "torchvision", "numpy.testing", "matplotlib"]
+        "library", ["rich", "typer", "jinja2", "timm", "transformers", "torchvision", "numpy.testing", "matplotlib"]
     )
     def test_what_is_for_people_is_not_imported_by_the_library(self, library: str) -> None:
         done = python(

@@ -19,15 +19,15 @@ from torch import nn
 
 import kvt_compile
 from kvt_compile.passes.finding.miss import NEAR
-from kvt_compile.report.graphs import GraphReport, NodeReport, SiteNodes
+from kvt_compile.report.diff import site_diff
+from kvt_compile.report.facts import GraphReport, NodeReport, SiteNodes, SiteReport
 from kvt_compile.report.page import graph_svg, page
 from kvt_compile.report.page.build import STEPS
 from kvt_compile.report.page.cost import bytes_text, cost, flops_text
-from kvt_compile.report.page.diff import site_diff
 from kvt_compile.report.page.mathml import mathml
 from kvt_compile.report.page.outline import Box, Leaf, outline
 from kvt_compile.report.page.svg import assign_lanes
-from kvt_compile.report.report import Report, SiteReport
+from kvt_compile.report.report import Report
 
 
 def node(name: str, *inputs: str, module: str = "", target: str = "", kind: Any = "operation") -> NodeReport:

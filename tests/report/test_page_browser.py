@@ -16,7 +16,7 @@ import torch
 from test_report import REFUSAL, SITE
 
 import kvt_compile
-from kvt_compile.report.graphs import GraphReport, NodeReport, SiteNodes
+from kvt_compile.report.facts import GraphReport, NodeReport, SiteNodes
 from kvt_compile.report.report import Report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

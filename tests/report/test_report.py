@@ -13,7 +13,8 @@ from rich.console import Console
 from torch import fx
 
 from kvt_compile.passes.site import AttentionSite, Captured, Refusal, Where
-from kvt_compile.report.report import RefusalReport, Report, SiteReport
+from kvt_compile.report.facts import RefusalReport, SiteReport
+from kvt_compile.report.report import Report
 from kvt_compile.report.table import as_text, label
 
 BIAS = Captured("bias_table", (3, 49, 49), "float32", "bias_table[h, i, j]", requires_grad=True)

@@ -16,8 +16,8 @@ from test_triton_interpreted import CASE, RESIDENT, STREAMING, floats
 from torch import Tensor, nn
 
 from kvt_compile.kernels import lowerings
-from kvt_compile.kernels.lowerings import Gradients
 from kvt_compile.kernels.op.call import AttentionCall
+from kvt_compile.kernels.op.lowerings import Gradients
 from kvt_compile.kernels.triton.lowering import LOWERING, TritonLowering
 
 pytestmark = pytest.mark.gpu

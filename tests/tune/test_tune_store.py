@@ -16,9 +16,10 @@ import pytest
 from tuning import CANDIDATES, DEFAULT, KEY, Block, FakeClock, speed, tuner_of
 
 from kvt_compile.kernels.tune import Key
+from kvt_compile.kernels.tune.entry import Entry, Measured
 from kvt_compile.kernels.tune.lock import locked
-from kvt_compile.kernels.tune.store import SHIPPED, Entry, Measured, Store, read_entry
-from kvt_compile.kernels.tune.transfer import BadFile, parse, read_into, write
+from kvt_compile.kernels.tune.store import SHIPPED, Store, read_entry, read_into
+from kvt_compile.kernels.tune.transfer import BadFile, parse, write
 from kvt_compile.kernels.tune.tuner import Effort
 
 ENTRY = Entry(KEY, {"rows": 128}, (Measured({"rows": 128}, 0.5),), date="2026-01-02")

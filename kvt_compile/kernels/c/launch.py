@@ -22,9 +22,9 @@ from kvt_compile.kernels.c.gradients import separated_axes
 from kvt_compile.kernels.c.layout import MATRICES, SOFTMAX_FIELDS, call_fields, shape_fields
 from kvt_compile.kernels.c.settings import Settings
 from kvt_compile.kernels.dropout import keep_scale
-from kvt_compile.kernels.language.expressions import check_captured
-from kvt_compile.kernels.lowerings import Gradients
 from kvt_compile.kernels.op.call import AttentionCall
+from kvt_compile.kernels.op.captured import check_captured
+from kvt_compile.kernels.op.lowerings import Gradients
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 
 Arguments = dict[str, int | float]

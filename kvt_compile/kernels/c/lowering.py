@@ -15,8 +15,8 @@ from kvt_compile.kernels.c.scalar import ELEMENTS
 from kvt_compile.kernels.c.settings import Settings, from_environment
 from kvt_compile.kernels.c.toolchain import BuildError, find_compiler
 from kvt_compile.kernels.language.expressions import NotGenerated
-from kvt_compile.kernels.lowerings import Gradients, Lowering
 from kvt_compile.kernels.op.call import AttentionCall
+from kvt_compile.kernels.op.lowerings import Gradients, Lowering
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.plain import aten
 from kvt_compile.kernels.source import Source

@@ -19,8 +19,8 @@ import sympy
 import torch
 from torch import Tensor
 
-from kvt_compile.kernels.grid import AXES, Environment, Program, Value, plain_view
 from kvt_compile.kernels.language import score as language
+from kvt_compile.kernels.language.grid import AXES, Environment, Program, Value, plain_view
 
 
 @lru_cache(maxsize=4096)

@@ -26,8 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvt_compile.kernels import lowerings
-from kvt_compile.kernels.op import flops, vmap
+from kvt_compile.kernels.op import flops, lowerings, vmap
 from kvt_compile.kernels.op.call import AttentionCall
 from kvt_compile.kernels.op.check import check_attention, check_backward, check_softmax
 from kvt_compile.kernels.op.function import no_second_derivative

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from kvt_compile.kernels import dropout
-from kvt_compile.kernels.grid import Environment, Grid
 from kvt_compile.kernels.language import score as language
 from kvt_compile.kernels.language.evaluate import compile_expression, compile_text, scatter, tile
-from kvt_compile.kernels.lowerings import Gradients
+from kvt_compile.kernels.language.grid import Environment, Grid
 from kvt_compile.kernels.op.call import AttentionCall
+from kvt_compile.kernels.op.lowerings import Gradients
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.plain import select, tiling
 

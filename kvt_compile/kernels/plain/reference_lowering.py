@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kvt_compile.kernels.lowerings import Gradients
 from kvt_compile.kernels.op.call import AttentionCall
+from kvt_compile.kernels.op.lowerings import Gradients
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.plain.reference import Reference, reference_attention, reference_softmax
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from kvt_compile.kernels import tune
 from kvt_compile.kernels.dropout import keep_scale
-from kvt_compile.kernels.language.expressions import check_captured, surely
-from kvt_compile.kernels.lowerings import Gradients
 from kvt_compile.kernels.op.call import AttentionCall
+from kvt_compile.kernels.op.captured import check_captured, surely
+from kvt_compile.kernels.op.lowerings import Gradients
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton import layout
 from kvt_compile.kernels.triton.blocks import Blocks

@@ -12,8 +12,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from kvt_compile.kernels.lowerings import Gradients, Lowering
 from kvt_compile.kernels.op.call import AttentionCall
+from kvt_compile.kernels.op.lowerings import Gradients, Lowering
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.plain import aten
 from kvt_compile.kernels.source import Source

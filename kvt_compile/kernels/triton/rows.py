@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from kvt_compile.kernels.language.expressions import surely
+from kvt_compile.kernels.op.captured import surely
 from kvt_compile.kernels.op.spec import SoftmaxSpec
 from kvt_compile.kernels.triton.blocks import Blocks
 from kvt_compile.kernels.triton.choose import Launch

@@ -1,8 +1,8 @@
 """Kernel + GPU + shape -> the fastest of some candidates, measured once and kept on disk.  Knows nothing of Triton.
 
-    key.py     what a result holds for    store.py      result <-> readable JSON file   timing.py  how long a run takes
-    mode.py    what the user asked for    transfer.py   results <-> one file            lock.py    one process at a time
-    tuner.py   the choice itself          progress.py   what a person sees meanwhile
+    key.py     what a result holds for    entry.py      a result                      timing.py    how long a run takes
+    mode.py    what the user asked for    store.py      result <-> its own JSON file  lock.py      one process at a time
+    tuner.py   the choice itself          transfer.py   results <-> one file          progress.py  what a person sees
 
 A kernel's launcher calls `pick(Key.on(device, ...), candidates, default, run, requested(spec))`.
 """

@@ -8,66 +8,16 @@ GPU in the form of `transfer.py`) are looked up after the user's own.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from kvt_compile.kernels.tune.key import Key, checked
+from kvt_compile.kernels.tune.entry import Entry
+from kvt_compile.kernels.tune.key import Key
+from kvt_compile.kernels.tune.transfer import BadFile, parse, write_atomically
 from kvt_compile.kernels.warn import warn_once
 
-FORMAT = 1
 SHIPPED = Path(__file__).parent / "shipped"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One candidate and its median."""
-
-    candidate: Mapping[str, Any]
-    milliseconds: float
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """One candidate that could not be timed, and why."""
-
-    candidate: Mapping[str, Any]
-    reason: str
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One result."""
-
-    key: Key
-    winner: Mapping[str, Any]
-    measured: tuple[Measured, ...] = ()
-    dropped: tuple[Dropped, ...] = ()
-    date: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"format": FORMAT, **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, data: Any) -> Entry:
-        """Raises ValueError naming the field that is missing or wrong."""
-        if isinstance(data, dict) and data.get("format") != FORMAT:
-            raise ValueError(f"format is {data.get('format')!r}, expected {FORMAT}")
-        fields = {"format": int, "key": dict, "winner": dict, "measured": list, "dropped": list, "date": str}
-        values = checked(data, fields, "the result")
-        measured = [checked(x, {"candidate": dict, "milliseconds": float}, "measured") for x in values["measured"]]
-        dropped = [checked(x, {"candidate": dict, "reason": str}, "dropped") for x in values["dropped"]]
-        return cls(
-            Key.from_dict(values["key"]),
-            values["winner"],
-            tuple(Measured(**x) for x in measured),
-            tuple(Dropped(**x) for x in dropped),
-            values["date"],
-        )
 
 
 class Store:
@@ -111,8 +61,6 @@ class Store:
 
     @cached_property
     def _shipped(self) -> dict[Key, Entry]:
-        from kvt_compile.kernels.tune.transfer import BadFile, parse
-
         found: dict[Key, Entry] = {}
         for path in sorted(self.shipped.glob("*.json")):
             try:
@@ -143,14 +91,14 @@ def parse_entry(path: Path) -> Entry:
         raise ValueError("nested too deeply") from None
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """A reader sees the old file, or none, or the whole new one.  Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # in the same folder, as a rename is atomic only there
-    with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent, ignore_cleanup_errors=True) as work:
-        new = Path(work, path.name)
-        with new.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
+def read_into(path: Path, store: Store, replace: bool = False) -> tuple[int, int]:
+    """Adds a file's results to a store; nothing is added when one of them is bad.  A result that the store has stays,
+    unless `replace`.
+
+    Returns (added, left as they were).  Raises BadFile, OSError.
+    """
+    entries = parse(path)
+    wanted = [entry for entry in entries if replace or not store.path(entry.key).exists()]
+    for entry in wanted:
+        store.save(entry)
+    return len(wanted), len(entries) - len(wanted)

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from kvt_compile.kernels.tune.entry import FORMAT, Entry
 from kvt_compile.kernels.tune.key import checked
-from kvt_compile.kernels.tune.store import FORMAT, Entry, Store, write_atomically
 
 
 class BadFile(ValueError):  # noqa: N818 - it says what is bad
@@ -43,14 +45,14 @@ def parse(path: Path) -> list[Entry]:
     return entries
 
 
-def read_into(path: Path, store: Store, replace: bool = False) -> tuple[int, int]:
-    """Adds a file's results to a store; nothing is added when one of them is bad.  A result that the store has stays,
-    unless `replace`.
-
-    Returns (added, left as they were).  Raises BadFile, OSError.
-    """
-    entries = parse(path)
-    wanted = [entry for entry in entries if replace or not store.path(entry.key).exists()]
-    for entry in wanted:
-        store.save(entry)
-    return len(wanted), len(entries) - len(wanted)
+def write_atomically(path: Path, text: str) -> None:
+    """A reader sees the old file, or none, or the whole new one.  Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # in the same folder, as a rename is atomic only there
+    with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent, ignore_cleanup_errors=True) as work:
+        new = Path(work, path.name)
+        with new.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)

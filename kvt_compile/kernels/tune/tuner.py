@@ -23,11 +23,12 @@ from typing import Any, Protocol, Self, TypeVar
 import torch
 
 from kvt_compile.kernels.cache_folder import cache_folder
+from kvt_compile.kernels.tune.entry import Dropped, Entry, Measured
 from kvt_compile.kernels.tune.key import Key
 from kvt_compile.kernels.tune.lock import locked
 from kvt_compile.kernels.tune.mode import Mode
 from kvt_compile.kernels.tune.progress import LogProgress, Progress, Step
-from kvt_compile.kernels.tune.store import Dropped, Entry, Measured, Store
+from kvt_compile.kernels.tune.store import Store
 from kvt_compile.kernels.tune.timing import Clock, DeviceClock, Run, take_turns
 from kvt_compile.kernels.warn import warn_once
 

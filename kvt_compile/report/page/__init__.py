@@ -4,7 +4,6 @@
 """
 
 from kvt_compile.report.page.build import page
-from kvt_compile.report.page.files import write_whole
 from kvt_compile.report.page.svg import graph_svg
 
-__all__ = ["graph_svg", "page", "write_whole"]
+__all__ = ["graph_svg", "page"]

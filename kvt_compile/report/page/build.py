@@ -15,22 +15,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import torch
 from markupsafe import Markup
 
-from kvt_compile.kernels import lowerings
+from kvt_compile.kernels.op import lowerings
+from kvt_compile.report.diff import Line, site_diff
+from kvt_compile.report.facts import Findings, GraphReport, RefusalReport, SiteReport
 from kvt_compile.report.page.cost import bytes_text, cost, flops_text
-from kvt_compile.report.page.diff import Line, site_diff
 from kvt_compile.report.page.highlight import highlighted, style_sheet
 from kvt_compile.report.page.mathml import mathml
 from kvt_compile.report.page.outline import Box, Leaf, outline
-
-if TYPE_CHECKING:
-    from kvt_compile.report.graphs import GraphReport
-    from kvt_compile.report.report import RefusalReport, Report, SiteReport
 
 STEPS = {
     "capture": "in a graph that torch.compile captured",
@@ -55,7 +52,7 @@ class Kernel:
     sites: int
 
 
-def page(report: Report, title: str = "") -> str:
+def page(report: Findings, title: str = "") -> str:
     """The page as text.  `title` names the model."""
     kernels, kernel_of = _kernels(report)
     diffs = _diffs(report)
@@ -94,7 +91,7 @@ def _template() -> jinja2.Template:
 # --- sites ------------------------------------------------------------------------------------------------------------
 
 
-def _site(number: int, report: Report, kernel: str, diffs: dict[int, tuple[Line, ...]]) -> dict[str, Any]:
+def _site(number: int, report: Findings, kernel: str, diffs: dict[int, tuple[Line, ...]]) -> dict[str, Any]:
     site = report.sites[number]
     price = cost(site)
     weight = "" if site.weight == "p" else mathml(site.weight, left="w_ij", block=True)
@@ -114,7 +111,7 @@ def _site(number: int, report: Report, kernel: str, diffs: dict[int, tuple[Line,
     }
 
 
-def _saved(report: Report) -> tuple[str, str, str] | None:
+def _saved(report: Findings) -> tuple[str, str, str] | None:
     """(dense, k-NN, how counted) of all rewritten sites together; None where there is none, or a size is unknown."""
     prices = [cost(site) for site in report.sites if site.topk is not None]
     known = [price for price in prices if price is not None]
@@ -132,7 +129,7 @@ def _share(site: SiteReport) -> str:
     return ""
 
 
-def _kernels(report: Report) -> tuple[list[Kernel], list[str]]:
+def _kernels(report: Findings) -> tuple[list[Kernel], list[str]]:
     """Every distinct kernel, and each site's kernel by name (empty where none is generated)."""
     codes: dict[Any, tuple[str, str, str]] = {}
     of: list[str] = []
@@ -163,7 +160,7 @@ def _code(site: SiteReport) -> tuple[str, str, str]:
     return f"{site.lowering}-{digest}", source.language, source.text
 
 
-def _diffs(report: Report) -> dict[int, tuple[Line, ...]]:
+def _diffs(report: Findings) -> dict[int, tuple[Line, ...]]:
     return {nodes.site: site_diff(graph, nodes) for graph in report.graphs for nodes in graph.sites}
 
 
@@ -188,7 +185,7 @@ def _refusal(refusal: RefusalReport) -> dict[str, Any]:
 class _GraphView:
     """One graph as the template walks it."""
 
-    def __init__(self, graph: GraphReport, report: Report) -> None:
+    def __init__(self, graph: GraphReport, report: Findings) -> None:
         view = outline(graph)
         self.title = graph.title
         self.root = view.root

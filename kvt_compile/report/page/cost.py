@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import sympy
 
-if TYPE_CHECKING:
-    from kvt_compile.report.report import SiteReport
+from kvt_compile.report.facts import SiteReport
 
 _BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 

@@ -14,10 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from kvt_compile.report.graphs import GraphReport, NodeReport
+from kvt_compile.report.facts import GraphReport, NodeReport
 
 
 @dataclass(frozen=True)

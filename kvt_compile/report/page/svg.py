@@ -14,13 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
 
+from kvt_compile.report.facts import Findings, GraphReport
 from kvt_compile.report.page.outline import Box, Leaf, outline
-
-if TYPE_CHECKING:
-    from kvt_compile.report.graphs import GraphReport
-    from kvt_compile.report.report import Report
 
 ROW, LANE, INDENT, WIDTH, MARGIN = 22, 9, 14, 560, 16
 MAX_LANES = 14
@@ -48,7 +44,7 @@ class _Row:
     leaves: tuple[int, ...]
 
 
-def graph_svg(report: Report) -> str:
+def graph_svg(report: Findings) -> str:
     """The graphs of a report below each other.  Raises LookupError for a report without graphs."""
     if not report.graphs:
         raise LookupError("this report holds no graph: make it with kvt_compile.explain(...) or rewrite(...)")
@@ -66,7 +62,7 @@ def graph_svg(report: Report) -> str:
     )
 
 
-def _graph(graph: GraphReport, report: Report, top: int) -> tuple[str, int, int]:
+def _graph(graph: GraphReport, report: Findings, top: int) -> tuple[str, int, int]:
     """(SVG, height, width) of one graph below `top`."""
     view = outline(graph)
     rows: list[_Row] = []
@@ -107,7 +103,7 @@ def _graph(graph: GraphReport, report: Report, top: int) -> tuple[str, int, int]
     return "".join(out), first - top + ROW * len(rows), gutter + 10 + WIDTH + MARGIN
 
 
-def _rows(box: Box, report: Report, depth: int, rows: list[_Row], frames: list[tuple[int, int, int]]) -> None:
+def _rows(box: Box, report: Findings, depth: int, rows: list[_Row], frames: list[tuple[int, int, int]]) -> None:
     for child in box.children:
         if isinstance(child, Leaf):
             rows.append(_leaf_row(child, report, depth))
@@ -121,7 +117,7 @@ def _rows(box: Box, report: Report, depth: int, rows: list[_Row], frames: list[t
             rows.append(_Row(depth, child.label, f"{len(numbers)} operations", "", numbers))
 
 
-def _leaf_row(leaf: Leaf, report: Report, depth: int) -> _Row:
+def _leaf_row(leaf: Leaf, report: Findings, depth: int) -> _Row:
     node = leaf.node
     label = f"{leaf.module} {node.target}" if leaf.module else node.target
     shape = f"{leaf.own_name}  " if leaf.own_name else ""

@@ -12,11 +12,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from kvt_compile.report.graphs import GraphReport, NodeReport, SiteNodes
-    from kvt_compile.report.report import Report
+from kvt_compile.report.facts import Findings, GraphReport, NodeReport, SiteNodes
 
 Sign = Literal[" ", "-", "+"]
 
@@ -65,7 +63,7 @@ def _compared(old: list[str], new: list[str]) -> Iterator[Line]:
             yield from (Line("+", text) for text in new[j1:j2])
 
 
-def diff_text(report: Report) -> str:
+def diff_text(report: Findings) -> str:
     """Every rewritten site's diff under a header with its module path and line."""
     blocks = []
     for graph in report.graphs:

@@ -27,7 +27,7 @@ class LoweringError(ValueError):
 
 
 class Lowering(Protocol):
-    """What runs a node.  Shapes, dtypes and meaning are those of the ops (`kernels/ops.py`); inputs are already checked
+    """What runs a node.  Shapes, dtypes and meaning are those of the ops (ops.py); inputs are already checked
     and autocast is off, strides may be anything, 0 included."""
 
     name: str

@@ -1,0 +1,48 @@
+"""Shapes of captured tensors -> nothing, or an error: checks the indices that a generated kernel does not clamp."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import sympy
+import torch
+
+from kvt_compile.kernels.language.expressions import guarded_loads, plain_index
+from kvt_compile.kernels.op.spec import KernelSpec
+
+
+def check_captured(spec: KernelSpec, shapes: Sequence[Sequence[int]], extents: dict[str, int]) -> None:
+    """Raises ValueError when a coordinate that indexes a captured tensor (of the given shape) outside every where()
+    leaves the tensor: such indices are not clamped in the kernel."""
+    for slot, dim, name, value in _unclamped(spec):
+        needed = extents[name] if name else value + 1
+        if not surely(shapes[slot][dim] >= needed):
+            raise ValueError(
+                f"captured tensor {slot} has size {shapes[slot][dim]} in dimension {dim}, "
+                f"which is indexed by {name or value}: expected at least {needed}"
+            )
+    for slot, shape in enumerate(shapes):
+        if not all(surely(size > 0) for size in shape):
+            raise ValueError(f"captured tensor {slot} has no elements (shape {tuple(shape)})")
+
+
+def surely(condition: bool | torch.SymBool) -> bool:
+    """A comparison; of symbolic sizes whether it holds for all of them, with no guard that would narrow them."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(condition))
+
+
+@lru_cache(maxsize=1024)
+def _unclamped(spec: KernelSpec) -> tuple[tuple[int, int, str, int], ...]:
+    guarded = guarded_loads(spec.score_expression) | guarded_loads(spec.weight_expression)
+    found = []
+    for x in {*spec.score_loads, *spec.weight_loads} - guarded:
+        for dim, index in enumerate(x.index):
+            if plain_index(index):
+                constant = isinstance(index, sympy.Integer)
+                found.append((x.slot, dim, "" if constant else str(index), int(index) if constant else 0))
+    return tuple(sorted(found))
