@@ -7,7 +7,8 @@ GPU, on CPU tensors, over a driver library of our own (stub_gpu.c) that checks w
             torch.ops.kvt.attention(...)             # forward and backward
         gpu.launches                                 # how many launches the driver accepted
         gpu.last                                     # name, grid, threads, bytes of shared memory of the last one
-        gpu.compiled                                 # (kernel, seconds) of what was compiled and not found in the cache
+        gpu.specialised                              # kernels that this process had not for such arguments
+        gpu.compiled                                 # (kernel, seconds) of those that Triton's cache had not either
 
 It shows what the interpreter and cross-compilation cannot: arguments that the launcher refuses, globals that Triton
 compares before a launch, kernels that fail in the assembler, shared memory over the chip's limit, a grid that is too
@@ -63,6 +64,7 @@ class Stub:
 
     target: str
     library: ctypes.CDLL
+    specialised: list[str] = field(default_factory=list)
     compiled: list[tuple[str, float]] = field(default_factory=list)
 
     @property
@@ -99,8 +101,9 @@ def stub(target: str = "sm_90") -> Iterator[Stub]:
     runtime, compilation = triton.runtime.driver, triton.knobs.compilation
 
     def listener(*, src: Any, times: Any, cache_hit: bool, **_: Any) -> None:
+        found.specialised.append(src.name)
         if not cache_hit:
-            found.compiled.append((getattr(src, "name", "?"), times.total / 1e6))
+            found.compiled.append((src.name, times.total / 1e6))
 
     before = runtime._active, compilation.listener
     library.stub_chip(*divmod(int(architecture), 10), SHARED[target])

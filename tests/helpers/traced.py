@@ -81,12 +81,21 @@ class OnCpu(fx.Interpreter):
     def launch(
         self, kernel_idx: int, constant_args_idx: int, grid: Any, kwargs: Any, tensors_to_clone: list[str], **_: Any
     ) -> dict[str, Tensor]:
-        kernel, _ = kernel_and_warps(kernel_idx)
+        kernel, warps = kernel_and_warps(kernel_idx)
         every = kernel_side_table.get_constant_args(constant_args_idx)
         constants = {name: value for name, value in every.items() if name in kernel.arg_names}
         written = {name: kwargs[name].clone() for name in tensors_to_clone}
+        self.run_kernel(kernel, tuple(int(x) for x in grid[0]), {**kwargs, **written, **constants}, warps)
+        return written
+
+    def run_kernel(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], warps: int) -> None:
         text = "".join(linecache.getlines(kernel.fn.__code__.co_filename))
         with interpreted():
-            twin = getattr(load(text, interpreted=True), kernel.__name__)
-            twin[tuple(int(x) for x in grid[0])](**{**kwargs, **written}, **constants)
-        return written
+            getattr(load(text, interpreted=True), kernel.__name__)[grid](**arguments)
+
+
+class OnStub(OnCpu):
+    """Launches, with the contraction that Inductor compiles a user's kernels with, on the stub driver (`stub_gpu`)."""
+
+    def run_kernel(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], warps: int) -> None:
+        kernel[grid](**arguments, num_warps=warps)

@@ -6,12 +6,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
+from gpu_cases import PLAIN as CASE
 from interpreted import NAME, Recorder, triton_on_cpu
-from oracles import Case, assert_close, assert_matches_reference, call, kept_by, reference
+from oracles import Case, assert_close, assert_matches_reference, call, floats, kept_by, reference
 from torch import Tensor
 
 from kvt_compile.kernels import lowerings
@@ -38,13 +38,7 @@ def _lowering(kind: str) -> Iterator[Recorder]:
         yield recorder
 
 
-# 2 rows of tiles are only in the cases that need them: an interpreted tile takes 50 ms
-CASE = Case("plain", batch=1, heads=1, queries=7, keys=19, topk=6, value_dim=4)
-
-
-def floats(*shape: str | int) -> Any:
-    """A captured tensor with those of the case's sizes."""
-    return lambda case: [torch.randn([getattr(case, x) if isinstance(x, str) else x for x in shape]) + 0.5]
+# CASE is small, and 2 rows of tiles are only in the cases that need them: an interpreted tile takes 50 ms
 
 
 def table(case: Case) -> list[Tensor]:
