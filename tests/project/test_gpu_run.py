@@ -259,7 +259,8 @@ def test_tuning_results_of_an_earlier_step_are_used(
     from tuning import KEY
 
     from kvt_compile.kernels.tune import transfer
-    from kvt_compile.kernels.tune.store import Entry, Store
+    from kvt_compile.kernels.tune.entry import Entry
+    from kvt_compile.kernels.tune.store import Store
 
     monkeypatch.setenv("KVT_CACHE_DIR", str(tmp_path / "cache"))
     context = Context(folder, 10.0)
