@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
-import kvt_compile.kernels.op.ops  # noqa: F401 - defines the operators
+from kvt_compile.kernels.op import ops
 from kvt_compile.kernels.triton import traced
 
 _inside: ContextVar[bool] = ContextVar("kvt_kernels_inside", default=False)
@@ -40,12 +40,12 @@ def kernels_inside() -> Iterator[None]:
         _inside.reset(token)
 
 
-def _expanded(by: Callable[..., Any]) -> Callable[..., Any]:
+def _expanded(bind: Callable[..., Any], by: Callable[[Any], Any]) -> Callable[..., Any]:
     def rule(mode: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _inside.get():
             try:
                 with mode:
-                    return by(*args, **kwargs)
+                    return by(bind(*args, **kwargs))
             except traced.CannotTraceError as error:
                 warnings.warn(
                     f"{op.name()} stays in the package, which then needs `import kvt_compile.kernels.ops` "
@@ -58,5 +58,8 @@ def _expanded(by: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-for _name, _by in (("attention", traced.attention), ("topk_softmax", traced.topk_softmax)):
-    torch.library.register_torch_dispatch(f"kvt::{_name}", FunctionalTensorMode, _expanded(_by), lib=_LIBRARY)
+for _name, _rule in (
+    ("attention", _expanded(ops.attention_arguments, traced.attention)),
+    ("topk_softmax", _expanded(ops.softmax_arguments, traced.topk_softmax)),
+):
+    torch.library.register_torch_dispatch(f"kvt::{_name}", FunctionalTensorMode, _rule, lib=_LIBRARY)

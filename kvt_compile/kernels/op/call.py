@@ -1,4 +1,4 @@
-"""The arguments of one call of `kvt::attention`, as every lowering takes them."""
+"""The arguments of one call of `kvt::attention` or of its backward, checked -> as every lowering takes them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvt_compile.kernels.op.arguments import AttentionArguments
 from kvt_compile.kernels.op.spec import KernelSpec
 
 
@@ -33,6 +34,13 @@ class AttentionCall:
     tolerance: float = 0.0
     """Allows, and does not ask for, another number of keys in every row: any in `topk.kept_range(topk, tolerance)`.  A
     lowering that selects exactly may ignore it.  A backward needs none: the thresholds say what was kept."""
+
+    @classmethod
+    def of(cls, a: AttentionArguments, *, topk: int, needs_grad: Sequence[bool] = ()) -> AttentionCall:
+        """`topk`: how many keys are kept, at most as many as there are.  Raises SpecError."""
+        captured, sizes = a.captured or (), a.sizes or ()
+        spec = KernelSpec.of(a.q, a.k, a.v, captured, a.score, a.weight, len(sizes), a.dropout_p, needs_grad)
+        return cls(spec, a.q, a.k, a.v, captured, topk, sizes, a.dropout_p, a.seed, a.tolerance)
 
     @property
     def rows(self) -> torch.Size:

@@ -4,12 +4,17 @@ comparisons, no allocation, message built only when needed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from kvt_compile.kernels.op.arguments import (
+    AttentionArguments,
+    BackwardArguments,
+    SoftmaxArguments,
+    SoftmaxBackwardArguments,
+)
 from kvt_compile.kernels.op.spec import check_expressions
 
 
@@ -22,20 +27,9 @@ def _check_tolerance(op: str, tolerance: float) -> None:
         _fail(op, f"tolerance is {tolerance}, expected a number in [0, 1)")
 
 
-def check_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    captured: Sequence[Tensor],
-    score: str,
-    weight: str,
-    topk: int,
-    sizes: Sequence[int],
-    dropout_p: float,
-    seed: Tensor | None,
-    tolerance: float = 0.0,
-) -> None:
+def check_attention(a: AttentionArguments) -> None:
     """Raises ValueError unless q `[B, Hq, Nq, D]`, k `[B, Hk, Nk, D]`, v `[B, Hk, Nk, Dv]` and the rest fit."""
+    q, k, v, captured = a.q, a.k, a.v, a.captured or ()
     if not (q.dim() == k.dim() == v.dim() == 4):
         _fail("attention", f"q, k, v have {q.dim()}, {k.dim()}, {v.dim()} dimensions, expected 4 each (B, H, N, D)")
     batch, heads, _, head_dim = q.shape
@@ -61,35 +55,27 @@ def check_attention(
         # like torch's own operators, a number in a 0-d CPU tensor may join tensors of any device
         if tensor.device != q.device and tensor.dim():
             _fail("attention", f"device differs: q is on {q.device}, captured tensor {slot} on {tensor.device}")
-    if topk < 1:
-        _fail("attention", f"topk is {topk}, expected at least 1")
-    _check_tolerance("attention", tolerance)
-    if not 0.0 <= dropout_p <= 1.0:
-        _fail("attention", f"dropout_p is {dropout_p}, expected a probability in [0, 1]")
-    if dropout_p > 0.0 and seed is None:
-        _fail("attention", f"dropout_p is {dropout_p}, which needs a seed (an int64 tensor of one element)")
-    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
-        _fail("attention", f"seed is {seed.dtype} of shape {tuple(seed.shape)}, expected one int64 element")
-    check_expressions(score, weight, tuple([c.dim() for c in captured]), len(sizes))
+    if a.topk < 1:
+        _fail("attention", f"topk is {a.topk}, expected at least 1")
+    _check_tolerance("attention", a.tolerance)
+    if not 0.0 <= a.dropout_p <= 1.0:
+        _fail("attention", f"dropout_p is {a.dropout_p}, expected a probability in [0, 1]")
+    if a.dropout_p > 0.0 and a.seed is None:
+        _fail("attention", f"dropout_p is {a.dropout_p}, which needs a seed (an int64 tensor of one element)")
+    if a.seed is not None and (a.seed.dtype != torch.int64 or a.seed.numel() != 1):
+        _fail("attention", f"seed is {a.seed.dtype} of shape {tuple(a.seed.shape)}, expected one int64 element")
+    check_expressions(a.score, a.weight, tuple([c.dim() for c in captured]), len(a.sizes or ()))
 
 
-def check_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    v: Tensor,
-    captured: Sequence[Tensor],
-    out: Tensor,
-    logsumexp: Tensor,
-    threshold: Tensor,
-    needs_grad: Sequence[bool],
-) -> None:
+def check_backward(a: BackwardArguments) -> None:
     """Raises ValueError unless the saved tensors are those of a forward on q and v."""
-    rows = q.shape[:3]
+    captured, needs_grad = a.captured or (), a.needs_grad
+    rows, result = a.q.shape[:3], (*a.q.shape[:3], a.v.shape[3])
     for name, tensor, shape in (
-        ("grad_out", grad_out, (*rows, v.shape[3])),
-        ("out", out, (*rows, v.shape[3])),
-        ("logsumexp", logsumexp, rows),
-        ("threshold", threshold, rows),
+        ("grad_out", a.grad_out, result),
+        ("out", a.out, result),
+        ("logsumexp", a.logsumexp, rows),
+        ("threshold", a.threshold, rows),
     ):
         if tensor.shape != shape:
             _fail("attention_backward", f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
@@ -103,14 +89,23 @@ def check_backward(
             _fail("attention_backward", f"captured tensor {slot} is {tensor.dtype}, which cannot have a gradient")
 
 
-def check_softmax(scores: Tensor, dim: int, topk: int, dtype: torch.dtype, tolerance: float = 0.0) -> int:
+def check_softmax(a: SoftmaxArguments) -> int:
     """The dimension counted from the front.  Raises IndexError or ValueError."""
+    if a.topk < 1:
+        _fail("topk_softmax", f"topk is {a.topk}, expected at least 1")
+    _check_tolerance("topk_softmax", a.tolerance)
+    return _check_rows(a.scores, a.dim, a.dtype)
+
+
+def check_softmax_backward(a: SoftmaxBackwardArguments) -> int:
+    """The dimension counted from the front.  Raises IndexError or ValueError."""
+    return _check_rows(a.weights, a.dim, a.input_dtype)
+
+
+def _check_rows(scores: Tensor, dim: int, dtype: torch.dtype) -> int:
     dims = max(scores.dim(), 1)
     if not -dims <= dim < dims:
         raise IndexError(f"kvt::topk_softmax: dim is {dim}, expected a dimension of {scores.dim()}-d scores")
-    if topk < 1:
-        _fail("topk_softmax", f"topk is {topk}, expected at least 1")
-    _check_tolerance("topk_softmax", tolerance)
     if not (scores.is_floating_point() and dtype.is_floating_point):
         _fail("topk_softmax", f"scores and result must be floating point: {scores.dtype} -> {dtype}")
     return dim % dims

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvt_compile.kernels.op.arguments import AttentionArguments, SoftmaxArguments
 from kvt_compile.kernels.op.call import AttentionCall
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton import rows
@@ -68,42 +69,25 @@ def known_blocks(launch: Launch) -> Blocks:
 LAUNCHER = TracingLauncher()
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    captured: Sequence[Tensor] | None,
-    score: str,
-    weight: str,
-    topk: int,
-    sizes: Sequence[int] | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    lowering: str,
-    tolerance: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+def attention(a: AttentionArguments) -> tuple[Tensor, Tensor, Tensor]:
     """`kvt::attention` by launches.  Raises CannotTraceError."""
-    captured, sizes = captured or (), sizes or ()
-    if dropout_p:
+    if a.dropout_p:
         raise CannotTraceError("it has dropout, which inference has not")
-    if any(x.device != q.device for x in captured):
+    if any(x.device != a.q.device for x in a.captured or ()):
         raise CannotTraceError("a captured tensor is on another device")
-    spec = KernelSpec.of(q, k, v, captured, score, weight, len(sizes), dropout_p)
-    _check(spec, q, lowering)
+    call = AttentionCall.of(a, topk=torch.sym_min(a.topk, a.k.shape[2]))
+    _check(call.spec, a.q, a.lowering)
     try:
-        kept = torch.sym_min(topk, k.shape[2])
-        return LAUNCHER.forward(AttentionCall(spec, q, k, v, captured, kept, sizes, tolerance=tolerance))
+        return LAUNCHER.forward(call)
     except ValueError as error:
         raise CannotTraceError(f"for some of the sizes it is traced for, {error}") from error
 
 
-def topk_softmax(
-    scores: Tensor, dim: int, topk: int, dtype: torch.dtype, lowering: str, tolerance: float = 0.0
-) -> Tensor:
+def topk_softmax(a: SoftmaxArguments) -> Tensor:
     """`kvt::topk_softmax` by a launch.  Raises CannotTraceError."""
-    spec = SoftmaxSpec.of(scores.dtype, dtype)
-    _check(spec, scores, lowering)
-    return rows.softmax(LAUNCHER, spec, scores, dim % max(scores.dim(), 1), topk, dtype, tolerance)
+    spec = SoftmaxSpec.of(a.scores.dtype, a.dtype)
+    _check(spec, a.scores, a.lowering)
+    return rows.softmax(LAUNCHER, spec, a.scores, a.dim % max(a.scores.dim(), 1), a.topk, a.dtype, a.tolerance)
 
 
 def _check(spec: KernelSpec | SoftmaxSpec, x: Tensor, lowering: str) -> None:
