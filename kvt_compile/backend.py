@@ -17,6 +17,7 @@ from torch import fx
 
 from kvt_compile.config import Options, split_options
 from kvt_compile.kernels import tune
+from kvt_compile.passes.canonical.modes import ambient
 from kvt_compile.passes.pipeline import PassResult, run_passes
 from kvt_compile.report import graphs
 from kvt_compile.report.graphs import GraphRecorder
@@ -52,7 +53,7 @@ def kvt_backend(
 
     ours, inductor = split_options(options)
     recorder = GraphRecorder() if graphs.log.isEnabledFor(logging.DEBUG) else None
-    result = run_passes(gm, ours.policy, lowering=ours.lowering, tolerance=ours.topk_tolerance, watch=recorder)
+    result = run_passes(gm, ours.policy, lowering=ours.lowering, tolerance=ours.topk_tolerance, watch=recorder, entry=ambient())
     if recorder is not None:
         graphs.log_changes(recorder.finish())
     report_refusals(result, ours)

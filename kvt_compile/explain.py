@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from kvt_compile.capture.capture import capture, run_through_dynamo
 from kvt_compile.capture.outside import calls_outside
 from kvt_compile.config import NAMES, OptionError, Options, make_options
+from kvt_compile.passes.canonical.modes import ambient
 from kvt_compile.passes.decide import keys_kept, unmatched_patterns
 from kvt_compile.passes.pipeline import PassResult, run_passes
 from kvt_compile.passes.site import Where
@@ -63,7 +64,10 @@ def _through_dynamo(
 
     def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         recorder.graph = len(results)
-        results.append(run_passes(gm, options.policy, lowering=options.lowering, apply=False, watch=recorder))
+        result = run_passes(
+            gm, options.policy, lowering=options.lowering, apply=False, watch=recorder, entry=ambient()
+        )
+        results.append(result)
         forward: Callable[..., Any] = gm.forward
         return forward
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 import kvt_compile.kernels.op.ops  # noqa: F401 - registers torch.ops.kvt
-from kvt_compile.kernels.op.function import Attention
 from kvt_compile.topk import TopK, constant, resolve, validate_tolerance
 
 
@@ -84,11 +83,7 @@ def topk_attention(
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device) if dropout_p > 0.0 else None
     tensors = _fold(q, batch, heads), _fold(k, batch, kv_heads), _fold(v, batch, kv_heads)
     rest = score, "p", resolve(topk, k.shape[-2]), sizes, constant(dropout_p), seed, lowering, tolerance
-    # (no public name says so; torch.autograd.Function itself asks this one.) Dynamo traces only the operator.
-    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
-        out = Attention.apply(*tensors, *rest, *captured)[0]  # type: ignore[no-untyped-call]
-    else:
-        out = torch.ops.kvt.attention(*tensors, captured, *rest)[0]
+    out = torch.ops.kvt.attention(*tensors, captured, *rest)[0]
     return out.reshape(*lead, q.shape[-2], v.shape[-1])  # type: ignore[no-any-return]
 
 

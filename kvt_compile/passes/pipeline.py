@@ -14,6 +14,7 @@ from torch import fx
 
 from kvt_compile.passes.canonical.canonicalise import canonicalise
 from kvt_compile.passes.canonical.expand import expand_composites
+from kvt_compile.passes.canonical.modes import Mode, mode_of_body, modes_of, undisturbed
 from kvt_compile.passes.decide import Decision, Policy, decide
 from kvt_compile.passes.finding.find import find
 from kvt_compile.passes.rewriting.rewrite import rewrite
@@ -45,6 +46,7 @@ def run_passes(
     origins: dict[str, str] | None = None,
     apply: bool = True,
     watch: Watch | None = None,
+    entry: Mode | None = None,
 ) -> PassResult:
     """Runs every pass over a graph and the graphs nested in it (checkpoint and control-flow bodies).
 
@@ -56,13 +58,24 @@ def run_passes(
         origins: placeholder name -> "parameter" | "buffer", where the capture knows.
         apply: False only finds and decides (composites are still expanded, with the same meaning).
         watch: is shown every graph between the passes; it must not change it.
+        entry: the mode the graph runs in from its start, where it is known (a graph of Dynamo: `ambient()`).
+
+    Nothing of the process the passes run in is seen by the operators they run on fake tensors, and nothing sees those.
     """
+    with undisturbed():
+        return _run(gm, policy, lowering, tolerance, origins, apply, watch, entry or Mode())
+
+
+def _run(
+    gm: fx.GraphModule, policy: Policy, lowering: str, tolerance: float, origins: dict[str, str] | None, apply: bool,
+    watch: Watch | None, entry: Mode,
+) -> PassResult:  # fmt: skip
     changed = False
     decisions: list[Decision] = []
     refusals: list[Refusal] = []
-    for name, graph in _named_graphs(gm):
-        expand_composites(graph)
-        found = find(canonicalise(graph, origins))
+    for name, graph, mode in _named_graphs(gm, entry):
+        expand_composites(graph, mode)
+        found = find(canonicalise(graph, origins, mode))
         decided = [decide(site, policy) for site in found.sites]
         if watch:
             watch("found", name, graph, decided, found.refusals)
@@ -98,20 +111,24 @@ def _tell(decided: Sequence[Decision], refusals: Sequence[Refusal]) -> None:
 
 def nested_graphs(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
     """The graph and every graph module one of its nodes refers to, outermost first."""
-    return (graph for _, graph in _named_graphs(gm))
+    return (graph for _, graph, _ in _named_graphs(gm, Mode()))
 
 
-def _named_graphs(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
+def _named_graphs(gm: fx.GraphModule, entry: Mode) -> Iterator[tuple[str, fx.GraphModule, Mode]]:
+    """Name, graph and the mode it starts in."""
     seen: set[int] = set()
-    queue = [("", gm)]
+    queue = [("", gm, entry)]
     while queue:
-        name, graph = queue.pop(0)
+        name, graph, mode = queue.pop(0)
         if id(graph) in seen:
             continue
         seen.add(id(graph))
-        yield name, graph
+        yield name, graph, mode
+        modes = modes_of(graph.graph, mode)
         for node in graph.graph.nodes:
             if node.op == "get_attr":
                 body = getattr(graph, str(node.target), None)
                 if isinstance(body, fx.GraphModule):
-                    queue.append((f"{name}.{node.target}".lstrip("."), body))
+                    user = next(iter(node.users), node)
+                    inside = mode_of_body(user, modes[user])
+                    queue.append((f"{name}.{node.target}".lstrip("."), body, inside))

@@ -1,24 +1,27 @@
-"""kvt::attention as a torch.autograd.Function, for transforms of torch.func (grad, vjp, per-sample gradients).
+"""The operators as torch.autograd.Functions: what they are under transforms of torch.func (grad, vjp, vmap, jacrev).
 
-The operator has the same derivative by `register_autograd`, but an operator registered that way refuses them
-("must override the setup_context staticmethod").  Everyone else calls the operator, which costs less.
+An operator registered by `register_autograd` refuses to be differentiated there ("must override the setup_context
+staticmethod").  So where a transform is active the dispatcher comes here first, before any level is taken off: the key
+FuncTorchDynamicLayerFrontMode.  Each Function calls its operator again one level further out; outside of all levels the
+operator itself runs.  `vmap.py` has the rules.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from kvt_compile.kernels.op import vmap
+
 _ARGUMENTS = 11  # before the captured tensors
 
 
-class Attention(torch.autograd.Function):
+class _Attention(torch.autograd.Function):
     """apply(q, k, v, score, weight, topk, sizes, dropout_p, seed, lowering, tolerance, *captured) ->
     out, logsumexp, threshold."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,24 +39,28 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, seed, *saved = ctx.saved_tensors
         needs_grad = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[_ARGUMENTS:]]
-        gradients = _Backward.apply(ctx.rest, needs_grad, grad_out, q, k, v, seed, *saved)  # type: ignore[no-untyped-call]
+        gradients = _AttentionBackward.apply(ctx.rest, needs_grad, grad_out, q, k, v, seed, *saved)  # type: ignore[no-untyped-call]
         gradients = [dx if need else None for dx, need in zip(gradients, needs_grad, strict=True)]
         return (*gradients[:3], *[None] * (_ARGUMENTS - 3), *gradients[3:])
 
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+        def ordered(x: Sequence[Any]) -> tuple[Any, ...]:  # as the operator has them
+            return (*x[:3], list(x[_ARGUMENTS:]), *x[3:_ARGUMENTS])
 
-class _Backward(torch.autograd.Function):
+        return vmap.attention(info.batch_size, ordered(in_dims), *ordered(args))
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        no_forward_mode(ctx)
+
+
+class _AttentionBackward(torch.autograd.Function):
     """The operator's backward; differentiated (into an error) under torch.func, which always creates the graph."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(rest: tuple[Any, ...], needs_grad: list[bool], *tensors: Any) -> tuple[Tensor, ...]:
-        score, weight, topk, sizes, dropout_p, lowering = rest
-        grad_out, q, k, v, seed, out, logsumexp, threshold, *captured = tensors
-        dq, dk, dv, dcaptured = torch.ops.kvt.attention_backward(
-            grad_out, q, k, v, captured, out, logsumexp, threshold,
-            score, weight, topk, sizes, dropout_p, seed, needs_grad, lowering,
-        )  # fmt: skip
+        dq, dk, dv, dcaptured = torch.ops.kvt.attention_backward(*_backward_arguments(rest, needs_grad, *tensors))
         return (dq, dk, dv, *dcaptured)
 
     @staticmethod
@@ -64,6 +71,77 @@ class _Backward(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> None:
         no_second_derivative(ctx)
 
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[Any], rest: Any, needs_grad: Any, *tensors: Any) -> tuple[Any, Any]:
+        dims = _backward_arguments((None,) * len(rest), None, *in_dims[2:])
+        (dq, dk, dv, dcaptured), out_dims = vmap.attention_backward(
+            info.batch_size, dims, *_backward_arguments(rest, needs_grad, *tensors)
+        )
+        return (dq, dk, dv, *dcaptured), (*out_dims[:3], *out_dims[3])
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        no_forward_mode(ctx)
+
+
+def _backward_arguments(rest: Sequence[Any], needs_grad: Any, *tensors: Any) -> tuple[Any, ...]:
+    """The order of the operator."""
+    score, weight, topk, sizes, dropout_p, lowering = rest
+    grad_out, q, k, v, seed, out, logsumexp, threshold, *captured = tensors
+    return (
+        grad_out, q, k, v, captured, out, logsumexp, threshold,
+        score, weight, topk, sizes, dropout_p, seed, needs_grad, lowering,
+    )  # fmt: skip
+
+
+class _TopkSoftmax(torch.autograd.Function):
+    """apply(scores, dim, topk, dtype, lowering, tolerance) -> weights."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return torch.ops.kvt.topk_softmax(*args)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        scores, dim, _, _, lowering, _tolerance = inputs
+        ctx.save_for_backward(output)
+        ctx.rest = (dim, scores.dtype, lowering)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (weights,) = ctx.saved_tensors
+        return _TopkSoftmaxBackward.apply(grad, weights, *ctx.rest), *[None] * 5  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Tensor, int]:
+        return vmap.topk_softmax(info.batch_size, in_dims, *args)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        no_forward_mode(ctx)
+
+
+class _TopkSoftmaxBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return torch.ops.kvt.topk_softmax_backward(*args)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        no_second_derivative(ctx)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Tensor, int]:
+        return vmap.topk_softmax_backward(info.batch_size, in_dims, *args)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        no_forward_mode(ctx)
+
 
 def no_second_derivative(ctx: Any, *_: Any) -> None:
     """The derivative of every backward here.  Raises NotImplementedError."""
@@ -71,3 +149,57 @@ def no_second_derivative(ctx: Any, *_: Any) -> None:
         "k-NN attention has no second derivative: its backward was itself differentiated (create_graph=True, a "
         "gradient penalty, a Hessian). Leave the site dense (topk=None, or exclude) for second derivatives"
     )
+
+
+def no_forward_mode(ctx: Any) -> None:
+    """The forward-mode derivative of every operator here.  Raises NotImplementedError."""
+    raise NotImplementedError(
+        "k-NN attention has no forward-mode derivative (torch.func.jvp, jacfwd, hessian). Use torch.func.vjp, grad or "
+        "jacrev, or leave the site dense (topk=None, or exclude)"
+    )
+
+
+# ---- under torch.func, in the operators' own order of arguments -------------------------------------------------------
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor] | None, score: str, weight: str, topk: int,
+    sizes: Sequence[int] | None, dropout_p: float, seed: Tensor | None, lowering: str, tolerance: float = 0.0,
+) -> Any:  # fmt: skip
+    rest = (score, weight, topk, list(sizes or ()), dropout_p, seed, lowering, tolerance)
+    return _Attention.apply(q, k, v, *rest, *(captured or ()))  # type: ignore[no-untyped-call]
+
+
+def _attention_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor] | None, out: Tensor,
+    logsumexp: Tensor, threshold: Tensor, score: str, weight: str, topk: int, sizes: Sequence[int] | None,
+    dropout_p: float, seed: Tensor | None, needs_grad: Sequence[bool], lowering: str,
+) -> Any:  # fmt: skip
+    rest = (score, weight, topk, list(sizes or ()), dropout_p, lowering)
+    saved = (out, logsumexp, threshold, *(captured or ()))
+    dq, dk, dv, *dcaptured = _AttentionBackward.apply(rest, list(needs_grad), grad_out, q, k, v, seed, *saved)  # type: ignore[no-untyped-call]
+    return dq, dk, dv, dcaptured
+
+
+def _topk_softmax(
+    scores: Tensor, dim: int, topk: int, dtype: torch.dtype, lowering: str, tolerance: float = 0.0
+) -> Tensor:
+    return cast(Tensor, _TopkSoftmax.apply(scores, dim, topk, dtype, lowering, tolerance))  # type: ignore[no-untyped-call]
+
+
+def _topk_softmax_backward(
+    grad: Tensor, weights: Tensor, dim: int, input_dtype: torch.dtype, lowering: str
+) -> Tensor:
+    return cast(Tensor, _TopkSoftmaxBackward.apply(grad, weights, dim, input_dtype, lowering))  # type: ignore[no-untyped-call]
+
+
+def register(library: torch.library.Library) -> None:
+    """Gives every operator its way under torch.func."""
+    implementations: dict[str, Callable[..., Any]] = {
+        "attention": _attention,
+        "attention_backward": _attention_backward,
+        "topk_softmax": _topk_softmax,
+        "topk_softmax_backward": _topk_softmax_backward,
+    }
+    for name, implementation in implementations.items():
+        library.impl(name, implementation, "FuncTorchDynamicLayerFrontMode")

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvt_compile.kernels.op import flops, lowerings, vmap
+from kvt_compile.kernels.op import flops, function, lowerings, vmap
 from kvt_compile.kernels.op.arguments import (
     AttentionArguments,
     BackwardArguments,
@@ -216,5 +216,6 @@ for _name, _backward, _setup in (
     ("topk_softmax_backward", no_second_derivative, None),
 ):
     torch.library.register_autograd(f"kvt::{_name}", _backward, setup_context=_setup, lib=LIBRARY)
+function.register(LIBRARY)
 vmap.register(LIBRARY)
 flops.register()

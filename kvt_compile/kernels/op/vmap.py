@@ -1,5 +1,10 @@
 """One call of an op under torch.vmap -> one call with the mapped dimension folded into the batch, or a loop of calls.
 
+    rule(size, in_dims, *arguments of the operator) -> results, their mapped dimensions
+
+`function.py` uses the rules for torch.func; `register` for the older vmap that `torch.autograd.grad(is_grads_batched=True)`
+and `torch.autograd.functional.jacobian(vectorize=True)` run a backward under.
+
 Folding `[V, B, ...]` into `[V*B, ...]` renumbers b, so it is right only where nothing reads b: no captured tensor is
 mapped or indexed by b, and there is no dropout, whose draw depends on b.  A gradient of an unmapped captured tensor
 would be summed over V; vmap wants V of them.  In those cases: a loop.
@@ -12,23 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from kvt_compile.kernels.language import score as language
 
 Dims = Any
 
 
-def register(library: torch.library.Library) -> None:
-    """Give every op its rule."""
-    ops = torch.ops.kvt
-    torch.library.register_vmap("kvt::attention", _attention, lib=library)
-    torch.library.register_vmap("kvt::attention_backward", _attention_backward, lib=library)
-    torch.library.register_vmap("kvt::topk_softmax", _rowwise(ops.topk_softmax), lib=library)
-    torch.library.register_vmap("kvt::topk_softmax_backward", _rowwise(ops.topk_softmax_backward), lib=library)
-
-
-def _attention(info: Any, in_dims: Sequence[Dims], *args: Any) -> tuple[Any, Any]:
-    size, dims = info.batch_size, in_dims
+def attention(size: int, dims: Sequence[Dims], *args: Any) -> tuple[Any, Any]:
+    """out, logsumexp, threshold."""
     captured_mapped = any(dim is not None for dim in dims[3] or ())
     score, weight, dropout_p = args[4], args[5], args[8]
     if captured_mapped or dropout_p > 0.0 or _reads_batch(score) or _reads_batch(weight):
@@ -37,8 +34,8 @@ def _attention(info: Any, in_dims: Sequence[Dims], *args: Any) -> tuple[Any, Any
     return tuple(_unfold(x, size) for x in torch.ops.kvt.attention(q, k, v, *args[3:])), (0, 0, 0)
 
 
-def _attention_backward(info: Any, in_dims: Sequence[Dims], *args: Any) -> tuple[Any, Any]:
-    size, dims = info.batch_size, in_dims
+def attention_backward(size: int, dims: Sequence[Dims], *args: Any) -> tuple[Any, Any]:
+    """dq, dk, dv, [dcaptured]."""
     captured, captured_dims = args[4] or (), dims[4] or ()
     score, weight, dropout_p, needs_grad = args[8], args[9], args[12], args[14]
     out_dims = (0, 0, 0, [0] * len(captured))
@@ -46,6 +43,7 @@ def _attention_backward(info: Any, in_dims: Sequence[Dims], *args: Any) -> tuple
     if captured_mapped or dropout_p > 0.0 or _reads_batch(score) or _reads_batch(weight):
         return _loop(torch.ops.kvt.attention_backward, size, dims, args), out_dims
     grad_out, q, k, v, out, logsumexp, threshold = (_fold(args[n], dims[n], size) for n in (0, 1, 2, 3, 5, 6, 7))
+    logsumexp, threshold = logsumexp.contiguous(), threshold.contiguous()  # as the forward op returned them
     results = torch.ops.kvt.attention_backward(grad_out, q, k, v, captured, out, logsumexp, threshold, *args[8:])
     grads = [
         _unfold(x, size) if need else x.new_empty((size, 0))
@@ -54,22 +52,28 @@ def _attention_backward(info: Any, in_dims: Sequence[Dims], *args: Any) -> tuple
     return (*grads, [x.new_empty((size, 0)) for x in results[3]]), out_dims
 
 
-def _rowwise(op: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
+def topk_softmax(size: int, dims: Sequence[Dims], *args: Any) -> tuple[Tensor, int]:
+    """The weights."""
+    return _rowwise(torch.ops.kvt.topk_softmax, size, dims, *args)
+
+
+def topk_softmax_backward(size: int, dims: Sequence[Dims], *args: Any) -> tuple[Tensor, int]:
+    """The gradient of the scores."""
+    return _rowwise(torch.ops.kvt.topk_softmax_backward, size, dims, *args)
+
+
+def _rowwise(op: Callable[..., Tensor], size: int, dims: Sequence[Dims], *args: Any) -> tuple[Tensor, int]:
     """topk_softmax and its backward know one dimension; every other, a mapped one too, is only more rows."""
-
-    def rule(info: Any, in_dims: Sequence[Dims], *args: Any) -> tuple[Tensor, int]:
-        tensors = [
-            x.movedim(dim, 0) if dim is not None else x.expand(info.batch_size, *x.shape)
-            for x, dim in zip(args, in_dims, strict=True)
-            if isinstance(x, Tensor)
-        ]
-        dim, *rest = args[len(tensors) :]
-        if tensors[0].dim() == 1:
-            # each is a 0-d tensor: a row of one
-            return op(*(x.unsqueeze(-1) for x in tensors), 1, *rest).squeeze(-1), 0
-        return op(*tensors, dim + 1 if dim >= 0 else dim, *rest), 0
-
-    return rule
+    tensors = [
+        x.movedim(dim, 0) if dim is not None else x.expand(size, *x.shape)
+        for x, dim in zip(args, dims, strict=True)
+        if isinstance(x, Tensor)
+    ]
+    dim, *rest = args[len(tensors) :]
+    if tensors[0].dim() == 1:
+        # each is a 0-d tensor: a row of one
+        return op(*(x.unsqueeze(-1) for x in tensors), 1, *rest).squeeze(-1), 0
+    return op(*tensors, dim + 1 if dim >= 0 else dim, *rest), 0
 
 
 def _reads_batch(text: str) -> bool:
@@ -100,3 +104,34 @@ def _pick(x: Any, dim: Dims, n: int) -> Any:
     if isinstance(x, (list, tuple)) and isinstance(dim, (list, tuple)):
         return [_pick(y, d, n) for y, d in zip(x, dim, strict=True)]
     return x if dim is None else x.select(dim, n)
+
+
+# ---- the older vmap ------------------------------------------------------------------------------------------------
+
+
+def register(library: torch.library.Library) -> None:
+    """Gives every operator its rule for the dispatch key of the older vmap."""
+    for name, rule in (
+        ("attention", attention),
+        ("attention_backward", attention_backward),
+        ("topk_softmax", topk_softmax),
+        ("topk_softmax_backward", topk_softmax_backward),
+    ):
+        library.impl(name, _for_older_vmap(rule), "Batched")
+
+
+def _for_older_vmap(rule: Callable[..., tuple[Any, Any]]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        # (no public name says which level is running; torch's own vmap counts them so.)
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        leaves, spec = pytree.tree_flatten(args)
+        mapped = [isinstance(x, Tensor) and torch._C._functorch.is_legacy_batchedtensor(x) for x in leaves]
+        # the size that is passed is of use only where a tensor is not mapped
+        plain = [torch._remove_batch_dim(x, level, 1, 0) if here else x for x, here in zip(leaves, mapped, strict=True)]
+        size = next(x.shape[0] for x, here in zip(plain, mapped, strict=True) if here)
+        dims = pytree.tree_unflatten([0 if here else None for here in mapped], spec)
+        results, _ = rule(size, dims, *pytree.tree_unflatten(plain, spec))
+        return pytree.tree_map_only(Tensor, lambda x: torch._add_batch_dim(x, 0, level), results)
+
+    return run

@@ -3,12 +3,14 @@
     attn = q @ kT;  attn += bias;  w = attn.softmax(-1)      (three nodes, one buffer)
       ->  v0 = contraction(q, kT);  v1 = add(v0, bias);  v2 = softmax(v1)
 
+Where a node runs without grad, what it reads of what was computed with grad stands behind a "border", which is the value
+detached: `with torch.no_grad(): w = softmax(q @ kT)` reads border(q) and border(k), and so does whoever fuses it.
 What a write does to the memory it shares with others is in versions.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,10 +23,11 @@ from kvt_compile.passes.canonical import (  # noqa: F401 - they fill the table o
 )
 from kvt_compile.passes.canonical.meaning import Builder, integer
 from kvt_compile.passes.canonical.meaning_layout import index, select_of, slice_of
+from kvt_compile.passes.canonical.modes import Mode, modes_of
 from kvt_compile.passes.canonical.spellings import Call, read_call
 from kvt_compile.passes.canonical.state import State, bind, builtin_call, lookup, opaque_value, shape_of
 from kvt_compile.passes.canonical.values import Value, dim_of, meta_value
-from kvt_compile.passes.canonical.versions import FORGOTTEN, mutates, write, write_item
+from kvt_compile.passes.canonical.versions import FORGOTTEN, mutates, store, write, write_item
 
 
 @dataclass
@@ -33,23 +36,31 @@ class CanonicalGraph:
 
     values: list[Value]
     outputs: list[Value]
+    modes: dict[fx.Node, Mode] = field(default_factory=dict)
 
 
-def canonicalise(gm: fx.GraphModule, origins: dict[str, str] | None = None) -> CanonicalGraph:
+def canonicalise(
+    gm: fx.GraphModule, origins: dict[str, str] | None = None, entry: Mode | None = None
+) -> CanonicalGraph:
     """Reads a graph into canonical values.
 
     Args:
         gm: a graph whose nodes carry fake values in `meta` (`example_value` or `val`).
         origins: node name -> "parameter" | "buffer" for placeholders, where the capture knows (export).
+        entry: the mode the graph starts in, where it is not the usual one.
     """
     state = State(gm, dict(gm.named_modules()), origins or {})
+    modes = modes_of(gm.graph, entry or Mode())
     outputs: list[Value] = []
     for node in gm.graph.nodes:
+        state.mode = modes[node]
         if node.op == "output":
             outputs = [state.env[n] for n in node.all_input_nodes if n in state.env]
         else:
             _read_node(state, node)
-    graph = CanonicalGraph(state.values, [*outputs, *state.escaping])
+    for value, border in state.borders.items():  # whoever holds a tensor can hand it on detached
+        border.holder, border.expired = value.holder, value.expired
+    graph = CanonicalGraph(state.values, [*outputs, *state.escaping], modes)
     _forget_unused(graph)
     return graph
 
@@ -70,6 +81,9 @@ def _read_node(state: State, node: fx.Node) -> None:
             bind(state, node, _source(state, node, fake))
         return
     call = builtin_call(node) or read_call(node, state.modules)
+    if state.mode.transforms:
+        _transformed(state, node, fake, call)
+        return
     if call is not None and call.name == "setitem":
         write_item(state, node)
         return
@@ -84,6 +98,19 @@ def _read_node(state: State, node: fx.Node) -> None:
     if (call is not None and call.inplace) or mutates(node):
         write(state, node, value, call)
     else:
+        bind(state, node, value)
+
+
+def _transformed(state: State, node: fx.Node, fake: Any, call: Call | None) -> None:
+    """Under torch.func what a capture left on a node is a wrapper of a level that is gone: nothing is read but its size."""
+    value = opaque_value(state, node, fake)
+    target = node.args[0] if call is not None and call.name == "setitem" else None
+    if isinstance(target, fx.Node) and target in state.env:
+        old = state.env[target]
+        store(state, node, target, replace(value, shape=old.shape, dtype=old.dtype))
+    elif (call is not None and call.inplace) or mutates(node):
+        write(state, node, value, call)
+    elif fake is not None:
         bind(state, node, value)
 
 

@@ -18,14 +18,19 @@ from torch._subclasses import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from kvt_compile.passes.canonical.modes import Mode, modes_of, running_as
 from kvt_compile.passes.canonical.values import meta_value
 
 
-def expand_composites(gm: fx.GraphModule) -> bool:
-    """Expands every known composite of the graph in place; returns whether there was one."""
+def expand_composites(gm: fx.GraphModule, entry: Mode | None = None) -> bool:
+    """Expands every known composite of the graph in place; returns whether there was one.  `entry`: the mode the graph
+    starts in, where it is not the usual one."""
+    modes = modes_of(gm.graph, entry or Mode())
     found = [n for n in gm.graph.nodes if n.op == "call_function" and n.target in _COMPOSITES]
+    found = [n for n in found if not modes[n].transforms]  # what a capture left on those is of a level that is gone
     for node in found:
-        _expand(gm, node, _COMPOSITES[node.target])
+        with running_as(modes[node]):
+            _expand(gm, node, _COMPOSITES[node.target])
     if found:
         gm.graph.lint()
         gm.recompile()

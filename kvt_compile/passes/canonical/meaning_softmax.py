@@ -99,7 +99,7 @@ def _without_row_maximum(y: Value, dims: tuple[int, ...]) -> Value:
             and maximum.name == "amax"
             and maximum.attrs["keepdim"]
             and maximum.attrs["dims"] == dims
-            and maximum.inputs[0] is left
+            and left in (maximum.inputs[0], *_before_border(maximum.inputs[0]))
         ):
             return left
     return y
@@ -124,3 +124,8 @@ def _sdpa(
         "sdpa", "scaled_dot_product_attention", (query, key, value, attn_mask, scale),
         dropout_p=dropout_p, is_causal=is_causal, enable_gqa=enable_gqa,
     )  # fmt: skip
+
+
+def _before_border(value: Value) -> tuple[Value, ...]:
+    """What a maximum that was taken without grad is a maximum of."""
+    return value.inputs if value.kind == "border" else ()

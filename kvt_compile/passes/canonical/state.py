@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from kvt_compile.passes.canonical.modes import Mode
 from kvt_compile.passes.canonical.spellings import Call, read_call
 from kvt_compile.passes.canonical.values import Value, dim_of, meta_value
 
@@ -22,6 +23,17 @@ class State:
     env: dict[fx.Node, Value] = field(default_factory=dict)
     escaping: list[Value] = field(default_factory=list)
     storages: dict[int, list[fx.Node]] = field(default_factory=dict)
+    mode: Mode = field(default_factory=Mode)
+    """Of the node that is being read."""
+    borders: dict[Value, Value] = field(default_factory=dict)
+
+    def seen(self, value: Value) -> Value:
+        """The value as the present node sees it: behind a border where nothing is recorded any more."""
+        if self.mode.grad or not value.attached:
+            return value
+        if value not in self.borders:
+            self.borders[value] = Value("border", "detach", value.node, value.shape, value.dtype, (value,))
+        return self.borders[value]
 
     def add(self, value: Value) -> Value:
         """Append a value and the values it was built from that are not listed yet."""
@@ -29,6 +41,9 @@ class State:
             if operand.index < 0:
                 self.add(operand)
             operand.users.append(value)
+        if not value.attached and (value.dtype is None or value.dtype.is_floating_point or value.dtype.is_complex):
+            recorded = self.mode.grad and any(operand.attached for operand in value.operands)
+            value.attached = value.kind == "source" or (recorded and value.kind != "border")
         value.index = len(self.values)
         self.values.append(value)
         return value
@@ -61,7 +76,9 @@ def lookup(state: State, argument: Any) -> Any:
     """Node arguments -> Values where they are tensors; scalars that are known become numbers."""
     if isinstance(argument, fx.Node):
         known = state.env.get(argument, meta_value(argument))
-        return known if isinstance(known, Value | bool | int | float) else argument
+        if isinstance(known, Value):
+            return state.seen(known)
+        return known if isinstance(known, bool | int | float) else argument
     if isinstance(argument, list):
         return [lookup(state, x) for x in argument]
     if type(argument) is tuple or isinstance(argument, fx.immutable_collections.immutable_list):
@@ -73,7 +90,7 @@ def lookup(state: State, argument: Any) -> Any:
 
 def opaque_value(state: State, node: fx.Node, fake: Any) -> Value:
     inputs: list[Value] = []
-    fx.map_arg((node.args, node.kwargs), lambda n: inputs.append(state.env[n]) if n in state.env else None)
+    fx.map_arg((node.args, node.kwargs), lambda n: inputs.append(state.seen(state.env[n])) if n in state.env else None)
     shape = shape_of(fake) if isinstance(fake, torch.Tensor) else ()
     name = getattr(node.target, "__name__", str(node.target))
     call = builtin_call(node) or read_call(node, state.modules)

@@ -29,6 +29,7 @@ Kind = Literal[
     "reduce",  # sum, amax, ... over dims
     "softmax",
     "sdpa",
+    "border",  # its one input, detached: what is recorded for a backward, seen from where nothing is
     "opaque",
 ]
 
@@ -53,6 +54,8 @@ class Value:
     """Index of the first value after the holder was overwritten; None while it never is."""
     origin: Literal["", "input", "parameter", "buffer"] = ""
     """For sources: who feeds it."""
+    attached: bool = False
+    """Whether a backward may come through it: it was computed with grad of something attached, or is a source."""
 
     @property
     def operands(self) -> Iterator[Value]:

@@ -48,7 +48,7 @@ def write_item(state: State, node: fx.Node) -> None:
     where, source = lookup(state, items), lookup(state, written)
     view = index(builder, target, where)
     new = _masked(target, where, source, builder) if view is None else _scatter(target, view, source, builder)
-    _store(state, node, target_node, new or opaque_value(state, node, meta_value(target_node)))
+    store(state, node, target_node, new or opaque_value(state, node, meta_value(target_node)))
 
 
 def _masked(target: Value, items: Any, written: Any, builder: Builder) -> Value | None:
@@ -139,18 +139,21 @@ def write(state: State, node: fx.Node, value: Value, call: Call | None) -> None:
     if not isinstance(target, fx.Node) or target not in state.env:
         bind(state, node, value)
         return
-    _store(state, node, target, value)
+    store(state, node, target, value)
     if isinstance(meta_value(node), torch.Tensor):
         state.hold(node, state.env[target])
         state.storages.setdefault(storage_of(node) or -1, []).append(node)
 
 
-def _store(state: State, node: fx.Node, target: fx.Node, new: Value) -> None:
+def store(state: State, node: fx.Node, target: fx.Node, new: Value) -> None:
     """Gives the written node, what it views and every other view of that their new versions."""
     old = state.env[target]
     storage = storage_of(target)
     group = [n for n in state.storages.get(storage, []) if n in state.env] if storage is not None else []
     before = {n: state.env[n] for n in group}
+    if old.attached and not state.mode.grad:
+        # autograd goes on as if nothing had been written, which no expression says
+        new = Value("opaque", "write without grad", node, old.shape, old.dtype, (state.seen(old),), attached=True)
     new = state.add(new)
     versions: dict[Value, Value] = {old: new}
     builder = Builder(node, old.shape, old.dtype, state.modules)

@@ -98,6 +98,8 @@ def describe_fused(
 
 
 def _requires_grad(value: Value) -> bool:
+    if not value.attached:
+        return False
     fake = meta_value(value.holder or value.node)
     return bool(getattr(fake, "requires_grad", False))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvt_compile.passes.canonical.canonicalise import CanonicalGraph
+from kvt_compile.passes.canonical.modes import Mode
 from kvt_compile.passes.canonical.values import Value
 from kvt_compile.passes.finding.describe import place
 from kvt_compile.passes.finding.miss import Miss
@@ -31,6 +32,9 @@ def find(graph: CanonicalGraph) -> Found:
     sites: list[AttentionSite] = []
     refusals: list[Refusal] = []
     for value in graph.values:
+        if _is_anchor(value) and (reason := _stays_dense(graph.modes[value.node])):
+            refusals.append(Refusal(value.node, place(value.node), reason, "modes", value.node))
+            continue
         if value.kind == "softmax":
             found, miss = read_softmax(graph, facts, value)
         elif value.kind == "sdpa":
@@ -50,6 +54,20 @@ _SOFTMAX_LIKE = {
     "flex_attention": "has a sparsity of its own, and a score function that is no part of this graph",
     "gumbel_softmax": "adds noise to the scores that is drawn inside it",
 }
+
+
+def _is_anchor(value: Value) -> bool:
+    return value.kind in ("softmax", "sdpa") or (value.kind == "opaque" and value.name in _SOFTMAX_LIKE)
+
+
+def _stays_dense(mode: Mode) -> str:
+    """Why nothing is rewritten where a node runs in this mode; empty where it may be."""
+    if mode.custom:
+        return "it is part of a torch.autograd.Function or a hook, whose derivative is written for the dense map"
+    if mode.transforms:
+        levels = " of ".join(f"torch.func.{level}" for level in dict.fromkeys(mode.transforms))
+        return f"it runs under {levels} inside the compiled function (rewrite() or topk_attention run under torch.func)"
+    return ""
 
 
 def _sdpa(facts: Facts, anchor: Value) -> tuple[list[AttentionSite], Miss | None]:

@@ -220,7 +220,7 @@ class _Attempt:
         """The site with everything in one kernel.  Raises Miss when the region cannot be fused."""
         passed = [*self.weights_reader.passed, *self.scores_reader.passed]
         if passed:
-            raise Miss("weights", passed[0], f"{passed[0].name} between the two products is not pointwise")
+            raise Miss("weights", passed[0], _between(passed[0]))
         if self.places > 1:
             raise Miss("weights", self.product, "the attention weights are read at several places at once")
         if any(leaf.value.kind == "softmax" for leaf in self.weights_reader.leaves if leaf is not self.leaf):
@@ -284,6 +284,12 @@ class _Attempt:
         plan = ScoresKept(self.anchor.node, self.anchor.inputs[0], self.dim, self.anchor.expired is not None)
         width = self.space.size(self.features) if self.features is not None else self.key[0].shape[-1]
         return describe_kept(self.anchor, plan, axis, width, self.value[0].shape[-1], miss)
+
+
+def _between(value: Value) -> str:
+    if value.kind == "border":
+        return f"grad mode is switched off between the two products, after {value.node.name}"
+    return f"{value.name} between the two products is not pointwise"
 
 
 def _descendants(anchor: Value, stop: Value) -> set[Value]:

@@ -76,7 +76,7 @@ def may_ask(value: Value) -> bool:
 
 
 def _is_raw(value: Value, operands: list[Value], facts: Facts) -> bool:
-    if value.kind not in ("layout", "pointwise") or not operands or not all(x in facts.raw for x in operands):
+    if value.kind not in ("layout", "pointwise", "border") or not operands or not all(x in facts.raw for x in operands):
         return False
     grows = value.name == "expand" and numel(value) > numel(operands[0])
     return not grows

@@ -39,4 +39,6 @@ def _detached(value: Value) -> list[Value]:
     chain = [value]
     while chain[-1].name in ("detach", "identity") and chain[-1].inputs:
         chain.append(chain[-1].inputs[0])
+    if chain[-1].kind == "reduce" and chain[-1].inputs[0].kind == "border":
+        chain.insert(0, chain[-1].inputs[0])  # a maximum that was taken without grad
     return chain

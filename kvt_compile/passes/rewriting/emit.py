@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 from kvt_compile.passes.canonical.coords import Atom, Coord
-from kvt_compile.passes.canonical.values import meta_value, product
+from kvt_compile.passes.canonical.values import Value, meta_value, product
 from kvt_compile.passes.finding.sizes import SizeSource, is_part, size_sources
 from kvt_compile.passes.site import Operand
 
@@ -39,6 +39,12 @@ class Emitter:
         while node in self._renamed:
             node = self._renamed[node]
         return node
+
+    def value(self, value: Value) -> fx.Node:
+        """The node that now holds a value; behind a border it is detached."""
+        assert value.holder is not None
+        node = self.node(value.holder)
+        return self.call(aten.detach.default, node) if value.kind == "border" else node
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A call_function node with the fake value of its result and the origin of the node it stands for."""
@@ -82,8 +88,7 @@ class Emitter:
 
     def operand(self, operand: Operand, groups: Sequence[Group]) -> fx.Node:
         """The operand as a tensor with one dimension per group; axes it lacks are expanded (stride 0)."""
-        assert operand.value.holder is not None
-        x = self.node(operand.value.holder)
+        x = self.value(operand.value)
         for dim in range(len(operand.coords)):
             if is_part(operand, dim):
                 x = self._part(x, dim, operand.coords[dim])

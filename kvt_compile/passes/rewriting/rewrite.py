@@ -65,7 +65,7 @@ def _fuse(gm: fx.GraphModule, plan: Fused, topk: TopK, how: How, renamed: dict[f
     q = emit.operand(plan.q, (g.batch, heads, g.queries, g.features))
     k = emit.operand(plan.k, (g.batch, g.kv_heads, g.keys, g.features))
     v = emit.operand(plan.v, (g.batch, g.kv_heads, g.keys, g.value_features))
-    captured = [emit.node(value.holder) for value in plan.captured if value.holder is not None]
+    captured = [emit.value(value) for value in plan.captured]
     sizes = [emit.size(atoms) for atoms in plan.sizes]
     rate, seed = _dropout(gm, plan, emit, q)
     call = emit.call(
@@ -108,8 +108,7 @@ def _keys_to_keep(emit: Emitter, topk: TopK, keys: Any) -> Any:
 
 def _keep_scores(graph: fx.Graph, plan: ScoresKept, topk: TopK, how: How, renamed: dict[fx.Node, fx.Node]) -> None:
     emit = Emitter(graph, plan.node, plan.node, renamed)
-    assert plan.scores.holder is not None
-    scores = emit.node(plan.scores.holder)
+    scores = emit.value(plan.scores)
     size = plan.scores.shape[plan.dim]
     keys = size if isinstance(size, int) else emit.call(aten.sym_size.int, scores, plan.dim)
     dtype = meta_value(plan.node).dtype
