@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from kvt_compile.capture.capture import capture, run_through_dynamo, unchanged
+from kvt_compile.capture.capture import capture, run_through_dynamo
+from kvt_compile.capture.unchanged import unchanged
 from kvt_compile.config import OptionError, Options, make_options
 from kvt_compile.explain import build_report
 from kvt_compile.kernels.language.evaluate import compile_text, tile

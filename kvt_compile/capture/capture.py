@@ -12,8 +12,8 @@ from __future__ import annotations
 import copy
 import inspect
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,12 +25,23 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
+from kvt_compile.capture.contexts import KEPT_BY_EXPORT, Watch, hooked, lost_when_run
+from kvt_compile.capture.environment import LOCK, capturing
 from kvt_compile.capture.state import keep_state
+from kvt_compile.capture.unchanged import unchanged
+from kvt_compile.passes.canonical.modes import undisturbed
 from kvt_compile.passes.canonical.values import meta_value
 
 
 class CaptureError(RuntimeError):
     """The model could not be turned into one graph; the message says what was tried."""
+
+
+class LostError(RuntimeError):
+    """A capture would lose something the model does around its operations."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__(f"a graph would lose {watch.text()}")
 
 
 @dataclass(frozen=True)
@@ -44,15 +55,36 @@ class Captured:
 
 
 class _Tracer(fx.Tracer):
-    """symbolic_trace that remembers the model's own file and line for every node."""
+    """symbolic_trace that remembers the model's own file and line for every node, notes what it cannot record, and
+    leaves alone what other threads run: fx patches every module of the process while it traces."""
 
     record_stack_traces = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.watch = Watch()
+        self._thread = threading.get_ident()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        self.watch.note()
+        return super().create_node(*args, **kwargs)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # nn.MultiheadAttention is a leaf by default, which would hide the attention in it
         return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, _OPENED)
 
 
+_ADVICE = "torch.compile(model, backend='kvt') does not need one graph."
 _SCALARS = (bool, int, float, str, type(None))
 _OPENED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
@@ -62,9 +94,16 @@ def capture(
 ) -> Captured:
     """One graph of the model with fake values on its nodes; the model itself is not changed.
 
-    Raises CaptureError when neither symbolic_trace nor torch.export can trace the model, TypeError for anything that
-    is not a module, a graph or a program.
+    Raises CaptureError when neither symbolic_trace nor torch.export can trace the model, or both would lose a part of
+    what it means; TypeError for anything that is not a module, a graph or a program.
     """
+    with capturing():
+        return _capture(model, args, kwargs)
+
+
+def _capture(
+    model: nn.Module | fx.GraphModule | ExportedProgram, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Captured:
     if isinstance(model, ExportedProgram):
         return _from_program(copy.deepcopy(model), "torch.export program")
     if isinstance(model, fx.GraphModule):
@@ -75,16 +114,21 @@ def capture(
         return Captured(graph, "graph module")
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, an fx.GraphModule or an ExportedProgram, got {type(model).__name__}")
+    if name := hooked(model, _Tracer().is_leaf_module):
+        raise CaptureError(f"{name} has hooks, which would run while it is traced and never again.  {_ADVICE}")
     try:
         return _by_symbolic_trace(model, args, kwargs)
     except Exception as traced:  # any Python in the model may fail under a tracer
         try:
+            lost = lost_when_run(model, args, kwargs)
+            if set(lost.lost) - KEPT_BY_EXPORT:
+                raise LostError(lost)
             program = _export(model, tuple(args), dict(kwargs))
         except Exception as exported:
             raise CaptureError(
                 f"{type(model).__name__} cannot be captured as one graph: symbolic_trace says {_first_line(traced)}; "
                 f"torch.export says {_first_line(exported)}.  "
-                "torch.compile(model, backend='kvt') does not need one graph."
+                f"{_ADVICE}"
             ) from exported
         return _from_program(program, "torch.export")
 
@@ -112,17 +156,33 @@ def _by_symbolic_trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[st
     # what is no tensor decides the model's control flow, so it is fixed (and checked at run time) rather than traced
     fixed = {name: value for name, value in bound.arguments.items() if isinstance(value, _SCALARS)}
     before = set(vars(model))
-    graph = _Tracer().trace(model, concrete_args=fixed)
+    tracer = _Tracer()
+    try:
+        with tracer.watch.of_random_state():
+            graph = tracer.trace(model, concrete_args=fixed)
+        if tracer.watch.lost:
+            raise LostError(tracer.watch)
+        module = _traced(model, graph, bound)
+    finally:
+        for name in set(vars(model)) - before:  # the tracer left constants of the graph on the model
+            delattr(model, name)
+    _propagate(module, args, kwargs)
+    return Captured(module, "torch.fx.symbolic_trace")
+
+
+def _traced(model: nn.Module, graph: fx.Graph, bound: inspect.BoundArguments) -> fx.GraphModule:
     placeholders = (node for node in graph.nodes if node.op == "placeholder")
     for name, node in zip(bound.arguments, placeholders, strict=False):
         if str(node.target) == f"{name}_1":  # fx renames fixed arguments; callers know them by their own names
             node.target = name
     module = fx.GraphModule(model, graph, type(model).__name__)
+    known = {id(p) for p in model.parameters()}
+    for node in graph.nodes:
+        value = getattr(module, str(node.target), None) if node.op == "get_attr" else None
+        if isinstance(value, torch.Tensor) and value.requires_grad and id(value) not in known:
+            raise RuntimeError(f"{node.target} is computed of parameters before the graph begins and would be a constant")
     keep_state(module, model)
-    for name in set(vars(model)) - before:  # the tracer left constants of the graph on the model
-        delattr(model, name)
-    _propagate(module, args, kwargs)
-    return Captured(module, "torch.fx.symbolic_trace")
+    return module
 
 
 def _propagate(graph: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -132,7 +192,8 @@ def _propagate(graph: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, 
     values = [*args, *rest]
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     fakes = pytree.tree_map_only(torch.Tensor, lambda x: _fake(mode, x), values)
-    FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*fakes)
+    with undisturbed():
+        FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*fakes)
 
 
 def _fake(mode: FakeTensorMode, x: torch.Tensor) -> torch.Tensor:
@@ -162,7 +223,7 @@ def run_through_dynamo(
     limits = torch._dynamo.config.patch(
         recompile_limit=1 << 16, accumulated_recompile_limit=1 << 20, automatic_dynamic_shapes=False
     )
-    with unchanged(model), limits:
+    with LOCK, unchanged(model), limits:
         return torch.compile(_fresh_call(), backend=backend)(model, tuple(args), dict(kwargs))
 
 
@@ -174,18 +235,3 @@ def _fresh_call() -> Callable[..., Any]:
         return self(*args, **kwargs)
 
     return types.FunctionType(call.__code__.replace(co_name="explain"), globals(), "explain")
-
-
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Buffers (running statistics) and random state as they were, after the model ran."""
-    kept = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, buffer in model.named_buffers():
-                    # one that did not change may be impossible to write to: an expanded table, say
-                    if name in kept and not torch.equal(buffer, kept[name]):
-                        buffer.copy_(kept[name])

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from kvt_compile.capture.capture import unchanged
+from kvt_compile.capture.unchanged import unchanged
 from kvt_compile.passes.canonical.spellings import canonical_name
 from kvt_compile.passes.finding.describe import in_torch
 from kvt_compile.passes.pipeline import PassResult

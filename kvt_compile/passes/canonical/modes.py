@@ -109,15 +109,36 @@ def running_as(mode: Mode) -> Iterator[None]:
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Runs operators on fake tensors such that nothing of the process is seen: neither saved-tensor hooks (nothing is
-    saved), nor the user's modes and default devices, nor autocast, and such that no user's hook sees them."""
+    saved), nor the user's modes and devices, nor autocast, and such that no hook or mode of the user's sees them."""
+    with without_modes(), torch.no_grad():
+        yield
+
+
+@contextmanager
+def without_modes() -> Iterator[None]:
+    """Without autocast, inference mode, and the modes a user entered.  The device that `torch.set_default_device` set
+    for the whole process stays: a model makes its tensors there."""
+    # (no public names take all modes off.)
+    from torch.utils._device import DeviceContext
     from torch.utils._python_dispatch import _disable_current_modes
 
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch._C.DisableTorchFunction())
         stack.enter_context(_disable_current_modes())
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        yield
+        modes = []
+        while torch._C._len_torch_function_stack():
+            modes.append(torch._C._pop_torch_function_stack())
+        whole = getattr(getattr(torch, "_GLOBAL_DEVICE_CONTEXT", None), "device_context", None)
+        kept = [mode for mode in modes if isinstance(mode, DeviceContext) and mode is whole]
+        for mode in kept:
+            torch._C._push_on_torch_function_stack(mode)
+        try:
+            yield
+        finally:
+            for _ in kept:
+                torch._C._pop_torch_function_stack()
+            for mode in reversed(modes):
+                torch._C._push_on_torch_function_stack(mode)
