@@ -53,7 +53,9 @@ def kvt_backend(
 
     ours, inductor = split_options(options)
     recorder = GraphRecorder() if graphs.log.isEnabledFor(logging.DEBUG) else None
-    result = run_passes(gm, ours.policy, lowering=ours.lowering, tolerance=ours.topk_tolerance, watch=recorder, entry=ambient())
+    result = run_passes(
+        gm, ours.policy, lowering=ours.lowering, tolerance=ours.topk_tolerance, watch=recorder, entry=ambient()
+    )
     if recorder is not None:
         graphs.log_changes(recorder.finish())
     report_refusals(result, ours)

@@ -10,6 +10,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from kvt_compile.capture.capture import capture, run_through_dynamo
+from kvt_compile.capture.environment import LOCK
 from kvt_compile.capture.outside import calls_outside
 from kvt_compile.config import NAMES, OptionError, Options, make_options
 from kvt_compile.passes.canonical.modes import ambient
@@ -41,8 +42,10 @@ def explain(model: nn.Module | fx.GraphModule | ExportedProgram, *example_inputs
     recorder = GraphRecorder()
     hidden: list[tuple[str, Where]] = []
     if isinstance(model, fx.GraphModule | ExportedProgram):
-        captured = capture(model, example_inputs, kwargs)
-        results = [run_passes(captured.graph, options.policy, origins=captured.origins, apply=False, watch=recorder)]
+        with LOCK:
+            captured = capture(model, example_inputs, kwargs)
+            origins = captured.origins
+            results = [run_passes(captured.graph, options.policy, origins=origins, apply=False, watch=recorder)]
     else:
         results = _through_dynamo(model, example_inputs, kwargs, options, recorder)
         if len(results) != 1:  # the graph broke somewhere
@@ -64,9 +67,7 @@ def _through_dynamo(
 
     def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         recorder.graph = len(results)
-        result = run_passes(
-            gm, options.policy, lowering=options.lowering, apply=False, watch=recorder, entry=ambient()
-        )
+        result = run_passes(gm, options.policy, lowering=options.lowering, apply=False, watch=recorder, entry=ambient())
         results.append(result)
         forward: Callable[..., Any] = gm.forward
         return forward

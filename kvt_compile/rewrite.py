@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from kvt_compile.adjust import make_adjustable
 from kvt_compile.backend import report_refusals, request_tuning
 from kvt_compile.capture.capture import capture
+from kvt_compile.capture.environment import LOCK
 from kvt_compile.capture.modes import allow_modes, mode_of
 from kvt_compile.config import OptionError, make_options
 from kvt_compile.explain import build_report
@@ -50,17 +51,18 @@ def rewrite(
     Raises OptionError, CaptureError (no single graph), RefusalError (with on_refusal="error").
     """
     chosen = make_options(options)
-    captured = capture(model, example_inputs, example_kwargs or {})
-    mode = mode_of(captured.graph.graph)
-    recorder = GraphRecorder()
-    result = run_passes(
-        captured.graph,
-        chosen.policy,
-        lowering=chosen.lowering,
-        tolerance=chosen.topk_tolerance,
-        origins=captured.origins,
-        watch=recorder,
-    )
+    with LOCK:
+        captured = capture(model, example_inputs, example_kwargs or {})
+        mode = mode_of(captured.graph.graph)
+        recorder = GraphRecorder()
+        result = run_passes(
+            captured.graph,
+            chosen.policy,
+            lowering=chosen.lowering,
+            tolerance=chosen.topk_tolerance,
+            origins=captured.origins,
+            watch=recorder,
+        )
     if wrong := unmatched_patterns(chosen.policy, [d.site for d in result.decisions]):
         raise OptionError(wrong)
     report_refusals(result, chosen)

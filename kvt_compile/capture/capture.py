@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-import types
 import threading
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +42,7 @@ class LostError(RuntimeError):
 
     def __init__(self, watch: Watch) -> None:
         super().__init__(f"a graph would lose {watch.text()}")
+        self.watch = watch
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,12 @@ def _capture(
         return _by_symbolic_trace(model, args, kwargs)
     except Exception as traced:  # any Python in the model may fail under a tracer
         try:
-            lost = lost_when_run(model, args, kwargs)
-            if set(lost.lost) - KEPT_BY_EXPORT:
-                raise LostError(lost)
+            watch = traced.watch if isinstance(traced, LostError) else lost_when_run(model, args, kwargs)
+            if set(watch.lost) - KEPT_BY_EXPORT:
+                raise LostError(watch)
             program = _export(model, tuple(args), dict(kwargs))
+            for name, value in program.constants.items():
+                _no_history(name, value, watch)
         except Exception as exported:
             raise CaptureError(
                 f"{type(model).__name__} cannot be captured as one graph: symbolic_trace says {_first_line(traced)}; "
@@ -158,11 +161,11 @@ def _by_symbolic_trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[st
     before = set(vars(model))
     tracer = _Tracer()
     try:
-        with tracer.watch.of_random_state():
+        with tracer.watch.of_calls():
             graph = tracer.trace(model, concrete_args=fixed)
         if tracer.watch.lost:
             raise LostError(tracer.watch)
-        module = _traced(model, graph, bound)
+        module = _traced(model, graph, bound, tracer.watch)
     finally:
         for name in set(vars(model)) - before:  # the tracer left constants of the graph on the model
             delattr(model, name)
@@ -170,7 +173,14 @@ def _by_symbolic_trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[st
     return Captured(module, "torch.fx.symbolic_trace")
 
 
-def _traced(model: nn.Module, graph: fx.Graph, bound: inspect.BoundArguments) -> fx.GraphModule:
+def _no_history(name: str, value: Any, watch: Watch) -> None:
+    """Raises LostError for a tensor that would be a constant of the graph and has a gradient."""
+    if isinstance(value, torch.Tensor) and value.requires_grad:
+        watch.lost["the gradient of a tensor that was computed before"] = name
+        raise LostError(watch)
+
+
+def _traced(model: nn.Module, graph: fx.Graph, bound: inspect.BoundArguments, watch: Watch) -> fx.GraphModule:
     placeholders = (node for node in graph.nodes if node.op == "placeholder")
     for name, node in zip(bound.arguments, placeholders, strict=False):
         if str(node.target) == f"{name}_1":  # fx renames fixed arguments; callers know them by their own names
@@ -179,8 +189,8 @@ def _traced(model: nn.Module, graph: fx.Graph, bound: inspect.BoundArguments) ->
     known = {id(p) for p in model.parameters()}
     for node in graph.nodes:
         value = getattr(module, str(node.target), None) if node.op == "get_attr" else None
-        if isinstance(value, torch.Tensor) and value.requires_grad and id(value) not in known:
-            raise RuntimeError(f"{node.target} is computed of parameters before the graph begins and would be a constant")
+        if id(value) not in known:
+            _no_history(str(node.target), value, watch)
     keep_state(module, model)
     return module
 
@@ -193,7 +203,12 @@ def _propagate(graph: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, 
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     fakes = pytree.tree_map_only(torch.Tensor, lambda x: _fake(mode, x), values)
     with undisturbed():
-        FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*fakes)
+        _Shapes(graph, mode).propagate_dont_convert_inputs(*fakes)
+
+
+class _Shapes(FakeTensorProp):
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.fetch_attr(target).forward(*args, **kwargs)  # a user's hook has no business with fake tensors
 
 
 def _fake(mode: FakeTensorMode, x: torch.Tensor) -> torch.Tensor:

@@ -9,16 +9,20 @@ a model enters them: a `with`, a decorator, a call.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvt_compile.capture.unchanged import unchanged
 from kvt_compile.passes.finding.describe import in_torch
@@ -34,7 +38,7 @@ def _state() -> dict[str, Any]:
         "inference mode": torch.is_inference_mode_enabled(),
         "saved-tensor hooks (activation checkpointing, save_on_cpu)": _hooks(),
         "the default dtype": torch.get_default_dtype(),
-        "a mode for functions (a default device, say)": torch._C._len_torch_function_stack(),
+        _MODE: torch._C._len_torch_function_stack(),
         "a mode for operators": torch._C._len_torch_dispatch_stack(),
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
     }
@@ -45,15 +49,28 @@ def _hooks() -> int | None:
     return None if top is None else id(top[0])
 
 
-def _codes() -> frozenset[Any]:
-    functions: tuple[Callable[..., Any], ...] = (
-        torch.random.fork_rng, torch.random.manual_seed, torch.random.seed, torch.random.set_rng_state,
-    )  # fmt: skip
-    return frozenset(inspect.unwrap(function).__code__ for function in functions)
+_INNER = (os.path.dirname(os.path.dirname(__file__)) + os.sep, contextlib.__file__)
+_RANDOM = "torch's random state (fork_rng, manual_seed)"
+_MODE = "a mode for functions (a default device, say)"
+
+
+def _told_by_calls() -> dict[CodeType, str]:
+    """Code of torch's -> what its being called means: what an operation does not show, or may not, as autocast that is
+    switched off where it is off already, but may be on when the model runs."""
+    calls: dict[Callable[..., Any], str] = {
+        **dict.fromkeys((torch.random.fork_rng, torch.random.manual_seed, torch.random.seed), _RANDOM),
+        torch.random.set_rng_state: _RANDOM,
+        torch.autocast.__enter__: "autocast",
+        torch.enable_grad.__enter__: "grad, which it switches on again (enable_grad)",
+        DeviceContext.__enter__: _MODE,
+        TorchFunctionMode.__enter__: _MODE,
+        TorchDispatchMode.__enter__: "a mode for operators",
+    }
+    return {inspect.unwrap(function).__code__: name for function, name in calls.items()}
 
 
 class Watch:
-    """Notes where an operation runs in another mode than the model as a whole, and what sets torch's random state."""
+    """Notes where an operation runs in another mode than the model as a whole, and calls that enter one."""
 
     def __init__(self) -> None:
         self.lost: dict[str, str] = {}
@@ -66,13 +83,14 @@ class Watch:
                 self.lost[name] = _line(sys._getframe(1))
 
     @contextmanager
-    def of_random_state(self) -> Iterator[None]:
-        """Notes calls that set or fork torch's random state: no operation shows them."""
-        codes, before = _codes(), sys.getprofile()
+    def of_calls(self) -> Iterator[None]:
+        """Notes the calls that no operation shows."""
+        told, before = _told_by_calls(), sys.getprofile()
 
-        def profile(frame: FrameType, event: str, argument: Any) -> None:
-            if event == "call" and frame.f_code in codes:
-                self.lost.setdefault("torch's random state (fork_rng, manual_seed)", _line(frame))
+        def profile(frame: FrameType, event: Any, argument: Any) -> None:
+            name = told.get(frame.f_code, "") if event == "call" else ""
+            if name and (not name.startswith("grad") or torch.is_grad_enabled()):
+                self.lost.setdefault(name, _line(frame))
             if before is not None:
                 before(frame, event, argument)
 
@@ -87,7 +105,8 @@ class Watch:
 
 
 def _line(frame: FrameType | None) -> str:
-    while frame is not None and (in_torch(frame.f_code.co_filename) or frame.f_code.co_filename == __file__):
+    """The model's own line."""
+    while frame is not None and (in_torch(frame.f_code.co_filename) or frame.f_code.co_filename.startswith(_INNER)):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else "an unknown line"
 
@@ -107,7 +126,7 @@ def lost_when_run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
     before afterwards; whatever the model raises is raised."""
     with unchanged(model):
         watch = Watch()
-        with watch.of_random_state(), _Noting(watch):
+        with _Noting(watch), watch.of_calls():
             model(*args, **kwargs)
     return watch
 

@@ -1,4 +1,4 @@
-"""Grad mode, autocast and torch.func in a model: what is rewritten keeps the model's gradients, which exist included."""
+"""Grad mode, autocast and torch.func in a model: what is rewritten keeps its gradients, which exist included."""
 
 from __future__ import annotations
 
@@ -265,7 +265,7 @@ def test_multi_head_attention_inside_autocast_has_the_products_dtype() -> None:
     assert results[0].decisions
 
 
-# ---- torch.func, autograd.Function and hooks inside a compiled function ------------------------------------------------
+# ---- torch.func, autograd.Function and hooks inside a compiled function ----------------------------------------------
 
 
 def under_grad(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Any:
@@ -308,7 +308,7 @@ class _Straight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        q, k, v = ctx.saved_tensors
+        q, k, _ = ctx.saved_tensors
         return q, k, (q @ k.mT).softmax(-1).mT @ grad
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from nets import Net
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 
 import kvt_compile
 from kvt_compile import topk_attention
-from nets import Net
 
 F64 = torch.float64
 

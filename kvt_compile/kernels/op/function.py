@@ -159,7 +159,7 @@ def no_forward_mode(ctx: Any) -> None:
     )
 
 
-# ---- under torch.func, in the operators' own order of arguments -------------------------------------------------------
+# ---- under torch.func, in the operators' own order of arguments ----------------------------------------------------
 
 
 def _attention(
@@ -187,9 +187,7 @@ def _topk_softmax(
     return cast(Tensor, _TopkSoftmax.apply(scores, dim, topk, dtype, lowering, tolerance))  # type: ignore[no-untyped-call]
 
 
-def _topk_softmax_backward(
-    grad: Tensor, weights: Tensor, dim: int, input_dtype: torch.dtype, lowering: str
-) -> Tensor:
+def _topk_softmax_backward(grad: Tensor, weights: Tensor, dim: int, input_dtype: torch.dtype, lowering: str) -> Tensor:
     return cast(Tensor, _TopkSoftmaxBackward.apply(grad, weights, dim, input_dtype, lowering))  # type: ignore[no-untyped-call]
 
 

@@ -2,8 +2,8 @@
 
     rule(size, in_dims, *arguments of the operator) -> results, their mapped dimensions
 
-`function.py` uses the rules for torch.func; `register` for the older vmap that `torch.autograd.grad(is_grads_batched=True)`
-and `torch.autograd.functional.jacobian(vectorize=True)` run a backward under.
+`function.py` uses the rules for torch.func; `register` for the older vmap under which
+`torch.autograd.grad(is_grads_batched=True)` and `torch.autograd.functional.jacobian(vectorize=True)` run a backward.
 
 Folding `[V, B, ...]` into `[V*B, ...]` renumbers b, so it is right only where nothing reads b: no captured tensor is
 mapped or indexed by b, and there is no dropout, whose draw depends on b.  A gradient of an unmapped captured tensor

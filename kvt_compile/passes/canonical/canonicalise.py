@@ -3,8 +3,8 @@
     attn = q @ kT;  attn += bias;  w = attn.softmax(-1)      (three nodes, one buffer)
       ->  v0 = contraction(q, kT);  v1 = add(v0, bias);  v2 = softmax(v1)
 
-Where a node runs without grad, what it reads of what was computed with grad stands behind a "border", which is the value
-detached: `with torch.no_grad(): w = softmax(q @ kT)` reads border(q) and border(k), and so does whoever fuses it.
+Where a node runs without grad, what it reads of what was computed with grad stands behind a "border", which is the
+value detached: `with torch.no_grad(): w = softmax(q @ kT)` reads border(q) and border(k), and so does whoever fuses it.
 What a write does to the memory it shares with others is in versions.py.
 """
 
@@ -102,7 +102,7 @@ def _read_node(state: State, node: fx.Node) -> None:
 
 
 def _transformed(state: State, node: fx.Node, fake: Any, call: Call | None) -> None:
-    """Under torch.func what a capture left on a node is a wrapper of a level that is gone: nothing is read but its size."""
+    """Under torch.func what a capture left on a node is of a level that is gone: only its size is read."""
     value = opaque_value(state, node, fake)
     target = node.args[0] if call is not None and call.name == "setitem" else None
     if isinstance(target, fx.Node) and target in state.env:

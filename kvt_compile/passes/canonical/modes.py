@@ -9,7 +9,7 @@ without grad passes no gradient on, what is computed under autocast has another 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,7 +58,7 @@ def modes_of(graph: fx.Graph, entry: Mode) -> dict[fx.Node, Mode]:
             mode = replace(mode, grad=mode.grad and not node.args[0])
         elif name == "_enter_autocast":
             before[node] = mode
-            mode = replace(mode, autocast=(*mode.autocast, _autocast(*node.args)))
+            mode = replace(mode, autocast=(*mode.autocast, _autocast(node.args)))
         elif name in ("_exit_inference_mode", "_exit_autocast"):
             left = before.get(node.args[0], entry)
             part = "grad" if name == "_exit_inference_mode" else "autocast"
@@ -81,7 +81,8 @@ _LEAVES = frozenset(
 )
 
 
-def _autocast(device: str, dtype: torch.dtype | None = None, enabled: bool = True, *_: Any) -> Autocast:
+def _autocast(arguments: Sequence[Any]) -> Autocast:
+    device, dtype, enabled = (*arguments, None, True)[:3] if len(arguments) < 3 else arguments[:3]
     return device, dtype, enabled
 
 
@@ -91,7 +92,7 @@ def mode_of_body(user: fx.Node, here: Mode) -> Mode:
     if name == "wrap_with_set_grad_enabled":
         return replace(here, grad=bool(user.args[0]))
     if name == "wrap_with_autocast":
-        return replace(here, autocast=(*here.autocast, _autocast(*user.args[:3])))
+        return replace(here, autocast=(*here.autocast, _autocast(user.args)))
     if name in ("autograd_function_apply", "register_hook"):
         return replace(here, custom=True)
     return here
