@@ -1,9 +1,9 @@
 """Where captures take place: one at a time, and in the same modes whatever the process is in.
 
 fx patches `nn.Module` for the whole process while it traces, and torch.export sets flags that make torch.compile skip
-in silence when two threads set them at once.  What it traces into is process-wide as well: the sizes of another thread's
-fakes would be traced, so the passes over a captured graph take the lock too.  (The backend does not: Dynamo has a lock of
-its own, which `explain` takes after this one.)
+in silence when two threads set them at once.  What it traces into is process-wide as
+well: the sizes of another thread's fakes would be traced, so passes over a captured graph take the lock too.  (The
+backend does not: Dynamo has a lock of its own, which `explain` takes after this one.)
 """
 
 from __future__ import annotations
