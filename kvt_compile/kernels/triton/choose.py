@@ -13,6 +13,7 @@ from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton.blocks import Blocks
 from kvt_compile.kernels.triton.candidates import candidates, default
 from kvt_compile.kernels.triton.generate import module_source
+from kvt_compile.kernels.triton.targets import precision
 from kvt_compile.kernels.tune.timing import DeviceClock
 
 
@@ -44,22 +45,22 @@ def choose(launch: Launch, mode: tune.Mode | None = None) -> Blocks:
         return launch.first
     shape = tune.ShapeClass.of(launch.queries, launch.keys, launch.heads, launch.topk)
     return tune.pick(
-        _key(launch.spec, launch.part, shape, launch.device),
+        _key(launch.spec, launch.part, shape, launch.device, precision(launch.spec)),
         lambda: candidates(launch.spec, launch.part, launch.queries, launch.keys),
         launch.first,
         launch.run,
         mode,
-        DeviceClock(launch.device) if mode == "on" else None,
+        lambda: DeviceClock(launch.device),
     )
 
 
 @lru_cache(maxsize=4096)
-def _key(spec: KernelSpec, part: str, shape: tune.ShapeClass, device: torch.device) -> tune.Key:
+def _key(spec: KernelSpec, part: str, shape: tune.ShapeClass, device: torch.device, products: str) -> tune.Key:
     import triton
 
     return tune.Key.on(
         device,
-        kernel=tune.digest(module_source(spec), torch.get_float32_matmul_precision()),
+        kernel=tune.digest(module_source(spec), products),
         part=part,
         triton=triton.__version__,
         shape=shape,

@@ -33,6 +33,8 @@ Arguments = dict[str, Any]
 Chooser = Callable[[Launch], Blocks]
 LARGEST = 2**24
 """A count of keys is a float32, exact to here; integers of an expression are bounded by it."""
+MOST_PROGRAMS = 2**31 - 1
+"""Of a launch (CUDA programming guide, technical specifications per compute capability: the x-dimension of a grid)."""
 
 
 class Launcher:
@@ -81,7 +83,8 @@ class Launcher:
             arguments |= {"logsumexp_ptr": logsumexp.contiguous(), "threshold_ptr": threshold.contiguous()}
             arguments |= {f"{x}_ptr": torch.empty_like(logsumexp) for x in ("delta", "scale")}
             arguments |= {f"dc{n}_ptr": x for n, x in enumerate(sums)}
-            names, index = layout.backward_names(spec), _index(moved, out, grad_out)
+            written = [x for x in (dq, dk, dv, *sums) if x is not None]
+            names, index = layout.backward_names(spec), _index(moved, out, grad_out, *written)
             self.run(moved, "backward_rows", names, arguments, index)
             if dq is not None or any(x is not None for x in sums):
                 self.run(moved, "backward_q", names, arguments, index)

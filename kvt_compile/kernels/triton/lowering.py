@@ -19,7 +19,7 @@ from kvt_compile.kernels.plain import aten
 from kvt_compile.kernels.source import Source
 from kvt_compile.kernels.triton import rows
 from kvt_compile.kernels.triton.generate import module_source
-from kvt_compile.kernels.triton.launch import LARGEST, Launcher
+from kvt_compile.kernels.triton.launch import LARGEST, MOST_PROGRAMS, Launcher
 from kvt_compile.kernels.triton.scalar import ELEMENTS, NotGenerated
 from kvt_compile.kernels.warn import warn_once
 
@@ -54,7 +54,7 @@ class TritonLowering:
         return refusal(spec if isinstance(spec, SoftmaxSpec) else dataclasses.replace(spec, needs_grad=()))
 
     def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-        if too_long(call):
+        if too_large(call):
             return self.fallback.forward(call)
         with self.context():
             return self.launcher.forward(call)
@@ -62,7 +62,7 @@ class TritonLowering:
     def backward(
         self, call: AttentionCall, grad_out: Tensor, out: Tensor, logsumexp: Tensor, threshold: Tensor
     ) -> Gradients:
-        if too_long(call):
+        if too_large(call):
             return self.fallback.backward(call, grad_out, out, logsumexp, threshold)
         wanted = call.spec.needs_grad
         # atomic sums come in any order; ATen's tiles and index_put do not
@@ -76,12 +76,14 @@ class TritonLowering:
         return dq, dk, dv, dcaptured
 
     def softmax(self, scores: Tensor, dim: int, topk: int, dtype: torch.dtype, tolerance: float = 0.0) -> Tensor:
-        if scores.dim() and scores.shape[dim] > LARGEST:
+        if scores.dim() and (scores.shape[dim] > LARGEST or scores.numel() > MOST_PROGRAMS * scores.shape[dim]):
             return self.fallback.softmax(scores, dim, topk, dtype, tolerance)
         with self.context():
             return rows.softmax(self.launcher, SoftmaxSpec.of(scores.dtype, dtype), scores, dim, topk, dtype, tolerance)
 
     def softmax_backward(self, grad: Tensor, weights: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
+        if weights.dim() and weights.numel() > MOST_PROGRAMS * weights.shape[dim]:
+            return self.fallback.softmax_backward(grad, weights, dim, input_dtype)
         spec = SoftmaxSpec.of(input_dtype, weights.dtype)
         with self.context():
             return rows.softmax_backward(self.launcher, spec, grad, weights, dim, input_dtype)
@@ -90,9 +92,10 @@ class TritonLowering:
         return Source("python", module_source(spec))
 
 
-def too_long(call: AttentionCall) -> bool:
-    """Whether a size is beyond what a kernel counts exactly."""
-    return any(size > LARGEST for size in (*call.rows, call.keys))
+def too_large(call: AttentionCall) -> bool:
+    """Whether a size is beyond what a kernel counts exactly, or there might be more programs than a launch can have."""
+    programs = max(call.rows.numel(), call.k.shape[:3].numel())
+    return programs > MOST_PROGRAMS or any(size > LARGEST for size in (*call.rows, call.keys))
 
 
 def _needing(call: AttentionCall, needs_grad: tuple[bool, ...]) -> AttentionCall:

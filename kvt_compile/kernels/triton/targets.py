@@ -32,12 +32,15 @@ def parts_of(spec: KernelSpec | SoftmaxSpec) -> tuple[str, ...]:
 
 
 def precision(spec: KernelSpec, hip: bool | None = None) -> str:
-    """How float32 operands are multiplied: truly, unless the user's torch setting allows TF32.
+    """How float32 operands are multiplied: truly, unless the user allows TF32 for matrix products on CUDA, by
+    `torch.set_float32_matmul_precision` or one of `torch.backends`' `fp32_precision`.
 
-    Three TF32 products per product give float32's digits on NVIDIA's matrix units; AMD's multiply float32 as it is.
+    The setting may change at any time: ask at every launch.  Three TF32 products per product give float32's digits on
+    NVIDIA's matrix units; AMD's multiply float32 as it is.
     """
     if hip is None:
         hip = torch.version.hip is not None
     if "float32" not in (spec.dtype, spec.value_dtype) or "float64" in (spec.dtype, spec.value_dtype) or hip:
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # this one follows both ways of setting it; get_float32_matmul_precision raises once the other was used
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"

@@ -98,7 +98,7 @@ class Tuner:
         default: C,
         run: Callable[[C], Run],
         mode: Mode = "cached",
-        clock: Clock | None = None,
+        clock: Clock | Callable[[], Clock] | None = None,
     ) -> C:
         """The candidate to use now.
 
@@ -110,7 +110,7 @@ class Tuner:
             run: candidate -> a function that runs it once on data like the caller's.  It may raise, `Unfit` or anything
                 else: the candidate is dropped and its reason kept with the result.
             mode: "off", "cached" or "on".
-            clock: what times a run; None: events on the current CUDA device.
+            clock: what times a run, or what makes one, called only to measure; None: events on the current CUDA device.
         """
         if mode == "off":
             return default
@@ -161,9 +161,15 @@ class Tuner:
         return None
 
     def _measure(
-        self, key: Key, candidates: Candidates[C], default: C, run: Callable[[C], Run], clock: Clock | None
+        self,
+        key: Key,
+        candidates: Candidates[C],
+        default: C,
+        run: Callable[[C], Run],
+        make_clock: Clock | Callable[[], Clock] | None,
     ) -> C:
-        clock = clock or DeviceClock(torch.device("cuda", torch.cuda.current_device()))
+        make_clock = make_clock or DeviceClock(torch.device("cuda", torch.cuda.current_device()))
+        clock = make_clock() if callable(make_clock) else make_clock
         contestants = list(dict.fromkeys((default, *(candidates() if callable(candidates) else candidates))))
         ready: list[tuple[C, Run]] = []
         dropped: list[Dropped] = []
@@ -249,7 +255,7 @@ def pick(
     default: C,
     run: Callable[[C], Run],
     mode: Mode = "cached",
-    clock: Clock | None = None,
+    clock: Clock | Callable[[], Clock] | None = None,
 ) -> C:
     """`Tuner.pick` of this process's tuner."""
     return process_tuner().pick(key, candidates, default, run, mode, clock)
