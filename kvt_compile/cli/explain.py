@@ -57,6 +57,14 @@ def explain(
             metavar="TARGET", help="With --source: for cpu, sm_80, sm_90, sm_100 or gfx942, not this machine."
         ),
     ] = None,
+    canonical: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SITE",
+            help="Print what the finder read at a site, or at a softmax that is left alone (its module path or a "
+            "pattern): the values around it, one a line.",
+        ),
+    ] = None,
     diff: Annotated[
         bool, typer.Option("--diff", help="Print the graph around every rewritten site, before and after.")
     ] = False,
@@ -73,7 +81,7 @@ def explain(
     """
     chosen: dict[str, Any] = {"topk": parse_topk(topk or ["0.5"]), "force_rewrite": force_rewrite, "lowering": lowering}
     chosen |= {key: tuple(value) for key, value in (("include", include), ("exclude", exclude)) if value}
-    prints = {"--source": source is not None, "--json": as_json, "--diff": diff}
+    prints = {"--source": source is not None, "--canonical": canonical is not None, "--json": as_json, "--diff": diff}
     if sum(prints.values()) > 1:
         given = " and ".join(name for name, asked in prints.items() if asked)
         raise UserError(f"{given} each print something else: give one of them")
@@ -94,6 +102,8 @@ def explain(
         _write(graph, report.to_svg)
     if source is not None:
         typer.echo(_source(report, source, target))
+    elif canonical is not None:
+        typer.echo(_canonical(report, canonical))
     elif diff:
         _print_diff(report)
     elif as_json:
@@ -155,6 +165,13 @@ def _source(report: Report, site: str, target: str | None) -> str:
         return report.kernel_source(site, target)
     except LookupError as error:
         raise UserError(f"--source: {error}") from error
+
+
+def _canonical(report: Report, site: str) -> str:
+    try:
+        return report.canonical(site)
+    except LookupError as error:
+        raise UserError(f"--canonical: {error}") from error
 
 
 def _plain(chosen: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ not, or cannot be proved to be, and here is why).  Facts travel from stop to sto
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -134,6 +134,8 @@ class AttentionSite:
     plan: Plan
     tier_reason: str = ""
     """For the scores-kept tier: why the site could not be fused."""
+    anchor: Value | None = field(default=None, compare=False, repr=False)
+    """The softmax (or SDPA call) in the canonical graph, from which all that was read can be reached."""
 
 
 @dataclass(frozen=True)
@@ -147,3 +149,5 @@ class Refusal:
     """The step of the finder that failed (the nearest miss): `scores`, `values`, `provenance`, `closed`, ..."""
     at: fx.Node | None = None
     """The node it failed at, where that is another one."""
+    anchor: Value | None = field(default=None, compare=False, repr=False)
+    """The refused value in the canonical graph."""

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Literal
 
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
+from kvt_compile.passes.finding.seen import seen_text
 from kvt_compile.passes.site import AttentionSite, Axis, Captured, Refusal, Size, Where
-from kvt_compile.report.names import renamed, short_names, with_name
+from kvt_compile.report.names import renamed, renamed_sources, short_names, with_name
 
 Outcome = Literal["fused", "scores-kept", "dense"]
 Kind = Literal["input", "weight", "operation", "output"]
@@ -64,6 +65,8 @@ class SiteReport:
     """What the generated code depends on; None where it is left dense, or known only at run time."""
     graph: int = 0
     """Which captured graph it is in: a model that breaks into several graphs has several."""
+    canonical: str = field(default="", compare=False, repr=False)
+    """What the finder read, as text: the values around its softmax, one a line (`Report.canonical`)."""
 
     @classmethod
     def of(
@@ -100,6 +103,7 @@ class SiteReport:
             lowering="" if dense else lowering,
             spec=None if dense else spec,
             graph=graph,
+            canonical="" if site.anchor is None else renamed_sources(seen_text(site.anchor)),
         )
 
 
@@ -118,6 +122,8 @@ class RefusalReport:
     graph: int = 0
     at: str = ""
     """The node the step failed at; empty where it is `node` itself."""
+    canonical: str = field(default="", compare=False, repr=False)
+    """As that of a site."""
 
     @classmethod
     def of(cls, refusal: Refusal, *, graph: int = 0) -> RefusalReport:
@@ -129,6 +135,7 @@ class RefusalReport:
             step=refusal.step,
             at="" if refusal.at in (None, refusal.node) else str(refusal.at),
             graph=graph,
+            canonical="" if refusal.anchor is None else renamed_sources(seen_text(refusal.anchor)),
         )
 
 

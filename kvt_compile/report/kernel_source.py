@@ -6,14 +6,13 @@ for this machine: what the site's lowering compiles        for a target: "cpu" -
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import fnmatch
 from collections.abc import Sequence
 
 from kvt_compile.kernels.op import lowerings
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.source import Source
 from kvt_compile.report.facts import SiteReport
+from kvt_compile.report.rows import listed, matching, path_of
 
 
 def kernel_source(sites: Sequence[SiteReport], wanted: SiteReport | str, target: str | None = None) -> str:
@@ -25,24 +24,26 @@ def kernel_source(sites: Sequence[SiteReport], wanted: SiteReport | str, target:
     """
     if target is not None and target not in (known := _targets()):
         raise LookupError(f"unknown target {target!r}, expected one of {', '.join(known)}")
-    found = _matching(sites, wanted) if isinstance(wanted, str) else [wanted]
+    found = matching(sites, wanted) if isinstance(wanted, str) else [wanted]
     kernels: dict[object, SiteReport] = {}
     for site in found:
         kernels.setdefault((site.spec, site.lowering), site)
     if len(kernels) > 1:
         raise LookupError(
             f"{wanted!r} means {len(found)} sites with {len(kernels)} different kernels; "
-            f"name one of them: {_listed([site.module for site in kernels.values()])}"
+            f"name one of them: {listed([site.module for site in kernels.values()])}"
         )
     site = found[0]
     if site.outcome == "dense":
-        raise LookupError(f"{_path(site)} is left dense, so nothing is generated for it: {site.reason}")
+        raise LookupError(f"{path_of(site)} is left dense, so nothing is generated for it: {site.reason}")
     if site.spec is None:
-        raise LookupError(f"{_path(site)} has a head dimension known only at run time; give inputs of a fixed size")
+        raise LookupError(f"{path_of(site)} has a head dimension known only at run time; give inputs of a fixed size")
     source = lowerings.get(site.lowering).source(site.spec) if target is None else _for(target, site, site.spec)
     if source is None:
-        raise LookupError(f"the lowering {site.lowering!r} of {_path(site)} calls torch's operators, it generates none")
-    return source.headed(*(f"{_path(x)}  {x.location}".rstrip() for x in found))
+        raise LookupError(
+            f"the lowering {site.lowering!r} of {path_of(site)} calls torch's operators, it generates none"
+        )
+    return source.headed(*(f"{path_of(x)}  {x.location}".rstrip() for x in found))
 
 
 def _targets() -> tuple[str, ...]:
@@ -57,7 +58,7 @@ def _for(target: str, site: SiteReport, spec: KernelSpec | SoftmaxSpec) -> Sourc
     # not `supports`, which asks about this machine's compiler and GPU too, and warns
     reason = c.refusal(spec) if target == "cpu" else triton.refusal(spec)
     if reason is not None:
-        raise LookupError(f"nothing is generated for {_path(site)} on {target}: {reason}")
+        raise LookupError(f"nothing is generated for {path_of(site)} on {target}: {reason}")
     if target == "cpu":
         return lowerings.get("c").source(spec)
     specs = [spec]
@@ -66,25 +67,3 @@ def _for(target: str, site: SiteReport, spec: KernelSpec | SoftmaxSpec) -> Sourc
         specs.append(dataclasses.replace(spec, needs_grad=(True, True, True, *trained)))
     sizes = {name: x for name in ("queries", "keys") if isinstance(x := getattr(site, name), int)}
     return Source("python", "\n\n".join(triton.source(x, target, **sizes) for x in specs))
-
-
-def _matching(sites: Sequence[SiteReport], pattern: str) -> list[SiteReport]:
-    found = [site for site in sites if site.module == pattern]
-    found = found or [site for site in sites if fnmatch.fnmatchcase(site.module, pattern)]
-    if found:
-        return found
-    paths = [site.module for site in sites]
-    if not paths:
-        raise LookupError("the model has no attention site")
-    near = difflib.get_close_matches(pattern, paths, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise LookupError(f"no attention site {pattern!r}; there are {_listed(paths)}{hint}")
-
-
-def _path(site: SiteReport) -> str:
-    return site.module or "(top level)"
-
-
-def _listed(paths: Sequence[str], most: int = 8) -> str:
-    named = [repr(path) for path in dict.fromkeys(paths)]
-    return ", ".join(named[:most]) + (f" and {len(named) - most} more" if len(named) > most else "")

@@ -48,5 +48,10 @@ def renamed(text: str, names: dict[str, str]) -> str:
     return re.sub(r"[A-Za-z_]\w*", lambda word: names.get(word[0], word[0]), text)
 
 
+def renamed_sources(text: str) -> str:
+    """The text of canonical values with short names of inputs, parameters and buffers."""
+    return re.sub(r"(?m)(?<= = )(input|parameter|buffer) (\w+)$", lambda line: f"{line[1]} {_owned(line[2])}", text)
+
+
 def with_name(tensor: Captured, names: dict[str, str]) -> Captured:
     return replace(tensor, name=names[tensor.name], index=renamed(tensor.index, names))

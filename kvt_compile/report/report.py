@@ -2,6 +2,7 @@
 
     str(report)          the table in 100 columns        report.to_html(path)         one page with everything
     report.to_dict()     ready for JSON                  report.kernel_source(site)   the code generated for a site
+    report.diff          the graph before and after      report.canonical(site)       what the finder read there
 
 The only file that knows all views; none of them knows it.
 """
@@ -13,8 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvt_compile.report.canonical import canonical
 from kvt_compile.report.diff import diff_text
-from kvt_compile.report.facts import Findings, SiteReport
+from kvt_compile.report.facts import Findings, RefusalReport, SiteReport
 from kvt_compile.report.files import write_whole
 from kvt_compile.report.kernel_source import kernel_source
 
@@ -33,6 +35,11 @@ class Report(Findings):
         sites it matches share their code), under a header that names the site.  For this machine, or for a `target`:
         "cpu", "sm_80", "sm_90", "sm_100", "gfx942".  Raises LookupError, with what there is instead."""
         return kernel_source(self.sites, site, target)
+
+    def canonical(self, site: SiteReport | RefusalReport | str) -> str:
+        """What the finder read at a site or a softmax that is left alone (its row, or its module path or a pattern of
+        them): the values around it in canonical form, one a line.  Raises LookupError, with what there is instead."""
+        return canonical((*self.sites, *self.refusals), site)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings, numbers and None, ready for `json.dumps`; one entry per site, none folded."""

@@ -200,3 +200,36 @@ class TestTable:
 )
 def test_label(modules: list[str], text: str) -> None:
     assert label(modules) == text
+
+
+class TestCanonical:
+    """What the finder read, from a report."""
+
+    def report(self) -> Report:
+        first = replace(SITE, canonical="v0: f32[2, 3] = input q")
+        refusal = replace(REFUSAL, canonical="v0: f32[2, 3] = input x")
+        return Report((first, replace(first, module="blocks.1.attn")), (refusal,))
+
+    def test_rows_that_differ_in_it_alone_are_the_same(self) -> None:
+        first, *_ = self.report().sites
+        assert first == SITE
+        assert hash(first) == hash(SITE)
+
+    def test_of_a_path_a_pattern_and_a_row(self) -> None:
+        report = self.report()
+        assert report.canonical("blocks.0.attn") == (
+            "# blocks.0.attn  timm/layers/attention.py:98  fused: 0.125*s\nv0: f32[2, 3] = input q"
+        )
+        assert report.canonical("blocks.*").count("\n\n") == 1
+        assert report.canonical(report.sites[1]).startswith("# blocks.1.attn")
+
+    def test_of_a_softmax_that_is_left_alone(self) -> None:
+        assert self.report().canonical("head") == (
+            "# head  net.py:7  left alone: its result is the model's output (values)\nv0: f32[2, 3] = input x"
+        )
+
+    def test_of_what_is_not_there(self) -> None:
+        with pytest.raises(LookupError, match=r"no attention site 'block\.0'; .*did you mean"):
+            self.report().canonical("block.0")
+        with pytest.raises(LookupError, match="outside every captured graph"):
+            Report((), (REFUSAL,)).canonical("head")

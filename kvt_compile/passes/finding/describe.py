@@ -94,6 +94,7 @@ def describe_fused(
     return AttentionSite(
         place(anchor.node), anchor.node, "fused", assembled.axis, batch, heads, kv_heads, queries, keys,
         head_dim, value_dim, _dtype_name(assembled.q), _named(assembled.score, names), weight, tuple(captured), plan,
+        anchor=anchor,
     )  # fmt: skip
 
 
@@ -132,4 +133,5 @@ def describe_kept(
         place(anchor.node), anchor.node, "scores-kept", axis, batch, heads, heads, queries, keys,
         size_text(head_dim), size_text(value_dim), str(anchor.inputs[0].dtype).removeprefix("torch."),
         anchor.inputs[0].node.name, "p", (), plan, miss.reason,
+        anchor,
     )  # fmt: skip

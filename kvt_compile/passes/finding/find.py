@@ -45,7 +45,7 @@ def find(graph: CanonicalGraph) -> Found:
             continue
         sites += found
         if miss is not None:
-            refusals.append(Refusal(value.node, place(value.node), miss.reason, miss.step, miss.value.node))
+            refusals.append(Refusal(value.node, place(value.node), miss.reason, miss.step, miss.value.node, value))
     return Found(tuple(sites), tuple(refusals))
 
 
