@@ -1,6 +1,6 @@
 # Every target sets up its environment first (tools/python) and is quick about it when there is nothing to do.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu gpu gpu-cache golden resources check format docs bench zoo fuzz clean
+.PHONY: help demo test test-gpu gpu gpu-cache golden texts resources check format docs bench zoo fuzz clean
 
 ARGS ?=
 
@@ -32,6 +32,9 @@ gpu-cache:  ## compile the kernels of `make gpu` here, to carry them to a machin
 
 golden:  ## write the golden sources of the Triton kernels anew, after a change to a template
 	@./tools/python test tests/helpers/triton_specs.py
+
+texts:  ## write anew what the finder says of each text of tests/canonical and tests/finding, after a change there
+	@PYTHONPATH=tests/fuzz ./tools/python test tests/helpers/texts.py
 
 resources:  ## compile every default Triton kernel for every GPU and write down what it uses (a quarter of an hour)
 	@./tools/python test tests/helpers/triton_resources.py

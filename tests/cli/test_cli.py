@@ -57,6 +57,20 @@ class TestExplain:
         assert (tmp_path / "out.svg").read_text().startswith("<svg ")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out.html", "out.svg"]
 
+    def test_the_values_that_were_read_at_a_site(self, kvt: Callable[..., Result]) -> None:
+        result = kvt("explain", STACK, "--canonical", "blocks.*")
+        assert result.code == 0, result.err
+        head, *values = result.out.split("\n\n")[1].splitlines()
+        assert head.startswith("# blocks.1  ")
+        assert "fused: " in head
+        assert values[0].startswith("v0: f32[")
+        assert sum(" = contraction(" in line for line in values) == 2
+
+    def test_the_values_of_no_site(self, kvt: Callable[..., Result]) -> None:
+        result = kvt("explain", STACK, "--canonical", "blocks.7")
+        assert result.code == 2
+        assert "--canonical: no attention site 'blocks.7'; there are 'blocks.0'" in result.err
+
     def test_diff_of_a_model_that_stays_as_it_is(self, kvt: Callable[..., Result]) -> None:
         assert "the graph stays as it is" in kvt("explain", STACK, "--diff", "--topk", "none").out
 
