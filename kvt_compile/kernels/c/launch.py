@@ -34,6 +34,8 @@ Layout = tuple[tuple[int, ...], tuple[int, ...]]
 TASKS = 12
 """A backward with fewer (batch, head) pairs also splits the queries, at the price of partial sums of dk and dv.  Shapes
 alone decide, so that results do not depend on the number of threads."""
+MOST_KEYS = 2**40
+"""Expanded keys need no memory, but scratch of this size does, and beyond it a kernel's sizes would leave 64 bits."""
 
 
 class Kernel:
@@ -96,8 +98,14 @@ def backward(
     plan = backward_plan(call.spec, call.q.shape, call.k.shape, tuple(c.numel() for c in call.captured))
     copies = plan["tasks"] if plan["copies"] else 1
     sums = [torch.zeros((copies, *c.shape), dtype=call.spec.accumulate) if need else None for c, need in captured]
+    # the kernel reads rows one after the other; vmap saves them with a stride of 0
+    logsumexp, threshold = logsumexp.contiguous(), threshold.contiguous()
     arguments = _arguments(call)
-    arguments |= {"grad_out": grad_out.data_ptr(), "lse": logsumexp.data_ptr(), "threshold": threshold.data_ptr()}
+    arguments |= {
+        "grad_out": _pointer("grad_out", grad_out),
+        "lse": logsumexp.data_ptr(),
+        "threshold": threshold.data_ptr(),
+    }
     arguments |= {name: x.data_ptr() for name, x in (("dq", dq), ("dk", dk), ("dv", dv)) if x is not None}
     arguments |= {f"dc{n}": x.data_ptr() for n, x in enumerate(sums) if x is not None}
     _launch(call, settings, "kvt_backward", arguments, grad_out)
@@ -144,19 +152,22 @@ def backward_plan(
 
 
 def _arguments(call: AttentionCall) -> Arguments:
-    arguments: Arguments = {
-        "q": call.q.data_ptr(),
-        "k": call.k.data_ptr(),
-        "v": call.v.data_ptr(),
-        "threads": torch.get_num_threads(),
-    }
-    for n, c in enumerate(call.captured):
-        arguments[f"c{n}"] = c.data_ptr()
+    tensors = {"q": call.q, "k": call.k, "v": call.v} | {f"c{n}": c for n, c in enumerate(call.captured)}
+    arguments: Arguments = {name: _pointer(name, x) for name, x in tensors.items()}
+    arguments["threads"] = torch.get_num_threads()
     if call.seed is not None:
         arguments["seed"] = int(call.seed.item())
         arguments["drop_below"] = int(call.dropout_p * 2**32)
         arguments["keep_scale"] = keep_scale(call.dropout_p)
     return arguments
+
+
+def _pointer(name: str, x: Tensor) -> int:
+    """Where a tensor lies."""
+    place = x.data_ptr()
+    if not place and x.numel():
+        raise ValueError(f"{name} has no memory: its storage was freed while the tensor was still in use")
+    return place
 
 
 def _layouts(*tensors: Tensor) -> tuple[Layout, ...]:
@@ -170,6 +181,8 @@ def _shapes(
     """The part of the argument structure that shapes decide; `matrices`: q, k, v and for a backward grad_out.  Packed
     and checked once, as a model calls its sites with the same shapes again and again."""
     (batch, heads, queries, _), (_, kv_heads, keys, _) = matrices[0][0], matrices[1][0]
+    if keys > MOST_KEYS:
+        raise MemoryError(f"{keys} keys: a row of so many scores fits in no memory")
     check_captured(spec, [shape for shape, _ in captured], {"b": batch, "h": heads, "i": queries, "j": keys})
     values = {"B": batch, "Hq": heads, "Hk": kv_heads, "Nq": queries, "Nk": keys, "topk": min(topk, keys)}
     if len(matrices) == len(MATRICES):

@@ -22,6 +22,9 @@ from kvt_compile.kernels.plain import aten
 from kvt_compile.kernels.source import Source
 from kvt_compile.kernels.warn import warn_once
 
+LARGEST_HEAD = 2**14
+"""Beyond it nothing of a tile stays in a cache, and sizes computed as int might not fit."""
+
 
 class CLowering:
     """Generated C.  `settings` None: those of the environment at the first call."""
@@ -101,8 +104,8 @@ def refusal(spec: KernelSpec | SoftmaxSpec) -> str | None:
         return f"softmax of {', '.join(missing)} is not generated" if missing else None
     if spec.value_dtype == "float64" != spec.dtype:
         return f"float64 values with {spec.dtype} queries are not generated"
-    if not spec.head_dim or not spec.value_dim:
-        return "heads without features are not generated"
+    if not (0 < spec.head_dim <= LARGEST_HEAD and 0 < spec.value_dim <= LARGEST_HEAD):
+        return f"heads of {spec.head_dim} and {spec.value_dim} features are not generated, 1 to {LARGEST_HEAD} are"
     missing = [c.dtype for c in spec.captured if c.dtype not in ELEMENTS]
     if missing:
         return f"captured tensors of {', '.join(missing)} are not generated"

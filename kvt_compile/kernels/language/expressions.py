@@ -1,7 +1,7 @@
 """What every generator of code asks about score expressions: which indices are safe, which divisions agree.
 
-An index that is one coordinate, outside every where(), is checked once at launch (`op/captured.py`); every other is
-clamped at each load.
+An index that is one coordinate or a constant, outside every where(), is checked once at launch (`op/captured.py`);
+every other is clamped at each load.  No index reaches memory otherwise: a text may come from anybody.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ class NotGenerated(ValueError):  # noqa: N818 - the reason is shown to people as
 
 def plain_index(index: sympy.Expr) -> bool:
     """True for a constant or one coordinate: what is checked once at launch instead of clamped at every load."""
-    return isinstance(index, sympy.Integer) or index in (language.b, language.h, language.i, language.j)
+    if isinstance(index, sympy.Integer):
+        return int(index) >= 0
+    return index in (language.b, language.h, language.i, language.j)
 
 
 def guarded_loads(expression: sympy.Expr, inside: bool = False) -> frozenset[language.load]:

@@ -9,13 +9,23 @@ import sympy
 import torch
 
 from kvt_compile.kernels.language.expressions import guarded_loads, plain_index
+from kvt_compile.kernels.op.call import AttentionCall
 from kvt_compile.kernels.op.spec import KernelSpec
+
+
+def check_call(call: AttentionCall) -> None:
+    """`check_captured` of a call; one without rows or keys reads nothing."""
+    extents = dict(zip("bhij", (*call.rows, call.keys), strict=True))
+    if call.captured and 0 not in extents.values():
+        check_captured(call.spec, [c.shape for c in call.captured], extents)
 
 
 def check_captured(spec: KernelSpec, shapes: Sequence[Sequence[int]], extents: dict[str, int]) -> None:
     """Raises ValueError when a coordinate that indexes a captured tensor (of the given shape) outside every where()
     leaves the tensor: such indices are not clamped in the kernel."""
     for slot, dim, name, value in _unclamped(spec):
+        if value < 0:
+            raise ValueError(f"captured tensor {slot} is indexed by {value} in dimension {dim}: expected at least 0")
         needed = extents[name] if name else value + 1
         if not surely(shapes[slot][dim] >= needed):
             raise ValueError(
@@ -42,7 +52,7 @@ def _unclamped(spec: KernelSpec) -> tuple[tuple[int, int, str, int], ...]:
     found = []
     for x in {*spec.score_loads, *spec.weight_loads} - guarded:
         for dim, index in enumerate(x.index):
-            if plain_index(index):
-                constant = isinstance(index, sympy.Integer)
+            constant = isinstance(index, sympy.Integer)
+            if constant or plain_index(index):
                 found.append((x.slot, dim, "" if constant else str(index), int(index) if constant else 0))
     return tuple(sorted(found))

@@ -1,5 +1,8 @@
-"""Op arguments -> nothing, or an error that names the dimension.  Runs in every call and every fake call: plain
+"""Op arguments -> nothing, or an error that names the argument.  Runs in every call and every fake call: plain
 comparisons, no allocation, message built only when needed.
+
+Lowerings take pointers and trust what stands here: dtype, device and layout of every tensor are checked, of those that
+a backward gets back too, since a saved program may hold any call.  Strides may be anything.
 """
 
 from __future__ import annotations
@@ -17,6 +20,10 @@ from kvt_compile.kernels.op.arguments import (
 )
 from kvt_compile.kernels.op.spec import check_expressions
 
+FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+CAPTURED = FLOATS | {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+_NAMES = "float16, bfloat16, float32 or float64"
+
 
 def _fail(op: str, message: str) -> NoReturn:
     raise ValueError(f"kvt::{op}: {message}")
@@ -25,6 +32,14 @@ def _fail(op: str, message: str) -> NoReturn:
 def _check_tolerance(op: str, tolerance: float) -> None:
     if not 0.0 <= tolerance < 1.0:
         _fail(op, f"tolerance is {tolerance}, expected a number in [0, 1)")
+
+
+def _check_memory(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
+    """A tensor with strides, on the device of the first one."""
+    if tensor.layout is not torch.strided:
+        _fail(op, f"{name} has layout {tensor.layout}, expected {torch.strided} (use to_dense())")
+    if tensor.device != device:
+        _fail(op, f"device differs: {name} is on {tensor.device}, expected {device}")
 
 
 def check_attention(a: AttentionArguments) -> None:
@@ -47,14 +62,17 @@ def check_attention(a: AttentionArguments) -> None:
         _fail("attention", f"head size D differs: q has {head_dim}, k has {k_dim}")
     if q.dtype != k.dtype:
         _fail("attention", f"dtype differs: q is {q.dtype}, k is {k.dtype}")
-    if not (q.is_floating_point() and v.is_floating_point()):
-        _fail("attention", f"q, k and v must be floating point: q is {q.dtype}, v is {v.dtype}")
-    if not (q.device == k.device == v.device):
-        _fail("attention", f"device differs: q is on {q.device}, k on {k.device}, v on {v.device}")
+    if q.dtype not in FLOATS or v.dtype not in FLOATS:
+        _fail("attention", f"q, k and v must be floating point ({_NAMES}): q is {q.dtype}, v is {v.dtype}")
+    device = q.device
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _check_memory("attention", name, tensor, device)
     for slot, tensor in enumerate(captured):
+        if tensor.dtype not in CAPTURED:
+            _fail("attention", f"captured tensor {slot} is {tensor.dtype}, expected a bool, an integer, or {_NAMES}")
         # like torch's own operators, a number in a 0-d CPU tensor may join tensors of any device
-        if tensor.device != q.device and tensor.dim():
-            _fail("attention", f"device differs: q is on {q.device}, captured tensor {slot} on {tensor.device}")
+        number = not tensor.dim() and tensor.device.type == "cpu"
+        _check_memory("attention", f"captured tensor {slot}", tensor, tensor.device if number else device)
     if a.topk < 1:
         _fail("attention", f"topk is {a.topk}, expected at least 1")
     _check_tolerance("attention", a.tolerance)
@@ -62,8 +80,14 @@ def check_attention(a: AttentionArguments) -> None:
         _fail("attention", f"dropout_p is {a.dropout_p}, expected a probability in [0, 1]")
     if a.dropout_p > 0.0 and a.seed is None:
         _fail("attention", f"dropout_p is {a.dropout_p}, which needs a seed (an int64 tensor of one element)")
-    if a.seed is not None and (a.seed.dtype != torch.int64 or a.seed.numel() != 1):
-        _fail("attention", f"seed is {a.seed.dtype} of shape {tuple(a.seed.shape)}, expected one int64 element")
+    if a.seed is not None:
+        if a.seed.dtype != torch.int64 or a.seed.layout is not torch.strided or a.seed.numel() != 1:
+            _fail("attention", f"seed is {a.seed.dtype} of shape {tuple(a.seed.shape)}, expected one int64 element")
+        _check_memory("attention", "seed", a.seed, device)
+    for n, size in enumerate(a.sizes or ()):
+        # it may be divided by; a call without rows or keys divides nothing, and a symbolic size is asked when it runs
+        if isinstance(size, int) and size < 1 and 0 not in (batch, heads, q.shape[2], keys):
+            _fail("attention", f"size n{n} is {size}, expected at least 1")
     check_expressions(a.score, a.weight, tuple([c.dim() for c in captured]), len(a.sizes or ()))
 
 
@@ -71,14 +95,18 @@ def check_backward(a: BackwardArguments) -> None:
     """Raises ValueError unless the saved tensors are those of a forward on q and v."""
     captured, needs_grad = a.captured or (), a.needs_grad
     rows, result = a.q.shape[:3], (*a.q.shape[:3], a.v.shape[3])
-    for name, tensor, shape in (
-        ("grad_out", a.grad_out, result),
-        ("out", a.out, result),
-        ("logsumexp", a.logsumexp, rows),
-        ("threshold", a.threshold, rows),
+    accumulate = torch.float64 if a.q.dtype == torch.float64 else torch.float32
+    for name, tensor, shape, dtype in (
+        ("grad_out", a.grad_out, result, a.v.dtype),
+        ("out", a.out, result, a.v.dtype),
+        ("logsumexp", a.logsumexp, rows, accumulate),
+        ("threshold", a.threshold, rows, accumulate),
     ):
         if tensor.shape != shape:
             _fail("attention_backward", f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+        if tensor.dtype != dtype:
+            _fail("attention_backward", f"{name} is {tensor.dtype}, expected {dtype}")
+        _check_memory("attention_backward", name, tensor, a.q.device)
     if len(needs_grad) != 3 + len(captured):
         _fail(
             "attention_backward",
@@ -99,13 +127,20 @@ def check_softmax(a: SoftmaxArguments) -> int:
 
 def check_softmax_backward(a: SoftmaxBackwardArguments) -> int:
     """The dimension counted from the front.  Raises IndexError or ValueError."""
-    return _check_rows(a.weights, a.dim, a.input_dtype)
+    dim = _check_rows(a.weights, a.dim, a.input_dtype)
+    if a.grad.shape != a.weights.shape:
+        _fail("topk_softmax_backward", f"grad has shape {tuple(a.grad.shape)}, expected {tuple(a.weights.shape)}")
+    if a.grad.dtype != a.weights.dtype:
+        _fail("topk_softmax_backward", f"grad is {a.grad.dtype}, expected {a.weights.dtype}")
+    _check_memory("topk_softmax_backward", "grad", a.grad, a.weights.device)
+    return dim
 
 
 def _check_rows(scores: Tensor, dim: int, dtype: torch.dtype) -> int:
     dims = max(scores.dim(), 1)
     if not -dims <= dim < dims:
         raise IndexError(f"kvt::topk_softmax: dim is {dim}, expected a dimension of {scores.dim()}-d scores")
-    if not (scores.is_floating_point() and dtype.is_floating_point):
-        _fail("topk_softmax", f"scores and result must be floating point: {scores.dtype} -> {dtype}")
+    if scores.dtype not in FLOATS or dtype not in FLOATS:
+        _fail("topk_softmax", f"scores and result must be floating point ({_NAMES}): {scores.dtype} -> {dtype}")
+    _check_memory("topk_softmax", "scores", scores, scores.device)
     return dim % dims

@@ -184,6 +184,7 @@ def _topk_softmax_backward(a: SoftmaxBackwardArguments) -> Tensor:
 
 
 def _topk_softmax_backward_fake(a: SoftmaxBackwardArguments) -> Tensor:
+    check_softmax_backward(a)
     return a.weights.new_empty(a.weights.shape, dtype=a.input_dtype)
 
 

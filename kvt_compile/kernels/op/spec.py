@@ -14,8 +14,8 @@ import sympy
 import torch
 from torch import Tensor
 
+from kvt_compile.kernels.language import limits
 from kvt_compile.kernels.language import score as language
-from kvt_compile.kernels.language.limits import SLOTS
 
 
 class SpecError(ValueError):
@@ -81,9 +81,9 @@ class KernelSpec:
     def __post_init__(self) -> None:
         for role, dtype in (("q and k", self.dtype), ("v", self.value_dtype)):
             _check_dtype(role, dtype, FLOATS)
-        if max(len(self.captured), self.sizes) > SLOTS:
+        if max(len(self.captured), self.sizes) > limits.SLOTS:
             found = f"{len(self.captured)} captured tensors and {self.sizes} sizes"
-            raise SpecError(f"{found}, expected at most {SLOTS} each")
+            raise SpecError(f"{found}, expected at most {limits.SLOTS} each")
         if self.needs_grad and len(self.needs_grad) != 3 + len(self.captured):
             raise SpecError(
                 f"needs_grad has {len(self.needs_grad)} entries, expected {3 + len(self.captured)}: "
@@ -186,20 +186,25 @@ def check_expressions(score: str, weight: str, captured_ndims: tuple[int, ...], 
     for role, text, foreign in (("score", score, language.p), ("weight", weight, language.s)):
         expression = language.parse(text)
         if foreign in expression.free_symbols:
-            raise SpecError(f"{role} expression {text!r} uses {foreign}, which it does not have")
+            raise SpecError(f"{role} expression {limits.shown(text)} uses {foreign}, which it does not have")
         for name in sorted(map(str, expression.free_symbols)):
             if name[0] == "n" and int(name[1:]) >= sizes:
-                raise SpecError(f"{role} expression {text!r} uses {name}, but {sizes} sizes were given")
+                raise SpecError(f"{role} expression {limits.shown(text)} uses {name}, but {sizes} sizes were given")
         for load in language.loads(expression):
             if load.slot >= len(captured_ndims):
                 raise SpecError(
-                    f"{role} expression {text!r} reads c{load.slot}, "
+                    f"{role} expression {limits.shown(text)} reads c{load.slot}, "
                     f"but {len(captured_ndims)} captured tensors were given"
+                )
+            if {language.s, language.p} & load.free_symbols:
+                raise SpecError(
+                    f"{role} expression {limits.shown(text)}: an index is made of coordinates, sizes and captured "
+                    f"integers, not of a score, found {language.to_text(load)}"
                 )
             if len(load.index) != captured_ndims[load.slot]:
                 raise SpecError(
-                    f"{role} expression {text!r} reads {language.to_text(load)} with {len(load.index)} indices, "
-                    f"but captured tensor {load.slot} has {captured_ndims[load.slot]} dimensions"
+                    f"{role} expression {limits.shown(text)} reads {language.to_text(load)} with {len(load.index)} "
+                    f"indices, but captured tensor {load.slot} has {captured_ndims[load.slot]} dimensions"
                 )
 
 

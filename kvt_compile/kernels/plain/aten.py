@@ -29,6 +29,7 @@ from kvt_compile.kernels.language import score as language
 from kvt_compile.kernels.language.evaluate import compile_expression, compile_text, scatter, tile
 from kvt_compile.kernels.language.grid import Environment, Grid
 from kvt_compile.kernels.op.call import AttentionCall
+from kvt_compile.kernels.op.captured import check_call
 from kvt_compile.kernels.op.lowerings import Gradients
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.plain import select, tiling
@@ -40,6 +41,7 @@ class _Algorithm:
     """The parts of one call that forward and backward share."""
 
     def __init__(self, call: AttentionCall) -> None:
+        check_call(call)
         self.call = call
         self.accumulate = call.spec.accumulate
         # what the second product accumulates in

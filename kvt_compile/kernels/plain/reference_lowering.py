@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvt_compile.kernels.op.call import AttentionCall
+from kvt_compile.kernels.op.captured import check_call
 from kvt_compile.kernels.op.lowerings import Gradients
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.plain.reference import Reference, reference_attention, reference_softmax
@@ -66,6 +67,7 @@ class ReferenceLowering:
 
 def _run(call: AttentionCall, tensors: Sequence[Tensor]) -> Reference:
     """The reference on q, k, v, *captured."""
+    check_call(call)
     q, k, v, *captured = tensors
     return reference_attention(
         q, k, v, captured, topk=call.topk, score=call.spec.score, weight=call.spec.weight,
