@@ -392,7 +392,7 @@ def child(seconds: float, seed: int, first: int, place: Path) -> None:
     from kvt_compile.kernels.c import toolchain
 
     warnings.simplefilter("ignore")
-    toolchain.FLAGS += ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1", "-w")
+    toolchain.FLAGS += ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O0", "-w")
     end, counts, reasons = time.monotonic() + seconds, Counter(), Counter()
     for number in itertools.count(first):
         if time.monotonic() > end:
@@ -432,7 +432,7 @@ def sanitizers() -> list[str] | None:
     return found if all(Path(x).is_absolute() for x in found) else None
 
 
-def fuzz(seconds: float, seed: int, cache: Path, chunk: float = 300.0) -> Counter[str]:
+def fuzz(seconds: float, seed: int, cache: Path, chunk: float = 600.0) -> Counter[str]:
     """Runs children one after the other.  Raises AssertionError with the call in which one ended, and what it said."""
     libraries = sanitizers()
     assert libraries, "this compiler has no sanitizer libraries"

@@ -170,7 +170,10 @@ class ScalarPrinter:
             if name == "floordiv":
                 return Text(quotient, "real")
             return Text(f"({self.real(values[0])} - {quotient} * {self.real(values[1])})", "real")
-        if nonnegative(x) and nonnegative(y):
+        certain = (
+            isinstance(y, sympy.Symbol | sympy.Integer) and y.is_positive
+        )  # a coordinate may be 0, a sum may wrap to 0
+        if nonnegative(x) and certain:
             return Text(f"({values[0].text} {'/' if name == 'floordiv' else '%'} {values[1].text})", "int")
         return Text(f"{'floor_div' if name == 'floordiv' else 'floor_mod'}({values[0].text}, {values[1].text})", "int")
 

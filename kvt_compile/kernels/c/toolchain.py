@@ -22,6 +22,7 @@ FLAGS = (
     "-ffp-contract=fast",  # multiply-add in one instruction; everything else stays IEEE: no -ffast-math
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-fwrapv",  # index arithmetic of a score text may leave 64 bits: it wraps, and is clamped afterwards
     "-fno-strict-aliasing",  # vectors are read from arrays of their elements
     "-Wno-psabi",
 )
