@@ -5,20 +5,20 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
 import io
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvt_compile.calibration.data import CalibrationError
-from kvt_compile.calibration.facts import Calibration, Check, SiteCurve
-from kvt_compile.report.files import write_whole
-from kvt_compile.topk import TopK, validate
+from kvt_compile.calibration.facts import Calibration
+from kvt_compile.calibration.read import fields_of
+from kvt_compile.kernels.disk.text import read_json
+from kvt_compile.kernels.disk.whole import write_whole
+from kvt_compile.topk import TopK
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,22 +57,14 @@ class CalibratedPolicy(Calibration, Mapping[str, TopK]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CalibratedPolicy:
-        """Reads what `save` wrote.  Raises OSError, and CalibrationError for a file that is something else."""
+        """Reads what `save` wrote.
+
+        Raises OSError, and CalibrationError, with the place and the reason, for a file that is something else or was
+        edited into what could not be used; nothing of it is taken then."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CalibrationError(f"{os.fspath(path)} is not JSON: {error}") from error
-        if not isinstance(data, dict) or "kvt_calibration" not in data:
-            raise CalibrationError(f"{os.fspath(path)} is no calibrated policy: it has no entry 'kvt_calibration'")
-        if data["kvt_calibration"] != FORMAT:
-            raise CalibrationError(
-                f"{os.fspath(path)} has format {data['kvt_calibration']!r}, this version reads {FORMAT}; "
-                "calibrate again"
-            )
-        try:
-            return _from_dict(data)
-        except (KeyError, TypeError, ValueError) as error:
-            raise CalibrationError(f"{os.fspath(path)} is a damaged policy: {type(error).__name__}: {error}") from error
+            return cls(**fields_of(read_json(path, infinite=True), FORMAT))
+        except ValueError as error:
+            raise CalibrationError(f"{os.fspath(path)} cannot be used: {error}") from None
 
     def plot(self) -> Figure:
         """A figure of the mass and error curves with the chosen k of every attention, and of the policies tried.
@@ -95,24 +87,3 @@ class CalibratedPolicy(Calibration, Mapping[str, TopK]):
         with console.capture() as capture:
             console.print(self)
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
-
-
-def _from_dict(data: Mapping[str, Any]) -> CalibratedPolicy:
-    def tuples(value: Any) -> Any:
-        return tuple(tuples(item) for item in value) if isinstance(value, list) else value
-
-    def build(cls: Any, entry: Mapping[str, Any]) -> Any:
-        names = [field.name for field in fields(cls)]
-        if missing := [name for name in names if name not in entry]:
-            near = difflib.get_close_matches(missing[0], list(entry), n=1)
-            raise KeyError(f"{missing[0]}{f' (there is {near[0]})' if near else ''}")
-        return cls(**{name: tuples(entry[name]) for name in names})
-
-    sites = tuple(build(SiteCurve, site) for site in data["sites"])
-    for site in sites:
-        validate(site.topk)
-        if not isinstance(site.path, str):
-            raise TypeError(f"path is {site.path!r}")
-    policy = build(CalibratedPolicy, {**data, "sites": [], "check": None})
-    values = {field.name: getattr(policy, field.name) for field in fields(CalibratedPolicy)}
-    return CalibratedPolicy(**{**values, "sites": sites, "check": build(Check, data["check"])})

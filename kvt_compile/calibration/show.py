@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvt_compile.calibration.facts import Calibration
+from kvt_compile.kernels.disk.text import shown
 from kvt_compile.topk import TopK, resolve
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def render(policy: Calibration) -> RenderableType:
     for site in policy.sites:
         n = policy.grid.index(site.topk)
         table.add_row(
-            Text(site.path or "(top level)"),
+            Text(shown(site.path, keep="") or "(top level)"),
             str(site.keys),
             f"{resolve(site.topk, site.keys)}",
             f"{site.mass[n]:.4f}",

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +27,7 @@ from torch.utils import _pytree as pytree
 from kvt_compile.capture.contexts import KEPT_BY_EXPORT, Watch, hooked, lost_when_run
 from kvt_compile.capture.environment import LOCK, capturing
 from kvt_compile.capture.state import keep_state
+from kvt_compile.capture.traceless import call_of_its_own, passing
 from kvt_compile.capture.unchanged import unchanged
 from kvt_compile.passes.canonical.modes import undisturbed
 from kvt_compile.passes.canonical.values import meta_value
@@ -238,15 +238,5 @@ def run_through_dynamo(
     limits = torch._dynamo.config.patch(
         recompile_limit=1 << 16, accumulated_recompile_limit=1 << 20, automatic_dynamic_shapes=False
     )
-    with LOCK, unchanged(model), limits:
-        return torch.compile(_fresh_call(), backend=backend)(model, tuple(args), dict(kwargs))
-
-
-def _fresh_call() -> Callable[..., Any]:
-    """`self(*args, **kwargs)` as a function of its own: Dynamo keeps what it compiled on the code object, and the
-    user's code should carry nothing of ours."""
-
-    def call(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self(*args, **kwargs)
-
-    return types.FunctionType(call.__code__.replace(co_name="explain"), globals(), "explain")
+    with LOCK, unchanged(model), limits, passing(backend) as mine:
+        return torch.compile(call_of_its_own(), backend=mine)(model, tuple(args), dict(kwargs))

@@ -18,6 +18,7 @@ from kvt_compile.cli.errors import UserError
 from kvt_compile.cli.explain import explain
 from kvt_compile.cli.look import look
 from kvt_compile.cli.tune import tune
+from kvt_compile.kernels.disk.text import shown
 
 app = typer.Typer(
     name="kvt",
@@ -55,5 +56,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(args=None if arguments is None else list(arguments), prog_name="kvt")
     except UserError as error:
-        typer.echo(f"kvt: {error}", err=True)
+        typer.echo(f"kvt: {shown(str(error))}", err=True)
         raise SystemExit(2) from None

@@ -1,6 +1,7 @@
 """`kvt cache list | show | clear | export | import`: what the library keeps on this machine.
 
-Two kinds: tuning results (measured block sizes, one JSON file each) and C kernels (compiled code with its source).
+Tuning results (measured block sizes, one JSON file each), C kernels (compiled code with its source), and what processes
+left behind that were killed while they made one of these.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from rich.table import Table
 from rich.text import Text
 
 from kvt_compile.cli.errors import UserError, did_you_mean, in_one_line
-from kvt_compile.kernels.c.cache import Built, built, is_whole
+from kvt_compile.kernels.c.objects import Built, kept, remove, unfinished, what_is_wrong
 from kvt_compile.kernels.cache_folder import cache_folder
+from kvt_compile.kernels.disk.text import shown
+from kvt_compile.kernels.disk.trust import read_own
+from kvt_compile.kernels.disk.write import size_of
 from kvt_compile.kernels.tune import transfer
 from kvt_compile.kernels.tune.entry import Entry
-from kvt_compile.kernels.tune.store import Store, parse_entry, read_into
+from kvt_compile.kernels.tune.store import Store, read_into
 
 app = typer.Typer(help="What is kept on this machine: tuning results and compiled C kernels.", no_args_is_help=True)
 
@@ -32,7 +36,7 @@ class Item:
     """One thing in the cache."""
 
     kind: str
-    """"tuning" or "c"."""
+    """"tuning" or "c", also of what was to become one."""
     name: str
     what: str
     """For a person: what it is for, or what is wrong with it."""
@@ -42,6 +46,8 @@ class Item:
     text: Path
     """The file that `show` prints."""
     entry: Entry | None = None
+    leftover: bool = False
+    """Not finished, and nobody works on it."""
 
 
 @app.command("list")
@@ -57,9 +63,10 @@ def list_(as_json: Annotated[bool, typer.Option("--json", help="Print JSON inste
         for column in ("kind", "name", "what", "size"):
             table.add_column(column, justify="right" if column == "size" else "left", overflow="fold")
         for x in items:
-            table.add_row(x.kind, x.name, Text(x.what), _bytes(x.size))  # not markup: c0[h, i, j]
+            # not markup: c0[h, i, j]
+            table.add_row(x.kind, Text(shown(x.name, keep="")), Text(shown(x.what)), _bytes(x.size))
         Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
-    typer.echo(f"{_count(items)} in {cache_folder()}")
+    typer.echo(f"{_count(items)} in {_folder()}")
 
 
 @app.command()
@@ -70,11 +77,12 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", help="A name of the
     if len(found) > 1:
         raise UserError(f"{len(found)} names begin with {name!r}: {', '.join(x.name for x in found[:5])}")
     if not found:
-        raise UserError(f"nothing named {name!r} in {cache_folder()}{did_you_mean(name, [x.name for x in items])}")
+        raise UserError(f"nothing named {name!r} in {_folder()}{did_you_mean(name, [x.name for x in items])}")
     try:
-        typer.echo(found[0].text.read_text(encoding="utf-8", errors="replace"), nl=False)
+        text = read_own(found[0].text).decode("utf-8", errors="replace")
     except OSError as error:
-        raise UserError(f"{found[0].text} cannot be read: {error.strerror}") from None
+        raise UserError(f"{found[0].text} cannot be read: {error.strerror or error}") from None
+    typer.echo(shown(text), nl=False)
 
 
 @app.command()
@@ -87,20 +95,20 @@ def clear(
     kinds = [kind for kind, asked in (("tuning", tuning), ("c", kernels)) if asked or not (tuning or kernels)]
     items = [x for x in _items() if x.kind in kinds]
     if not items:
-        typer.echo(f"nothing to remove in {cache_folder()}")
+        typer.echo(f"nothing to remove in {_folder()}")
         return
     if not yes:
         if not sys.stdin.isatty():
             raise UserError(f"this would remove {_count(items)}; add --yes where nobody can be asked")
-        if not typer.confirm(f"Remove {_count(items)} from {cache_folder()}?"):
+        if not typer.confirm(f"Remove {_count(items)} from {_folder()}?"):
             typer.echo("nothing removed")
             return
     try:
         for item in items:
             for file in item.files:
-                file.unlink(missing_ok=True)
+                remove(file)
     except OSError as error:
-        raise UserError(f"{error.filename} cannot be removed: {error.strerror}") from None
+        raise UserError(f"{error.filename} cannot be removed: {error.strerror or error}") from None
     typer.echo(f"removed {_count(items)}")
 
 
@@ -141,31 +149,45 @@ def _store() -> Store:
 
 
 def _items() -> list[Item]:
-    """Tuning results, then C kernels; damaged ones too."""
-    return [*map(_result, _store().files()), *map(_kernel, built(cache_folder()))]
+    """Tuning results, then C kernels; damaged ones too; then what was left behind."""
+    return [
+        *map(_result, _store().files()),
+        *map(_kernel, kept(cache_folder())),
+        *(_leftover("tuning", path) for path in _store().unfinished()),
+        *(_leftover("c", path) for path in unfinished(cache_folder())),
+    ]
+
+
+def _leftover(kind: str, path: Path) -> Item:
+    return Item(kind, path.name, "left by a process that was killed", size_of(path), (path,), path, leftover=True)
+
+
+def _folder() -> str:
+    return shown(str(cache_folder()), keep="")
 
 
 def _result(path: Path) -> Item:
     entry: Entry | None = None
     try:
-        entry = parse_entry(path)
+        entry = _store().parse(path)
         blocks = " ".join(f"{name}={value}" for name, value in entry.winner.items())
         times = f" {entry.measured[0].milliseconds:.3f} ms" if entry.measured else ""
         what = f"{entry.key.device}  {entry.key.shape}\n{blocks}{times}"
     except (OSError, ValueError) as error:
-        what = f"damaged: {error}"
-    return Item("tuning", path.stem, what, path.stat().st_size, (path,), path, entry)
+        what = f"damaged: {error.strerror or error}" if isinstance(error, OSError) else f"damaged: {error}"
+    return Item("tuning", path.stem, what, size_of(path), (path,), path, entry)
 
 
 def _kernel(kernel: Built) -> Item:
-    what = _title(kernel.source) if is_whole(kernel.path) else "damaged: will be built again"
+    reason = what_is_wrong(kernel.path)
+    what = f"damaged: {reason}; it will be built again" if reason else _title(kernel.source)
     return Item("c", kernel.path.stem, what, kernel.size, (kernel.path, kernel.source), kernel.source)
 
 
 def _title(source: Path) -> str:
     """What a generated source says of itself: its score expression, or its first line."""
     try:
-        lines = source.read_text(encoding="utf-8", errors="replace").splitlines()[:8]
+        lines = read_own(source).decode("utf-8", errors="replace").splitlines()[:8]
     except OSError:
         return "(its source is missing)"
     about = [line.strip(" */") for line in lines if line.strip(" */")]
@@ -176,8 +198,8 @@ def _title(source: Path) -> str:
 def _count(items: Sequence[Item]) -> str:
     parts = [
         f"{len(some)} {name}{'' if len(some) == 1 else 's'} ({_bytes(sum(x.size for x in some))})"
-        for name, kind in (("tuning result", "tuning"), ("C kernel", "c"))
-        if (some := [x for x in items if x.kind == kind])
+        for name, kind in (("tuning result", "tuning"), ("C kernel", "c"), ("leftover", ""))
+        if (some := [x for x in items if (x.leftover if not kind else x.kind == kind and not x.leftover)])
     ]
     return " and ".join(parts) or "nothing"
 

@@ -13,6 +13,7 @@ import typer
 import kvt_compile.doctor
 from kvt_compile.cli.busy import busy
 from kvt_compile.doctor import Diagnosis
+from kvt_compile.kernels.disk.text import shown
 
 MARKS = {"ok": ("✓", "green"), "note": ("·", "yellow"), "failed": ("✗", "red")}
 
@@ -39,8 +40,8 @@ def _print(diagnosis: Diagnosis) -> None:
     for check in diagnosis.checks:
         mark, color = MARKS[check.status]
         typer.secho(f"{mark} ", fg=color, nl=False)
-        typer.echo(f"{check.name:{width}}  {check.text}")
+        typer.echo(f"{check.name:{width}}  {shown(check.text)}")
         if check.remedy:
-            typer.echo(f"{'':{width + 2}}  {check.remedy}")
+            typer.echo(f"{'':{width + 2}}  {shown(check.remedy)}")
     failed = [check.name for check in diagnosis.checks if check.status == "failed"]
     typer.echo(f"\n{', '.join(failed)}: not working" if failed else "\nEverything that is promised works.")

@@ -12,8 +12,10 @@ from typing import Any, Literal
 
 from kvt_compile.doctor import machine
 from kvt_compile.doctor.selftest import self_test, specs
-from kvt_compile.kernels.c.toolchain import INSTALL_HINT
+from kvt_compile.kernels.c.toolchain import INSTALL_HINT, given_up
 from kvt_compile.kernels.op import lowerings
+
+_AFTER_GIVING_UP = f"try it by hand, set CC to another compiler, or {INSTALL_HINT}; a new process tries again"
 
 Status = Literal["ok", "note", "failed"]
 
@@ -63,6 +65,7 @@ def examine() -> Diagnosis:
         checks.append(found)
         chosen |= {device: name} if name else {}
     checks += [_lowering(name, device) for name in lowerings.names() if name != "auto" for device in devices]
+    checks += [Check("given up", "failed", reason.splitlines()[0], _AFTER_GIVING_UP) for reason in given_up()]
     return Diagnosis(tuple(checks), chosen)
 
 
@@ -103,6 +106,13 @@ def _cache() -> Check:
     text = f"{found.folder}: {found.files} files, {found.size / 1e6:.1f} MB"
     if free is not None:
         text += f", {free / 1e9:.1f} GB free"
+    if found.untrusted:
+        return Check(
+            "cache", "failed", f"nothing is loaded from {found.folder}, so kernels are built in every process: "
+            f"{found.untrusted}", "make it yours alone, or set KVT_CACHE_DIR to a folder that is",
+        )  # fmt: skip
+    if found.writable and found.leftovers:
+        return Check("cache", "note", f"{text}, {found.leftovers} left by killed processes", "kvt cache clear")
     if found.writable:
         return Check("cache", "ok", text)
     return Check(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import shlex
 import shutil
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
@@ -13,8 +12,13 @@ from pathlib import Path
 
 import torch
 
+from kvt_compile.kernels.c.objects import unfinished
+from kvt_compile.kernels.c.running import run
 from kvt_compile.kernels.c.settings import Settings, from_environment
 from kvt_compile.kernels.c.toolchain import BuildError, find_compiler
+from kvt_compile.kernels.disk.trust import UntrustedError, own_folder
+from kvt_compile.kernels.disk.write import private_folder
+from kvt_compile.kernels.tune.store import Store
 
 SUPPORTED_TORCH = ((2, 11), (2, 14))
 """From the first, below the second: as the package requires."""
@@ -67,9 +71,8 @@ def compiler(settings: Settings | None = None) -> CompilerFacts:
     except BuildError as error:
         return CompilerFacts(target=settings.target, missing=str(error))
     try:
-        done = subprocess.run([*found.command, "--version"], capture_output=True, text=True, check=False, timeout=30)
-        said = done.stdout.strip().splitlines()
-    except (OSError, subprocess.TimeoutExpired):
+        said = run([*found.command, "--version"], 30)[1].splitlines()
+    except (OSError, ValueError):
         said = []
     return CompilerFacts(shlex.join(found.command), said[0] if said else "", found.target)
 
@@ -112,16 +115,25 @@ class CacheFacts:
     """Bytes."""
     reason: str = ""
     """Why it cannot be written."""
+    untrusted: str = ""
+    """Why nothing is loaded from it, and what to do."""
+    leftovers: int = 0
+    """Folders of processes that were killed."""
 
 
 def cache(settings: Settings | None = None) -> CacheFacts:
     """Tries to write; leaves nothing behind but the folder itself, which a build would make as well."""
     folder = (settings or from_environment()).cache
-    reason = ""
+    reason = untrusted = ""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        private_folder(folder)
+        for part in (folder, folder / "c", folder / "tune"):
+            if part.exists():
+                own_folder(part, folder)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"kvt")
+    except UntrustedError as error:
+        untrusted = str(error)
     except OSError as error:
         reason = f"{type(error).__name__}: {error.strerror or error}"
     sizes = []
@@ -131,7 +143,8 @@ def cache(settings: Settings | None = None) -> CacheFacts:
                 sizes.append(path.stat().st_size)
         except OSError:  # another process cleans up
             continue
-    return CacheFacts(str(folder), not reason, len(sizes), sum(sizes), reason)
+    left = [*unfinished(folder), *Store(folder / "tune").unfinished()]
+    return CacheFacts(str(folder), not reason, len(sizes), sum(sizes), reason, untrusted, len(left))
 
 
 def free_space(folder: str) -> int | None:

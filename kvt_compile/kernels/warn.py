@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from functools import lru_cache
+from collections.abc import Hashable
+
+log = logging.getLogger(__name__)
 
 
-@lru_cache(maxsize=256)
-def warn_once(message: str) -> None:
-    """One RuntimeWarning per process and message."""
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
+class WarnOnce:
+    """One RuntimeWarning per process and subject, which is the message where none is given; the rest is logged."""
+
+    def __init__(self) -> None:
+        self._told: set[Hashable] = set()
+
+    def __call__(self, message: str, about: Hashable = None) -> None:
+        subject = message if about is None else about
+        if subject in self._told:
+            log.debug(message)
+            return
+        self._told.add(subject)  # first, as a filter may turn the warning into an exception
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+    def cache_clear(self) -> None:
+        """Nothing has been told."""
+        self._told.clear()
+
+
+warn_once = WarnOnce()

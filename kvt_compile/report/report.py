@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvt_compile.kernels.disk.whole import write_whole
 from kvt_compile.report.canonical import canonical
 from kvt_compile.report.diff import diff_text
 from kvt_compile.report.facts import Findings, RefusalReport, SiteReport
-from kvt_compile.report.files import write_whole
 from kvt_compile.report.kernel_source import kernel_source
 
 if TYPE_CHECKING:

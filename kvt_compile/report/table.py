@@ -17,6 +17,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from kvt_compile.kernels.disk.text import shown
 from kvt_compile.report.facts import Findings, RefusalReport, SiteReport
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def fold(rows: Iterable[SiteReport]) -> list[tuple[list[str], SiteReport]]:
 def _lines(*lines: str | tuple[str, str]) -> Text:
     """Lines of plain text, a pair carrying its style; empty ones are left out."""
     styled = [line if isinstance(line, tuple) else (line, "") for line in lines]
-    return Text("\n").join(Text(text, style=style) for text, style in styled if text)
+    return Text("\n").join(Text(shown(text, keep=""), style=style) for text, style in styled if text)
 
 
 def _rounded(expression: str) -> str:

@@ -273,11 +273,11 @@ class TestFile:
     @pytest.mark.parametrize(
         ("text", "says"),
         [
-            ("{", "is not JSON"),
-            ("[1]", "is no calibrated policy"),
+            ("{", "it is not JSON"),
+            ("[1]", "it is no calibrated policy"),
             ('{"topk": {}}', "is no calibrated policy"),
             ('{"kvt_calibration": 99}', "format 99"),
-            ('{"kvt_calibration": 1, "sites": [{"path": "a"}]}', "damaged policy: KeyError: .*keys"),
+            ('{"kvt_calibration": 1, "sites": [{"path": "a"}]}', "it has no entry 'grid'"),
         ],
     )
     def test_a_file_that_is_something_else(self, tmp_path: Path, text: str, says: str) -> None:

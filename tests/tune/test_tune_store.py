@@ -18,7 +18,7 @@ from tuning import CANDIDATES, DEFAULT, KEY, Block, FakeClock, speed, tuner_of
 from kvt_compile.kernels.tune import Key
 from kvt_compile.kernels.tune.entry import Entry, Measured
 from kvt_compile.kernels.tune.lock import locked
-from kvt_compile.kernels.tune.store import SHIPPED, Store, read_entry, read_into
+from kvt_compile.kernels.tune.store import SHIPPED, Store, read_into
 from kvt_compile.kernels.tune.transfer import BadFile, parse, write
 from kvt_compile.kernels.tune.tuner import Effort
 
@@ -42,7 +42,7 @@ def text(**changes: Any) -> str:
 
 def test_round_trip(store: Store) -> None:
     path = store.save(ENTRY)
-    assert read_entry(path) == ENTRY
+    assert store.read(path) == ENTRY
     assert store.load(KEY) == ENTRY
     assert store.load(OTHER) is None
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing temporary stays
@@ -130,7 +130,7 @@ def test_export_and_import(store: Store, tmp_path: Path) -> None:
     ("content", "message"),
     [
         (None, "cannot be read: No such file"),
-        ("", "does not hold tuning results: Expecting value"),
+        ("", "does not hold tuning results: .*Expecting value"),
         ('{"format": 1}', "has no field 'results'"),
         ('{"format": 9, "results": []}', "has format 9, expected 1"),
         (
@@ -262,7 +262,7 @@ def test_a_reader_never_sees_half_a_file(store: Store) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a damaged file
         while any(process.is_alive() for process in writers):
-            entry = read_entry(store.path(KEY))
+            entry = store.read(store.path(KEY))
             assert entry is not None
             seen.add(entry.winner["rows"])
     assert seen >= {16, 32}

@@ -1,122 +1,118 @@
-"""C source -> loaded library, built at most once per machine: <cache>/c/<hash>.so, with its <hash>.c beside it.
+"""C source -> loaded library, built at most once per machine and kept in <cache>/c (`objects.py`).
 
-The name is a digest of source, compiler, flags and CPU.  An object ends with a digest of its own bytes, which the
-loader of shared objects ignores, so a truncated or damaged one is seen before it is mapped (mapping it could kill the
-process) and built again.  Files appear by atomic rename: any number of processes may build the same kernel at once.
+Only what nobody else can have written is loaded (`disk/trust.py`).  Where the cache does not do, because it cannot be
+written, belongs to somebody else or is on a file system that runs no code, a folder that goes with this process does.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
-import hashlib
 import logging
 import os
+import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+from kvt_compile.kernels.c.objects import built, is_whole, name_of, opened
 from kvt_compile.kernels.c.settings import Settings
-from kvt_compile.kernels.c.toolchain import BuildError, Compiler, find_compiler
+from kvt_compile.kernels.c.toolchain import INSTALL_HINT, BuildError, Compiler, GivenUpError, find_compiler
+from kvt_compile.kernels.disk.trust import own_folder
+from kvt_compile.kernels.disk.write import locked_folder, private_folder, sweep, write_own
 from kvt_compile.kernels.warn import warn_once
 
 log = logging.getLogger(__name__)
-_MARK = b"kvt-object-1"
+TEMPORARY = "kvt_compile.build-"
 
 
 def load(source: str, settings: Settings) -> ctypes.CDLL:
     """The library of a C source, from the cache or built now.  Raises BuildError when it can be built nowhere."""
     compiler = find_compiler(settings.compiler, settings.target)
-    name = hashlib.sha256(f"{compiler.identity}\0{source}".encode()).hexdigest()[:32]
-    folder = settings.cache / "c"
-    path = folder / f"{name}.so"
-    if not is_whole(path):
-        try:
-            build(source, path, compiler)
-        except (OSError, BuildError) as error:
-            folder = _temporary_folder()
-            path = folder / f"{name}.so"
-            if not is_whole(path):
-                build_anywhere(source, path, compiler)
-            warn_once(
-                f"kvt_compile cannot keep built kernels in {settings.cache}: {error}\n"
-                f"They are built in {folder} instead, again in every process. "
-                "Set KVT_CACHE_DIR to a folder that can be written."
-            )
-    return ctypes.CDLL(str(path))
-
-
-@dataclass(frozen=True)
-class Built:
-    """A kernel in the cache: its object, and the source beside it."""
-
-    path: Path
-
-    @property
-    def source(self) -> Path:
-        return self.path.with_suffix(".c")
-
-    @property
-    def size(self) -> int:
-        """Bytes of both files."""
-        return sum(x.stat().st_size for x in (self.path, self.source) if x.exists())
-
-    def remove(self) -> None:
-        """A process that has it loaded keeps it; others build it again."""
-        for path in (self.path, self.source):
-            path.unlink(missing_ok=True)
-
-
-def built(cache: Path) -> list[Built]:
-    """Every kernel kept in a cache folder, by name."""
-    return [Built(path) for path in sorted((cache / "c").glob("*.so"))]
-
-
-def is_whole(path: Path) -> bool:
-    """Whether an object is there and its bytes are those that were written."""
     try:
-        data = path.read_bytes()
+        return _load(source, compiler, settings.cache / "c", settings.cache)
+    except GivenUpError:
+        raise
+    except (OSError, BuildError) as error:
+        trouble = error
+    try:
+        folder = _temporary_folder()
+        library = _load(source, compiler, folder, folder)
+    except OSError as error:
+        raise BuildError(f"no folder to build a kernel in can be used: {trouble}; {error}") from None
+    if isinstance(trouble, BuildError) and _carried(source, compiler, folder, settings.cache / "c"):
+        log.warning("the C compiler failed once and worked when it was run again: %s", trouble)
+        return library
+    warn_once(
+        f"kvt_compile cannot keep built kernels in {settings.cache}: {trouble}\n"
+        f"They are built in {folder} instead, again in every process. Set KVT_CACHE_DIR to a folder of your own that "
+        "can be written and is not mounted noexec.",
+        about=("cache", settings.cache),
+    )
+    return library
+
+
+def _load(source: str, compiler: Compiler, folder: Path, base: Path) -> ctypes.CDLL:
+    """From a folder, or built in it.  Raises OSError when the folder does not do, else BuildError."""
+    folder = own_folder(private_folder(folder), base)
+    if os.statvfs(folder).f_flag & os.ST_NOEXEC:
+        raise OSError(f"{folder} is on a file system that runs no code (it is mounted noexec)")
+
+    def path(compiler: Compiler) -> Path:
+        return folder / f"{name_of(source, compiler)}.so"
+
+    if library := opened(path(compiler), source):
+        return library
+    try:
+        if path(replace(compiler, openmp=False)).exists():  # a kernel of one thread: is that still all there can be?
+            compiler = _probed(compiler)
+        return opened(path(compiler), source) or built(path(compiler), source, compiler)
+    except GivenUpError:
+        raise
+    except BuildError:
+        probed = _probed(compiler)
+        if probed == compiler:
+            raise
+        return opened(path(probed), source) or built(path(probed), source, probed)
+
+
+def _probed(compiler: Compiler) -> Compiler:
+    """What the compiler can do; says so when that is less than it should be."""
+    found = compiler.probed()
+    if not found.openmp:
+        warn_once(
+            f"the C compiler {' '.join(compiler.command)} cannot build with OpenMP, so kernels run on one thread; "
+            f"install its OpenMP library (Debian, Ubuntu: apt install libomp-dev), or another compiler: {INSTALL_HINT}",
+            about=("openmp", compiler.command),
+        )
+    return found
+
+
+def _carried(source: str, compiler: Compiler, folder: Path, home: Path) -> bool:
+    """Copies what was built elsewhere to where it belongs."""
+    name = f"{name_of(source, compiler)}.so"
+    if not is_whole(folder / name):
+        return False
+    try:
+        for file in (Path(name).with_suffix(".c"), Path(name)):
+            write_own(home / file, (folder / file).read_bytes())
     except OSError:
         return False
-    body, mark, digest = data[: -len(_MARK) - 32], data[-len(_MARK) - 32 : -32], data[-32:]
-    return mark == _MARK and hashlib.sha256(body).digest() == digest
-
-
-def build(source: str, path: Path, compiler: Compiler) -> None:
-    """Compile `source` and put the object at `path`.  Raises OSError (cannot write) or BuildError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    log.info("building %s with %s", path.name, compiler.command[0])
-    # in the same folder, as a rename is atomic only there
-    with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as work:
-        text, output = Path(work, f"{path.stem}.c"), Path(work, path.name)
-        text.write_text(source, encoding="utf-8")
-        compiler.build(text, output)
-        body = output.read_bytes()
-        with output.open("ab") as file:
-            file.write(_MARK + hashlib.sha256(body).digest())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(text, path.with_suffix(".c"))
-        os.replace(output, path)
-
-
-def build_anywhere(source: str, path: Path, compiler: Compiler) -> None:
-    """As `build`, with what could not be written as a BuildError too."""
-    try:
-        build(source, path, compiler)
-    except OSError as error:
-        raise BuildError(f"no folder to build a kernel in can be written: {error}") from None
+    return True
 
 
 @lru_cache(maxsize=1)
 def _temporary_folder() -> Path:
-    """A private folder that goes with this process (a shared one could hand us somebody else's code)."""
-    try:
-        holder = tempfile.TemporaryDirectory(prefix="kvt_compile-", ignore_cleanup_errors=True)
-    except OSError as error:
-        raise BuildError(f"no folder to build a kernel in can be written: {error}") from None
-    _keep.append(holder)
-    return Path(holder.name)
+    """A private folder that goes with this process.  Raises OSError where none can be made."""
+    parent = Path(tempfile.gettempdir())
+    sweep(parent, f"{TEMPORARY}*")
+    folder, _ = locked_folder(parent, TEMPORARY)
+    owner = os.getpid()
 
+    def remove() -> None:
+        if os.getpid() == owner:  # and not in a fork
+            shutil.rmtree(folder, ignore_errors=True)
 
-_keep: list[tempfile.TemporaryDirectory[str]] = []
+    atexit.register(remove)
+    return folder

@@ -21,11 +21,13 @@ from kvt_compile.kernels.c.generate import source
 from kvt_compile.kernels.c.gradients import separated_axes
 from kvt_compile.kernels.c.layout import MATRICES, SOFTMAX_FIELDS, call_fields, shape_fields
 from kvt_compile.kernels.c.settings import Settings
+from kvt_compile.kernels.c.toolchain import BuildError
 from kvt_compile.kernels.dropout import keep_scale
 from kvt_compile.kernels.op.call import AttentionCall
 from kvt_compile.kernels.op.captured import check_captured
 from kvt_compile.kernels.op.lowerings import Gradients
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.remember import remembered
 
 Arguments = dict[str, int | float]
 Plan = dict[str, int]
@@ -59,9 +61,11 @@ def _struct(named: Sequence[tuple[str, str]]) -> struct.Struct:
     return struct.Struct("=" + "".join("d" if ctype == "double" else "q" for ctype, _ in named))
 
 
-@lru_cache(maxsize=1024)
+@remembered(1024, BuildError)
 def kernel(spec: KernelSpec | SoftmaxSpec, settings: Settings) -> Kernel:
-    """The kernel of a spec; forward and backward, whatever needs a gradient, are one library."""
+    """The kernel of a spec; forward and backward, whatever needs a gradient, are one library.
+
+    Raises BuildError; what failed is not tried again in this process."""
     if isinstance(spec, KernelSpec) and spec.needs_grad:
         return kernel(dataclasses.replace(spec, needs_grad=()), settings)
     return Kernel(spec, settings)

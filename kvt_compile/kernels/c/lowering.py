@@ -81,7 +81,11 @@ class CLowering:
         try:
             launch.kernel(spec, self.settings)
         except (BuildError, OSError) as error:
-            warn_once(f"kvt_compile could not build a C kernel and runs k-NN attention with ATen operators: {error}")
+            warn_once(
+                "kvt_compile could not build a C kernel and runs k-NN attention with ATen operators, several times "
+                f"slower, as long as this process lives: {error}\nkvt doctor says what this machine lacks.",
+                about=("build", self.settings),
+            )
             return False
         return True
 

@@ -6,10 +6,12 @@ import hashlib
 import platform
 import shlex
 import shutil
-import subprocess
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+
+from kvt_compile.kernels.c.running import run
 
 FLAGS = (
     "-std=gnu11",
@@ -39,8 +41,27 @@ TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
 INSTALL_HINT = "install one (Debian, Ubuntu: apt install gcc; Fedora: dnf install gcc; conda: conda install c-compiler)"
 
 
+LIMIT_S = 60.0
+"""Seconds of one run of the compiler: a kernel takes one or two."""
+PROBE = """#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+int kvt_probe(int64_t n, double *x) {
+  double sum = 0;
+#pragma omp parallel for reduction(+ : sum)
+  for (int64_t i = 0; i < n; i++) sum += sqrt(x[i]);
+  return sum > 0;
+}
+"""
+
+
 class BuildError(RuntimeError):
     """The compiler is missing or failed; the message holds the first lines of what it said."""
+
+
+class GivenUpError(BuildError):
+    """The compiler does not work at all, and is not run again in this process."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +71,8 @@ class Compiler:
     command: tuple[str, ...]
     target: str
     flags: tuple[str, ...]
+    openmp: bool = True
+    """Whether kernels are to have several threads."""
 
     @property
     def identity(self) -> str:
@@ -57,23 +80,88 @@ class Compiler:
         executable = Path(shutil.which(self.command[0]) or self.command[0]).resolve()
         stat = executable.stat()
         return repr(
-            (self.command, str(executable), stat.st_size, stat.st_mtime_ns, FLAGS, self.flags)
+            (self.command, str(executable), stat.st_size, stat.st_mtime_ns, FLAGS, self.flags, self.openmp)
             + ((cpu_identity(),) if self.target == "native" else ())
         )
 
-    def build(self, source: Path, output: Path, extra: tuple[str, ...] = (), openmp: bool = True) -> None:
-        """Compile `source` into the shared object `output`.  Raises BuildError."""
-        command = [*self.command, *FLAGS, *self.flags, *(("-fopenmp",) if openmp else ()), *extra]
-        command += [str(source), "-o", str(output), "-lm"]
+    def build(self, source: Path, output: Path, extra: tuple[str, ...] = ()) -> None:
+        """Compile `source` into the shared object `output`.
+
+        Raises BuildError, as GivenUpError when the compiler took longer than LIMIT_S or was given up before.
+        """
+        if (reason := _given_up.get(self._worker)) is not None:
+            raise GivenUpError(reason)
+        command = [*self.command, *FLAGS, *self.flags, *(("-fopenmp",) if self.openmp else ()), *extra]
+        name = shlex.join(self.command)
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise BuildError(f"{shlex.join(self.command)} could not be run: {error}") from None
-        if done.returncode:
-            if openmp and "omp" in done.stderr:  # a compiler without its OpenMP library still gives one thread
-                return self.build(source, output, extra, openmp=False)
-            said = "\n".join((done.stderr or done.stdout).strip().splitlines()[:12])
-            raise BuildError(f"{shlex.join(self.command)} failed with status {done.returncode}:\n{said}")
+            status, said = run([*command, str(source), "-o", str(output), "-lm"], LIMIT_S)
+        except TimeoutError:
+            raise self._give_up(f"{name} took longer than {LIMIT_S:.0f} s, and is not run again") from None
+        except (OSError, ValueError) as error:
+            raise self._give_up(f"{name} could not be run: {error}") from None
+        said = said.replace(f"{source.parent}/", "")  # another name each time
+        if status:
+            raise BuildError(f"{name} failed with status {status}:\n{said}".rstrip(":\n"))
+        if not output.is_file():
+            raise BuildError(f"{name} ended well, but wrote no object:\n{said}".rstrip(":\n"))
+
+    def probed(self) -> Compiler:
+        """This compiler, or, where it cannot build with OpenMP, the one of a single thread.
+
+        A tiny program decides, once in a process, and not what the compiler says: its words may stand in any message.
+
+        Raises BuildError, as GivenUpError when it can build nothing at all.
+        """
+        if self._worker not in _with_openmp:
+            try:
+                with tempfile.TemporaryDirectory(prefix="kvt_compile.probe-") as work:
+                    _with_openmp[self._worker] = self._probe(Path(work))
+            except OSError as error:
+                raise BuildError(f"there is no folder to try {shlex.join(self.command)} in: {error}") from None
+        return self if _with_openmp[self._worker] else replace(self, openmp=False)
+
+    def _probe(self, work: Path) -> bool:
+        work.chmod(0o700)
+        source = work / "probe.c"
+        source.write_text(PROBE, encoding="utf-8")
+        try:
+            replace(self, openmp=True).build(source, work / "probe.so")
+            return True
+        except GivenUpError:
+            raise
+        except BuildError:
+            pass
+        try:
+            replace(self, openmp=False).build(source, work / "alone.so")
+            return False
+        except GivenUpError:
+            raise
+        except BuildError as error:
+            raise self._give_up(f"the C compiler cannot build a program of ten lines: {error}") from None
+
+    def _give_up(self, reason: str) -> GivenUpError:
+        _given_up[self._worker] = reason
+        return GivenUpError(reason)
+
+    @property
+    def _worker(self) -> tuple[object, ...]:
+        """What is remembered of: the compiler with its flags, not what it is asked for this time."""
+        return self.command, self.flags
+
+
+_given_up: dict[tuple[object, ...], str] = {}
+_with_openmp: dict[tuple[object, ...], bool] = {}
+
+
+def given_up() -> list[str]:
+    """Why compilers are not run again in this process."""
+    return list(_given_up.values())
+
+
+def forget() -> None:
+    """Compilers are tried anew."""
+    _given_up.clear()
+    _with_openmp.clear()
 
 
 def find_compiler(command: str | None, target: str) -> Compiler:
@@ -83,7 +171,10 @@ def find_compiler(command: str | None, target: str) -> Compiler:
     flags = TARGETS.get(machine, {"native": (), "portable": ()})
     if target not in flags:
         raise BuildError(f"unknown instruction set {target!r} on {machine}, expected one of {', '.join(flags)}")
-    candidates = [tuple(shlex.split(command))] if command else [(x,) for x in ("cc", "gcc", "clang")]
+    try:
+        candidates = [tuple(shlex.split(command))] if command else [(x,) for x in ("cc", "gcc", "clang")]
+    except ValueError as error:
+        raise BuildError(f"the C compiler's command (CC) {command!r} cannot be read: {error}") from None
     for candidate in candidates:
         if candidate and shutil.which(candidate[0]):
             return Compiler(candidate, target, flags[target])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kvt_compile.kernels.tune.key import Key, checked
+from kvt_compile.kernels.tune.key import Key, brief, checked
 
 FORMAT = 1
 
@@ -47,8 +48,12 @@ class Entry:
             raise ValueError(f"format is {data.get('format')!r}, expected {FORMAT}")
         fields = {"format": int, "key": dict, "winner": dict, "measured": list, "dropped": list, "date": str}
         values = checked(data, fields, "the result")
+        _flat(values["winner"], "winner")
         measured = [checked(x, {"candidate": dict, "milliseconds": float}, "measured") for x in values["measured"]]
         dropped = [checked(x, {"candidate": dict, "reason": str}, "dropped") for x in values["dropped"]]
+        for what, items in (("measured", measured), ("dropped", dropped)):
+            for n, item in enumerate(items):
+                _flat(item["candidate"], f"{what}[{n}].candidate")
         return cls(
             Key.from_dict(values["key"]),
             values["winner"],
@@ -56,3 +61,15 @@ class Entry:
             tuple(Dropped(**x) for x in dropped),
             values["date"],
         )
+
+
+def _flat(values: Mapping[str, Any], what: str) -> None:
+    """Block sizes are a few names with numbers or words.  Raises ValueError."""
+    for name, value in values.items():
+        if not isinstance(value, int | float | str) or len(name) > 100 or len(str(value)) > 100:
+            raise ValueError(f"{what}: {brief(name)} is {brief(value)}, expected a number or a word")
+
+
+def as_text(data: Mapping[str, Any], indent: int) -> bytes:
+    """JSON as it stands in our files."""
+    return (json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -111,13 +111,19 @@ def checked(data: Any, types: Mapping[str, type], what: str) -> dict[str, Any]:
         raise ValueError(f"{what} is {type(data).__name__}, expected an object")
     for name in data:
         if name not in types:
-            raise ValueError(f"{what} has an unknown field {name!r}")
+            raise ValueError(f"{what} has an unknown field {brief(name)}")
     for name, kind in types.items():
         if name not in data:
             raise ValueError(f"{what} has no field {name!r}")
         if not isinstance(data[name], kind) or isinstance(data[name], bool):
-            raise ValueError(f"{what}.{name} is {data[name]!r}, expected {_NAMES.get(kind, kind.__name__)}")
+            raise ValueError(f"{what}.{name} is {brief(data[name])}, expected {_NAMES.get(kind, kind.__name__)}")
     return dict(data)
+
+
+def brief(value: Any) -> str:
+    """How a value looks, for a message: as much of it as fits into a line."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 _NAMES: dict[type, str] = {str: "text", int: "a whole number", dict: "an object", list: "a list"}
@@ -125,7 +131,7 @@ _NAMES: dict[type, str] = {str: "text", int: "a whole number", dict: "an object"
 
 def slug(text: str) -> str:
     """For a file's name: lower case, everything but letters, digits, dots and underscores to hyphens."""
-    return re.sub(r"[^a-z0-9._]+", "-", text.lower()).strip("-.") or "unnamed"
+    return re.sub(r"[^a-z0-9._]+", "-", text.lower())[:80].strip("-.") or "unnamed"
 
 
 @lru_cache(maxsize=64)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kvt_compile.kernels.disk.write import private_folder
+
 _TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
 POLL_S = 0.05
 
@@ -25,8 +27,8 @@ def locked(path: Path, wait_s: float, waiting: Callable[[], None] = lambda: None
     network file systems) everybody holds it: work is then done twice, but files still appear by atomic rename.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        private_folder(path.parent)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError:
         yield True
         return

@@ -1,0 +1,151 @@
+"""The data of a policy's JSON file -> the fields of a `CalibratedPolicy`, every one checked.
+
+A file is edited by hand, or comes from somebody else: what loads has to work wherever a measured policy does.
+"""
+
+from __future__ import annotations
+
+import glob
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kvt_compile.calibration.facts import Check, SiteCurve
+from kvt_compile.kernels.tune.key import brief
+from kvt_compile.topk import TopK, validate
+
+BUDGETS = ("mass", "cosine", "ratio")
+
+
+def fields_of(data: Any, version: int) -> dict[str, Any]:
+    """Raises ValueError with the place and the reason."""
+    if not isinstance(data, dict) or "kvt_calibration" not in data:
+        raise ValueError("it is no calibrated policy: it has no entry 'kvt_calibration'")
+    if data["kvt_calibration"] != version:
+        raise ValueError(
+            f"it has format {brief(data['kvt_calibration'])}, this version reads {version}; calibrate again"
+        )
+    grid = _many(data, "grid", _topk)
+    sites = _many(data, "sites", lambda site, place: _site(site, place, grid))
+    _same_topk(data.get("topk"), sites)
+    return {
+        "budget": _field(data, "budget", _budget),
+        "value": _field(data, "value", _number),
+        "confidence": _field(data, "confidence", _number),
+        "grid": grid,
+        "sites": sites,
+        "check": _field(data, "check", _check),
+        "trail": _many(data, "trail", _point),
+    }
+
+
+def _site(data: Any, place: str, grid: tuple[TopK, ...]) -> SiteCurve:
+    def curve(name: str) -> tuple[float, ...]:
+        values = _many(data, name, _number, place)
+        if len(values) != len(grid):
+            raise ValueError(f"{place}.{name} has {len(values)} entries, expected {len(grid)}, as many as grid")
+        return values
+
+    site = SiteCurve(
+        path=_field(data, "path", _text, place),
+        keys=_field(data, "keys", _count, place),
+        topk=_field(data, "topk", _topk, place),
+        mass=curve("mass"),
+        error=curve("error"),
+        model_error=curve("model_error"),
+        checked_mass=_field(data, "checked_mass", _number, place),
+        checked_mass_bound=_field(data, "checked_mass_bound", _bound, place),
+    )
+    if site.topk not in grid:
+        raise ValueError(f"{place}.topk is {site.topk!r}, which is not one of the measured: grid is {list(grid)}")
+    return site
+
+
+def _check(data: Any, place: str) -> Check:
+    return Check(
+        examples=_field(data, "examples", _count, place),
+        cosine=_field(data, "cosine", _number, place),
+        cosine_bound=_field(data, "cosine_bound", _bound, place),
+        cosine_worst=_field(data, "cosine_worst", _number, place),
+        error=_field(data, "error", _number, place),
+    )
+
+
+def _same_topk(said: Any, sites: Sequence[SiteCurve]) -> None:
+    """`topk` repeats what the sites say, for a person who reads the file; an edit of one alone means nothing."""
+    if said is None:
+        return
+    if not isinstance(said, dict):
+        raise ValueError(f"topk is {brief(said)}, expected an object")
+    meant = {glob.escape(site.path): site.topk for site in reversed(sites)}  # of two with one path the first counts
+    for pattern in [*said, *meant]:
+        if pattern not in said or said[pattern] != meant.get(pattern):
+            raise ValueError(
+                f"topk says {brief(said.get(pattern))} for {brief(pattern)}, and sites {brief(meant.get(pattern))}; "
+                "edit both, or give a plain mapping of patterns as the option topk"
+            )
+
+
+Reader = Callable[[Any, str], Any]
+
+
+def _field(data: Any, name: str, read: Reader, place: str = "") -> Any:
+    inner = f"{place}.{name}" if place else name
+    if not isinstance(data, dict):
+        raise ValueError(f"{place or 'it'} is {brief(data)}, expected an object")
+    if name not in data:
+        raise ValueError(f"{place or 'it'} has no entry {name!r}")
+    return read(data[name], inner)
+
+
+def _many(data: Any, name: str, read: Reader, place: str = "") -> tuple[Any, ...]:
+    def items(value: Any, inner: str) -> tuple[Any, ...]:
+        if not isinstance(value, list):
+            raise ValueError(f"{inner} is {brief(value)}, expected a list")
+        return tuple(read(item, f"{inner}[{n}]") for n, item in enumerate(value))
+
+    found: tuple[Any, ...] = _field(data, name, items, place)
+    return found
+
+
+def _number(value: Any, place: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{place} is {brief(value)}, expected a number")
+    return value
+
+
+def _bound(value: Any, place: str) -> float:
+    """Nothing at all may be known of what a mean is at least."""
+    return value if isinstance(value, float) and value == -math.inf else _number(value, place)
+
+
+def _count(value: Any, place: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{place} is {brief(value)}, expected a whole number from 1 on")
+    return value
+
+
+def _text(value: Any, place: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{place} is {brief(value)}, expected a text")
+    return value
+
+
+def _budget(value: Any, place: str) -> str:
+    if value not in BUDGETS:
+        raise ValueError(f"{place} is {brief(value)}, expected one of {', '.join(BUDGETS)}")
+    return str(value)
+
+
+def _topk(value: Any, place: str) -> TopK:
+    try:
+        return validate(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{place}: {error}") from None
+
+
+def _point(value: Any, place: str) -> tuple[float, float, float]:
+    if not isinstance(value, list) or len(value) != 3:
+        raise ValueError(f"{place} is {brief(value)}, expected three numbers")
+    first, second, third = (_number(x, f"{place}[{n}]") for n, x in enumerate(value))
+    return first, second, third
