@@ -6,6 +6,7 @@ highest-scoring keys (KVT, arXiv 2106.00515).
 
 from kvt_compile.adjust import options, set_topk
 from kvt_compile.backend import RefusalError
+from kvt_compile.backends import inductor_pass, passes_for
 from kvt_compile.calibration import CalibratedPolicy, CalibrationError, calibrate
 from kvt_compile.capture.capture import CaptureError
 from kvt_compile.config import OptionError, Options
@@ -26,7 +27,9 @@ __all__ = [
     "RewriteResult",
     "calibrate",
     "explain",
+    "inductor_pass",
     "options",
+    "passes_for",
     "rewrite",
     "set_topk",
     "topk_attention",

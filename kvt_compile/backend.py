@@ -1,4 +1,4 @@
-"""`torch.compile(model, backend="kvt")`: Dynamo graph -> passes -> Inductor.
+"""`torch.compile(model, backend="kvt")`: Dynamo graph -> passes -> Inductor, or another backend (`then`).
 
 Registered through the entry point group `torch_dynamo_backends`, so users import nothing of ours.  The passes run
 before AOTAutograd: the ops bring their own backward, and Inductor compiles everything around them as always.
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvt_compile.config import Options, split_options
+from kvt_compile.config import OptionError, Options, split_options
 from kvt_compile.kernels import tune
 from kvt_compile.passes.canonical.modes import ambient
 from kvt_compile.passes.pipeline import PassResult, run_passes
@@ -28,6 +28,10 @@ log = logging.getLogger("kvt_compile")
 
 class RefusalError(RuntimeError):
     """With `on_refusal="error"`: a softmax or SDPA call was left as it is."""
+
+
+Backend = Callable[..., Callable[..., Any]]
+"""(graph, example inputs) -> what runs the graph."""
 
 
 def kvt_backend(
@@ -46,25 +50,56 @@ def kvt_backend(
         options: options of `kvt_compile.config.Options`, and any of Inductor's own.
 
     Returns a callable that runs the compiled graph.
-    Raises OptionError for an unknown option and RefusalError as `on_refusal` asks.
+    Raises OptionError for an unknown option, or one of Inductor's where another backend follows, and RefusalError as
+    `on_refusal` asks.
     """
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
-
     ours, inductor = split_options(options)
+    if ours.then != "inductor" and mode is not None:
+        raise OptionError(f"mode {mode!r} is Inductor's, and the graph goes to {ours.then!r}: leave one of them out")
+    apply_passes(gm, ours)
+    with autocast_in_cache_key():
+        if ours.then == "inductor":
+            return by_inductor(gm, example_inputs, mode=mode, options=inductor)
+        return backend_of(ours.then)(gm, example_inputs)
+
+
+def apply_passes(gm: fx.GraphModule, options: Options) -> PassResult:
+    """Rewrites in place a graph that will run in the grad mode and autocast of the caller; logs and tells as the options
+    ask.  Raises RefusalError as `on_refusal` asks."""
     recorder = GraphRecorder() if graphs.log.isEnabledFor(logging.DEBUG) else None
     result = run_passes(
-        gm, ours.policy, lowering=ours.lowering, tolerance=ours.topk_tolerance, watch=recorder, entry=ambient()
+        gm, options.policy, lowering=options.lowering, tolerance=options.topk_tolerance, watch=recorder, entry=ambient()
     )
     if recorder is not None:
         graphs.log_changes(recorder.finish())
-    report_refusals(result, ours)
-    request_tuning(result, ours)
-    patches = {**(list_mode_options(mode) if mode else {}), **inductor}
-    with _autocast_in_cache_key():
-        compiled: Any = compile_fx(gm, example_inputs, config_patches=patches or None)
+    report_refusals(result, options)
+    request_tuning(result, options)
+    return result
+
+
+def by_inductor(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Inductor, with a mode and options as `torch.compile` takes them."""
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
+    compiled: Any = compile_fx(gm, example_inputs, config_patches=patches or None)
     run: Callable[..., Any] = compiled
     return run
+
+
+def backend_of(then: str | Backend) -> Backend:
+    """A backend, by its name where it is not one itself.  Raises what its import raises."""
+    if then == "inductor":
+        return by_inductor
+    found: Backend = torch._dynamo.lookup_backend(then)
+    return found
 
 
 def request_tuning(result: PassResult, options: Options) -> None:
@@ -91,7 +126,7 @@ def report_refusals(result: PassResult, options: Options) -> None:
 
 
 @contextmanager
-def _autocast_in_cache_key() -> Iterator[None]:
+def autocast_in_cache_key() -> Iterator[None]:
     """torch <= 2.12 forgets the autocast dtype in the key of its compile cache; the tag is part of that key."""
     devices = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
     tag = ",".join(f"{d}:{torch.get_autocast_dtype(d)}" for d in devices)

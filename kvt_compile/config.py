@@ -7,7 +7,7 @@ options={"topk": 64, "exclude": ["head.*"], "max_autotune": True}
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -19,6 +19,7 @@ from kvt_compile.topk import validate_tolerance
 
 OnRefusal = Literal["ignore", "warn", "error"]
 OtherAxis = Literal["dense", "rewrite"]
+Then = str | Callable[..., Callable[..., Any]]
 
 
 class OptionError(ValueError):
@@ -53,6 +54,12 @@ class Options:
     autotune: Mode = "cached"
     """Block sizes of the kernels that have any: "off" the defaults, "cached" what was measured before (the defaults
     where nothing was), "on" measured at the first call and kept.  Results differ by rounding at most."""
+    then: Then = "inductor"
+    """What compiles the rewritten graph, of `torch.compile` only: "inductor", the name of any backend that
+    `torch.compiler.list_backends` has ("eager", "aot_eager", "openvino", ...; also those it leaves out as experimental
+    or for debugging), or a backend itself: a function that takes a graph and its inputs and returns what runs.
+    Options of such a backend are bound to it (`functools.partial`); Inductor's mode and options go with "inductor"
+    alone."""
 
     @property
     def policy(self) -> Policy:
@@ -66,8 +73,10 @@ class Options:
 NAMES = tuple(field.name for field in fields(Options))
 
 
-def make_options(given: Mapping[str, Any]) -> Options:
-    """Checks every value.  Raises OptionError (a ValueError) or TypeError saying what was found and expected."""
+def make_options(given: Mapping[str, Any], compiling: bool = False) -> Options:
+    """Checks every value.  Raises OptionError (a ValueError) or TypeError saying what was found and expected.
+
+    compiling: for a way in that has a compiler behind it, so that `then` means something."""
     unknown = [name for name in given if name not in NAMES]
     if unknown:
         raise OptionError(_unknown(unknown[0], NAMES))
@@ -77,6 +86,8 @@ def make_options(given: Mapping[str, Any]) -> Options:
     for name in ("include", "exclude"):
         if name in values:
             values[name] = _patterns(name, values[name])
+    if "then" in values:
+        _check_then(values["then"], compiling)
     if "topk_tolerance" in values:
         try:
             values["topk_tolerance"] = validate_tolerance(values["topk_tolerance"])
@@ -101,6 +112,7 @@ def split_options(given: Mapping[str, Any] | None) -> tuple[Options, dict[str, A
     given = dict(given or {})
     ours = {name: value for name, value in given.items() if name in NAMES}
     rest = {name: value for name, value in given.items() if name not in NAMES}
+    options = make_options(ours, compiling=True)
     if rest:
         from torch._inductor import list_options
 
@@ -108,7 +120,29 @@ def split_options(given: Mapping[str, Any] | None) -> tuple[Options, dict[str, A
         for name in rest:
             if name.replace("-", "_") not in known:
                 raise OptionError(_unknown(name, (*NAMES, *sorted(known))))
-    return make_options(ours), rest
+        if options.then != "inductor":
+            raise OptionError(
+                f"{next(iter(rest))!r} is an option of Inductor, and the graph goes to {options.then!r}; options of "
+                "another backend are bound to it with functools.partial"
+            )
+    return options, rest
+
+
+def _check_then(then: Any, compiling: bool) -> None:
+    if not compiling:
+        raise OptionError(
+            "then says what compiles the rewritten graph, and only torch.compile(model, backend='kvt', options={...}) "
+            "compiles it"
+        )
+    if callable(then):
+        return
+    from torch._dynamo import list_backends
+
+    known = sorted({"inductor", *list_backends(exclude_tags=())} - {"kvt"})
+    if then not in known:
+        near = difflib.get_close_matches(str(then), known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise OptionError(f"then must be a backend or the name of one, {', '.join(known)}, got {then!r}{hint}")
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:

@@ -38,7 +38,8 @@ def options_page() -> str:
         "# Options\n\n"
         "<!-- Written by tools/reference.py from kvt_compile/config.py: change the docstrings there. -->\n\n"
         'The same for `torch.compile(model, backend="kvt", options={...})`, `kvt_compile.rewrite(model, ...)` and '
-        "`kvt_compile.explain(model, ...)`. Options of Inductor may stand among those of `torch.compile` and are "
+        "`kvt_compile.explain(model, ...)`, but for `then`, which is for the first "
+        "alone. Options of Inductor may stand among those of `torch.compile` and are "
         "passed on to it. An unknown name is an error that suggests the nearest."
     )
     return "\n\n".join([head, *sections]) + "\n"
