@@ -79,7 +79,7 @@ def conduct(
         if ended.get(step.name, {}).get("status") == "done" and not plan.again:
             say(f"{step.part} {step.name}: done before")
             continue
-        seconds = limit(end - time.monotonic(), steps[number:])
+        seconds = limit(end - time.monotonic(), steps[number:], plan.dry)
         if seconds < LEAST_S:
             note(step, status="left out", reason=f"{seconds:.0f} s were left of {plan.seconds:.0f}")
             say(f"{step.part} {step.name}: left out, the time is spent")

@@ -33,11 +33,11 @@ def complaint() -> str:
 
 def no_gpu() -> str:
     """Why no GPU is used; empty where one is."""
+    if not Path("/dev/nvidiactl").exists() and not Path("/dev/nvidia0").exists():
+        return "there is no NVIDIA GPU"
     spec = find_spec("torch")
     text = Path(spec.origin).with_name("version.py").read_text() if spec and spec.origin else ""
-    if not re.search(r"^cuda\b.*= *['\"]\d", text, re.M):
-        return "its torch is not built for CUDA"
-    return "" if Path("/dev/nvidiactl").exists() or Path("/dev/nvidia0").exists() else "there is no NVIDIA GPU"
+    return "" if re.search(r"^cuda\b.*= *['\"]\d", text, re.M) else "its torch is not built for CUDA"
 
 
 if __name__ == "__main__":

@@ -71,3 +71,5 @@ class Folder:
         """Removes what a process that was killed while it wrote left behind."""
         for name in FILES:
             (self.path / f"{name}.new").unlink(missing_ok=True)
+        for left in self.path.glob(".tuned-*"):  # of the library's own way to write
+            shutil.rmtree(left, ignore_errors=True)

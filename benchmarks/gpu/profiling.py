@@ -53,6 +53,13 @@ def run(context: Context) -> None:
             found[str(cell)]["counters"] = counters(cell, min(NCU_S, context.left() - 2.0), context.dry)
             context.save("profile.json", cells=found)
     context.say(f"{', '.join(map(str, cells))} taken apart")
+    failed = [f"{name}: {x}" for name, record in found.items() for x in failures(record)]
+    sys.exit(f"failed: {'; '.join(failed)}" if failed else 0)
+
+
+def failures(record: dict[str, Any]) -> list[str]:
+    """Of the launches; what Nsight Compute cannot do is no failure."""
+    return [str(x) for key in ("kernels", "without") for x in record.get(key, {}).values() if isinstance(x, str)]
 
 
 def slowest(races_done: dict[str, Any]) -> list[Cell]:

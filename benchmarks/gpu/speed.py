@@ -6,13 +6,14 @@ is what one run allocates beyond its inputs.  Races that an earlier run of the s
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import suppress
 from typing import Any
 
 import torch
 
-from benchmarks.gpu.cells import COMPILED, FLEX, Race, races
+from benchmarks.gpu.cells import COMPILED, FLEX, OURS, TOLERANT, Race, races
 from benchmarks.gpu.contestants import Contestants
 from benchmarks.gpu.place import Place, place
 from benchmarks.gpu.plan import Budget, Measured, measure, reason_of
@@ -43,6 +44,14 @@ def run(context: Context) -> None:
             context.log(line(found[str(race)]))
             context.say(f"{len(found)} of {len(plan)} races " + ("launched" if context.dry else "run"))
             context.survive()
+    failed = [name for name, record in found.items() if failures(record)]
+    sys.exit(f"failed: {'; '.join(failed)}" if failed else 0)
+
+
+def failures(record: dict[str, Any]) -> list[str]:
+    """Why ours, or all of a race, has no number where it should have one."""
+    reasons = [record["dropped"].get(who) for who in (OURS, TOLERANT, "inputs")]
+    return [reason for reason in reasons if reason and reason != NOT_TIMED and not reason.startswith("not run")]
 
 
 def finished(record: dict[str, Any] | None) -> bool:

@@ -24,17 +24,20 @@ class Step:
     name: str
     """Of its module in this package."""
     share: float
+    """Of the seconds, on a GPU."""
+    dry: float
+    """Without one, where compiling on few cores is what takes time."""
     what: str
 
 
 STEPS = (
-    Step("a", "machine", 45, "versions, kvt doctor"),
-    Step("b", "correct", 70, "forward and backward at 12 cells against float64"),
-    Step("b", "suite", 100, "the tests that need a GPU, in 8 processes"),
-    Step("c", "tuning", 95, "block sizes for ViT-B at 224 and for N = 1024, training"),
-    Step("d", "speed", 125, "attention against its rivals, cell by cell"),
-    Step("d", "model", 65, "a training step of ViT-B/16"),
-    Step("e", "profiling", 32, "the two slowest cells taken apart"),
+    Step("a", "machine", 45, 40, "versions, kvt doctor"),
+    Step("b", "correct", 70, 160, "forward and backward at 12 cells against float64"),
+    Step("b", "suite", 100, 10, "the tests that need a GPU, in 8 processes"),
+    Step("c", "tuning", 95, 70, "block sizes for ViT-B at 224 and for N = 1024, training"),
+    Step("d", "speed", 125, 100, "attention against its rivals, cell by cell"),
+    Step("d", "model", 65, 110, "a training step of ViT-B/16"),
+    Step("e", "profiling", 32, 40, "the two slowest cells taken apart"),
 )
 
 
@@ -53,6 +56,7 @@ def chosen(parts: str) -> list[Step]:
     return [step for step in STEPS if not wanted or step.part in wanted or step.name in wanted]
 
 
-def limit(left: float, remaining: Sequence[Step]) -> float:
+def limit(left: float, remaining: Sequence[Step], dry: bool = False) -> float:
     """Seconds for the first of the steps that remain, of `left` for all of them."""
-    return max(left, 0.0) * remaining[0].share / sum(step.share for step in remaining)
+    shares = [step.dry if dry else step.share for step in remaining]
+    return max(left, 0.0) * shares[0] / sum(shares)

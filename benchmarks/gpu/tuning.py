@@ -7,6 +7,7 @@ all of them for a cache to carry.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from kvt_compile.kernels.triton.blocks import Blocks
 from kvt_compile.kernels.triton.choose import Launch
 from kvt_compile.kernels.tune import transfer
 from kvt_compile.kernels.tune.progress import Step as Progress
-from kvt_compile.kernels.tune.store import Store
+from kvt_compile.kernels.tune.store import Store, read_into
 from kvt_compile.kernels.tune.tuner import Effort
 from kvt_compile.tuning import Shape, tune_shape
 
@@ -63,7 +64,7 @@ def import_results(context: Context) -> int:
     if not path.exists():
         return 0
     try:
-        return sum(transfer.read_into(path, Store(cache_folder() / "tune")))
+        return sum(read_into(path, Store(cache_folder() / "tune")))
     except (transfer.BadFile, OSError) as error:
         context.log(f"results of an earlier run are not used: {error}")
         return 0
@@ -76,6 +77,7 @@ def dry(context: Context) -> None:
         launched = {name: launch_candidates(shape, here, context, store) for name, shape in SHAPES.items()}
     transfer.write(context.folder.path / "tuned.json", [])
     context.say(f"{sum(launched.values())} candidates launched, none timed")
+    sys.exit(0 if all(launched.values()) else "no candidate could be launched")
 
 
 def launch_candidates(shape: Shape, here: Place, context: Context, store: Store) -> int:
