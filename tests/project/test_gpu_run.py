@@ -25,7 +25,7 @@ from benchmarks.gpu.folder import FILES, Folder
 from benchmarks.gpu.step import Context
 from benchmarks.gpu.steps import STEPS, Step, chosen, limit
 
-ONE, TWO, THREE = (Step("x", name, 1.0, 1.0, name) for name in ("one", "two", "three"))
+ONE, TWO, THREE = (Step("x", name, 1.0, name) for name in ("one", "two", "three"))
 Command = Callable[[Step, float, Path], list[str]]
 
 
@@ -80,13 +80,13 @@ def test_parts_are_letters_or_names() -> None:
 
 
 def test_what_a_step_leaves_goes_to_those_that_follow() -> None:
-    two = [Step("x", "one", 1.0, 3.0, ""), Step("x", "two", 3.0, 1.0, "")]
+    two = [Step("x", "one", 1.0, ""), Step("x", "two", 3.0, "")]
     assert limit(80.0, two) == 20.0
-    assert limit(80.0, two, dry=True) == 60.0
+    assert limit(80.0, two, dry=True) == 48.0
+    assert limit(80.0, two[1:], dry=True) == 80.0
     assert limit(78.0, two[1:]) == 78.0
     assert limit(-1.0, two) == 0.0
-    for shares in ([step.share for step in STEPS], [step.dry for step in STEPS]):
-        assert sum(shares) <= steps.SECONDS - steps.RESERVE
+    assert sum(step.share for step in STEPS) <= steps.SECONDS - steps.RESERVE
 
 
 # --- steps that go wrong ----------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ code = ("import os, time, sys; sys.path.insert(0, %r)\\n"
         "print('pid', os.getpid(), flush=True); time.sleep(60)" % os.getcwd())
 def command(step, seconds, said):
     return [sys.executable, "-c", code if step.name == "two" else "print('first')"]
-plan = conduct.Plan([Step("x", name, 1.0, 1.0, name) for name in ("one", "two", "three")], 120.0)
+plan = conduct.Plan([Step("x", name, 1.0, name) for name in ("one", "two", "three")], 120.0)
 conduct.conduct(plan, Folder(out), print, lambda: None, command)
 """
 
