@@ -64,8 +64,9 @@ def kvt_backend(
 
 
 def apply_passes(gm: fx.GraphModule, options: Options) -> PassResult:
-    """Rewrites in place a graph that will run in the grad mode and autocast of the caller; logs and tells as the options
-    ask.  Raises RefusalError as `on_refusal` asks."""
+    """Rewrites in place a graph that will run in the modes this thread is in; logs and tells as the options ask.
+
+    Raises RefusalError as `on_refusal` asks."""
     recorder = GraphRecorder() if graphs.log.isEnabledFor(logging.DEBUG) else None
     result = run_passes(
         gm, options.policy, lowering=options.lowering, tolerance=options.topk_tolerance, watch=recorder, entry=ambient()

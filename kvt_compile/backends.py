@@ -20,6 +20,7 @@ from torch import fx
 
 from kvt_compile.backend import Backend, apply_passes, autocast_in_cache_key, backend_of
 from kvt_compile.config import OptionError, make_options
+from kvt_compile.passes.canonical.modes import ambient
 
 
 @overload
@@ -89,7 +90,7 @@ def inductor_pass(**options: Any) -> Any:
             apply_passes(gm, chosen)
 
         def uuid(self) -> str | None:
-            return name
+            return name and f"{name}-{ambient()}"  # what a graph becomes depends on the modes it will run in
 
     return KvtPass()
 

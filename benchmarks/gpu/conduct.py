@@ -58,12 +58,16 @@ def conduct(
         report: called now and then, and at the end of every step, to write the report anew.
         command: step, seconds, file for what it says -> the command of its process.
     """
-    command = command or (lambda step, seconds, said: step_command(step, seconds, said, folder, plan))
     end = time.monotonic() + plan.seconds - RESERVE
     code = fingerprint()
+    command = command or (lambda step, seconds, said: step_command(step, seconds, said, folder, plan, code))
     before = folder.load("run.json")
     of = {"code": code, "dry": plan.dry, "gpus": gpus()}
     same = {key: before.get(key) for key in of} == of
+    if before and not same:
+        aside = f"before-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+        folder.set_aside(aside)
+        say(f"of other code, another GPU or a dry run: what was in {folder.path} is in {aside} now")
     ended: dict[str, Any] = dict(before.get("steps", {})) if same else {}
     state = {**of, "seconds": plan.seconds, "steps asked for": [step.name for step in plan.steps]}
     state["started"] = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
@@ -172,10 +176,10 @@ def _lives(process: subprocess.Popen[bytes]) -> bool:
     return True
 
 
-def step_command(step: Step, seconds: float, said: Path, folder: Folder, plan: Plan) -> list[str]:
+def step_command(step: Step, seconds: float, said: Path, folder: Folder, plan: Plan, code: str) -> list[str]:
     """What runs a step of this package."""
     found = [sys.executable, "-m", "benchmarks.gpu.step", step.name, "--out", str(folder.path.resolve())]
-    found += ["--seconds", f"{seconds:.1f}", "--said", str(said)]
+    found += ["--seconds", f"{seconds:.1f}", "--said", str(said), "--code", code]
     return found + ["--dry"] * plan.dry + ["--everything"] * plan.everything
 
 

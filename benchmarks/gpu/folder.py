@@ -67,6 +67,18 @@ class Folder:
                 taken.append(name)
         return taken
 
+    def set_aside(self, name: str) -> None:
+        """Moves what an earlier run left into a folder of its own; tuning results, which know their kernels, stay as
+        well."""
+        found = [file for file in FILES if (self.path / file).is_file()]
+        aside = self.path / name
+        if found:
+            aside.mkdir(parents=True, exist_ok=True)
+        for file in found:
+            (self.path / file).replace(aside / file)
+        if "tuned.json" in found:
+            shutil.copyfile(aside / "tuned.json", self.path / "tuned.json")
+
     def clean(self) -> None:
         """Removes what a process that was killed while it wrote left behind."""
         for name in FILES:

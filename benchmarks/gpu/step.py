@@ -26,12 +26,18 @@ class Context:
     """What a step is told, and where its results go."""
 
     def __init__(
-        self, folder: Folder, seconds: float, dry: bool = False, everything: bool = False, said: Path | None = None
+        self,
+        folder: Folder,
+        seconds: float,
+        dry: bool = False,
+        everything: bool = False,
+        said: Path | None = None,
+        code: str = "",
     ) -> None:
         self.folder, self.seconds, self.dry, self.everything = folder, seconds, dry, everything
         self._said = said
         self._start = time.monotonic()
-        self.of = {"code": fingerprint(), "dry": dry, "gpu": _gpu()}
+        self.of = {"code": code or fingerprint(), "dry": dry, "gpu": _gpu()}
 
     def left(self) -> float:
         """Seconds until this process is ended."""
@@ -80,12 +86,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--said", type=Path)
+    parser.add_argument("--code", default="", help="fingerprint that the results are of (default: of the code here)")
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--everything", action="store_true")
     arguments = parser.parse_args()
     _end_with(os.getppid(), arguments.seconds + 10)
     warnings.filterwarnings("ignore", category=UserWarning)
-    context = Context(Folder(arguments.out), arguments.seconds, arguments.dry, arguments.everything, arguments.said)
+    context = Context(
+        Folder(arguments.out), arguments.seconds, arguments.dry, arguments.everything, arguments.said, arguments.code
+    )
     importlib.import_module(f"benchmarks.gpu.{arguments.name}").run(context)
 
 

@@ -222,6 +222,27 @@ def test_caches_know_the_pass_by_its_options() -> None:
     assert names[0] == names[1]
     assert len(set(names)) == 4
     assert kvt_compile.inductor_pass(topk=lambda site: 4).uuid() is None
+    with torch.no_grad():
+        assert kvt_compile.inductor_pass(topk=4).uuid() != names[0]
+
+
+@pytest.mark.parametrize("around", [torch.enable_grad, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_the_passes_see_the_modes_that_the_graph_will_run_in(around: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside Inductor as in front of it."""
+    entries: list[Any] = []
+    own = kvt_compile.backend.run_passes
+
+    def noted(*arguments: Any, entry: Any, **keywords: Any) -> Any:
+        entries.append(entry)
+        return own(*arguments, entry=entry, **keywords)
+
+    monkeypatch.setattr(kvt_compile.backend, "run_passes", noted)
+    x = torch.randn(2, 10, 32)
+    with around():
+        torch.compile(Net(), backend="kvt", options={"then": "eager"})(x)
+        torch.compiler.reset()
+        torch.compile(Net(), options={"pre_grad_custom_pass": kvt_compile.inductor_pass()})(x)
+        assert entries == [kvt_compile.passes.canonical.modes.ambient()] * 2
 
 
 # --- a real one -------------------------------------------------------------------------------------------------------

@@ -199,12 +199,16 @@ def test_results_of_something_else_are_not_continued(
     change: str, folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(folder, commands())
+    folder.save("speed.json", {"mine": 1})
     if change == "code":
         monkeypatch.setattr(conduct, "fingerprint", lambda: "other")
     if change == "gpus":
         monkeypatch.setattr(conduct, "gpus", lambda: ["another GPU"])
     said = run(folder, commands(), dry=change == "dry")[1]
-    assert "done before" not in said[0]
+    assert not any("done before" in line for line in said)
+    (aside,) = folder.path.glob("before-*")
+    assert Folder(aside).load("speed.json") == {"mine": 1}
+    assert folder.load("speed.json") == {}
 
 
 def test_a_file_of_other_code_is_begun_anew(folder: Folder) -> None:
