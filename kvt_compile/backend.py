@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from kvt_compile.capture.frames import guard_paths, note_paths
 from kvt_compile.config import OptionError, Options, split_options
 from kvt_compile.kernels import tune
 from kvt_compile.passes.canonical.modes import ambient
@@ -68,11 +69,13 @@ def apply_passes(gm: fx.GraphModule, options: Options) -> PassResult:
 
     Raises RefusalError as `on_refusal` asks."""
     recorder = GraphRecorder() if graphs.log.isEnabledFor(logging.DEBUG) else None
+    note_paths(gm)
     result = run_passes(
         gm, options.policy, lowering=options.lowering, tolerance=options.topk_tolerance, watch=recorder, entry=ambient()
     )
     if recorder is not None:
         graphs.log_changes(recorder.finish())
+    guard_paths(options.policy, result.decisions)
     report_refusals(result, options)
     request_tuning(result, options)
     return result

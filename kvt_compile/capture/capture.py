@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 from kvt_compile.capture.contexts import KEPT_BY_EXPORT, Watch, hooked, lost_when_run
 from kvt_compile.capture.environment import LOCK, capturing
+from kvt_compile.capture.frames import guard_module, note_paths
 from kvt_compile.capture.state import keep_state
 from kvt_compile.capture.traceless import call_of_its_own, passing
 from kvt_compile.capture.unchanged import unchanged
@@ -233,10 +234,16 @@ def run_through_dynamo(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, an fx.GraphModule or an ExportedProgram, got {type(model).__name__}")
+
+    def named(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        note_paths(gm)
+        guard_module()
+        return backend(gm, example_inputs)
+
     # More graphs than usual may come from one piece of code when many models are looked at in one process; and what an
     # earlier model was given must not make this one's sizes dynamic.
     limits = torch._dynamo.config.patch(
         recompile_limit=1 << 16, accumulated_recompile_limit=1 << 20, automatic_dynamic_shapes=False
     )
-    with LOCK, unchanged(model), limits, passing(backend) as mine:
+    with LOCK, unchanged(model), limits, passing(named) as mine:
         return torch.compile(call_of_its_own(), backend=mine)(model, tuple(args), dict(kwargs))

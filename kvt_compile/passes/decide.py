@@ -65,10 +65,9 @@ def share_of(topk: TopK) -> Fraction | None:
 
 def decide(site: AttentionSite, policy: Policy) -> Decision:
     """The decision for one site.  With a dynamic number of keys the comparison is left to the rewrite."""
-    path = site.where.module
-    if policy.include and not any(fnmatch.fnmatchcase(path, pattern) for pattern in policy.include):
+    if policy.include and not any(_matches(site, pattern) for pattern in policy.include):
         return Decision(site, None, "not in `include`")
-    if any(fnmatch.fnmatchcase(path, pattern) for pattern in policy.exclude):
+    if any(_matches(site, pattern) for pattern in policy.exclude):
         return Decision(site, None, "in `exclude`")
     if site.axis not in policy.axes:
         return Decision(
@@ -80,6 +79,10 @@ def decide(site: AttentionSite, policy: Policy) -> Decision:
     if not policy.force_rewrite and isinstance(site.keys, int) and keys_kept(topk, site.keys) >= site.keys:
         return Decision(site, None, f"k = {keys_kept(topk, site.keys)} keeps all {site.keys} keys")
     return Decision(site, topk)
+
+
+def _matches(site: AttentionSite, pattern: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in site.where.names)
 
 
 _PLURAL: dict[Axis, str] = {"token": "tokens", "channel": "channels", "batch": "the batch"}
@@ -94,7 +97,7 @@ def keys_kept(topk: TopK, keys: int) -> int:
 def _apply(rule: Rule, site: AttentionSite) -> TopK | None:
     if isinstance(rule, Mapping):
         for pattern, topk in rule.items():
-            if fnmatch.fnmatchcase(site.where.module, pattern):
+            if _matches(site, pattern):
                 return topk
         return None
     if callable(rule):
@@ -110,7 +113,7 @@ def unmatched_patterns(policy: Policy, sites: Sequence[AttentionSite]) -> str | 
         patterns += [("topk", p) for p in policy.topk]
     paths = [site.where.module for site in sites]
     for option, pattern in patterns:
-        if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
+        if not any(_matches(site, pattern) for site in sites):
             known = ", ".join(dict.fromkeys(paths)) or "none at all"
             return f"{option} pattern {pattern!r} matches no attention site; the sites are: {known}"
     return None

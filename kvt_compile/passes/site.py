@@ -4,7 +4,7 @@ not, or cannot be proved to be, and here is why).  Facts travel from stop to sto
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -20,6 +20,10 @@ Tier = Literal["fused", "scores-kept"]
 Axis = Literal["token", "channel", "batch"]
 
 
+Names = tuple[str, ...]
+"""The paths of a module: in the whole model, and in those parts of it that were compiled."""
+
+
 @dataclass(frozen=True)
 class Where:
     """The place in the user's model a node came from."""
@@ -28,6 +32,19 @@ class Where:
     """Module path, e.g. `blocks.0.attn`; empty at the top level."""
     file: str = ""
     line: int = 0
+    also: Names = ()
+    """The same path as seen from what was compiled, where that is a part of the model (`attn` in `blocks.0`)."""
+
+    @property
+    def names(self) -> Names:
+        """Every path that patterns may mean it by."""
+        return (self.module, *self.also)
+
+    def moved(self, base: Names, to: Names) -> Where:
+        """The same place in another module of the same class: `blocks.0.attn` of `blocks.0` -> `blocks.3.attn`."""
+        inner = self.module[len(base[0]) :] if base else f".{self.module}"
+        module, *also = ((f"{name}{inner}".lstrip(".")) for name in to or ("",))
+        return replace(self, module=module, also=tuple(also))
 
     def __str__(self) -> str:
         return f"{self.module or '(top level)'}{f' at {self.file}:{self.line}' if self.file else ''}"

@@ -75,7 +75,7 @@ def _inline(gm: fx.GraphModule, node: fx.Node, traced: fx.GraphModule, sources: 
             else:
                 copy = gm.graph.node_copy(inner, lambda n: env[n])
                 value = copy.meta.pop("val", None)
-                copy.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+                copy.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace", "kvt_names")}
                 copy.meta[key] = value
                 env[inner] = copy
     raise AssertionError("a traced graph ends with an output node")

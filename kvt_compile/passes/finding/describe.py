@@ -27,21 +27,32 @@ def in_torch(file: str) -> bool:
 
 def place(node: fx.Node) -> Where:
     """Module path, file and line a node came from, as far as the capture recorded them."""
-    stack = node.meta.get("nn_module_stack") or {}
-    entries = [entry for entry in stack.values() if isinstance(entry, tuple)]
-    while entries and "Softmax" in getattr(entries[-1][-1], "__name__", str(entries[-1][-1])):
-        entries.pop()  # an nn.Softmax is part of the attention, not its name
-    # a model's own names, whatever a function that runs it calls the model:
-    # L['self'].head, L['args'][0].head, G['net'].head
-    path = re.sub(r"\b[LG]\[['\"][^'\"]+['\"]\](?:\[\d+\])*\.?", "", str(entries[-1][0])) if entries else ""
-    path = re.sub(r"^L__self___?|^self\.", "", path)
-    # where a class has a __getattr__ of its own, Dynamo looks into __dict__
-    path = re.sub(r"(?:\.?__dict__\[['\"]_modules['\"]\]|\._modules)\[['\"]([^'\"]+)['\"]\]", r".\1", path).lstrip(".")
+    names = node.meta.get("kvt_names") or (_path(node),)
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or node.stack_trace or "")
     # symbolic_trace records its own frames below the model's
     model_frames = [frame for frame in frames if not in_torch(frame[0])] or frames
     file, line = model_frames[-1] if model_frames else ("", "0")
-    return Where(path, file, int(line))
+    return Where(names[0], file, int(line), tuple(names[1:]))
+
+
+def _path(node: fx.Node) -> str:
+    """The path relative to what was captured."""
+    # a model's own names, whatever a function that runs it calls the model:
+    # L['self'].head, L['args'][0].head, G['net'].head
+    path = re.sub(r"\b[LG]\[['\"][^'\"]+['\"]\](?:\[\d+\])*\.?", "", captured_path(node))
+    path = re.sub(r"^L__self___?|^self\.", "", path)
+    # where a class has a __getattr__ of its own, Dynamo looks into __dict__
+    path = re.sub(r"(?:\.?__dict__\[['\"]_modules['\"]\]|\._modules)\[['\"]([^'\"]+)['\"]\]", r".\1", path).lstrip(".")
+    return path
+
+
+def captured_path(node: fx.Node) -> str:
+    """The module path as the capture wrote it: `L['self'].blocks[0].attn`; empty where there is none."""
+    stack = node.meta.get("nn_module_stack") or {}
+    entries = [entry for entry in stack.values() if isinstance(entry, tuple)]
+    while entries and "Softmax" in getattr(entries[-1][-1], "__name__", str(entries[-1][-1])):
+        entries.pop()  # an nn.Softmax is part of the attention, not its name
+    return str(entries[-1][0]) if entries else ""
 
 
 def size_text(size: Dim) -> Size:

@@ -50,7 +50,7 @@ class Emitter:
         """A call_function node with the fake value of its result and the origin of the node it stands for."""
         with self._graph.inserting_before(self._before):
             new = self._graph.call_function(target, args, kwargs)
-        for key in ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "custom"):
+        for key in ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "custom", "kvt_names"):
             if key in self._like.meta:
                 new.meta[key] = self._like.meta[key]
         with _fake_mode_of(args, self._like):

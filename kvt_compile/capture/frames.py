@@ -1,0 +1,191 @@
+"""A graph of Dynamo -> the module paths of its nodes as the whole model has them.
+
+    def forward(self, x):              model.blocks[3].attn, after a graph break in it
+        q, k, v = ...                    Dynamo's own:   ""            (relative to the frame it resumes)
+        print("a graph break")           here:           "blocks.3.attn"
+        return softmax(q @ kT) @ v
+
+A frame belongs to the innermost module whose call is on the Python stack; the model is the outermost one that contains
+it.  Dynamo compiles a frame once for all modules it runs for, so where a policy goes by paths a guard is added: what
+was compiled for one module serves another only where the policy decides the same for both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import fx, nn
+
+from kvt_compile.passes.decide import Decision, Policy, decide
+from kvt_compile.passes.finding.describe import captured_path
+from kvt_compile.passes.pipeline import nested_graphs
+from kvt_compile.passes.site import AttentionSite, Names
+
+_CALL = nn.Module._call_impl.__code__
+_WRAPPERS = {
+    # class -> the attribute that holds the model
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+}
+
+
+def running() -> Iterator[nn.Module]:
+    """The modules whose call is on this thread's Python stack, innermost first."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _CALL:
+            yield frame.f_locals["self"]
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether the module only stands around a model: its name is in no path."""
+    return type(module).__name__ in _WRAPPERS
+
+
+def path_in(root: nn.Module, wanted: nn.Module) -> str | None:
+    """The path of a module in a model, wrappers left out; None where it is no part of it."""
+    queue: list[tuple[str, nn.Module]] = [("", root)]
+    seen: set[int] = set()
+    while queue:
+        path, module = queue.pop(0)
+        if module is wanted:
+            return path
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        for name, child in module.named_children():
+            through = is_wrapper(module) and name == _WRAPPERS[type(module).__name__]
+            queue.append((path if through else f"{path}.{name}".lstrip("."), child))
+    return None
+
+
+def names_of(module: nn.Module, stack: Sequence[nn.Module]) -> Names:
+    """The paths of a module: in the outermost module of the stack it is part of, and in what was compiled of that.
+    Empty where it is part of none."""
+    names: list[str] = []
+    for outer in reversed(stack):
+        boundary = not names or type(outer).__name__ == "OptimizedModule" or outer._compiled_call_impl is not None
+        if boundary and (path := path_in(outer, module)) is not None and path not in names:
+            names.append(path)
+    return tuple(names)
+
+
+def note_paths(gm: fx.GraphModule) -> None:
+    """Writes the paths of every node of a graph that Dynamo just captured, nested graphs included, into its meta."""
+    stack = [module for module in running() if not _is_ours(module)]
+    owner = _owner()
+    scope = _scope()
+    around = [x for x in scope.get("L", {}).values() if isinstance(x, nn.Module)][:1] + stack
+    known: dict[int, Names] = {}
+    for graph in nested_graphs(gm):
+        for node in graph.graph.nodes:
+            path = captured_path(node)
+            module = _resolve(path, scope) if path else owner
+            if module is not None and id(module) not in known:
+                known[id(module)] = names_of(module, around)
+            if names := known.get(id(module)):
+                node.meta["kvt_names"] = names
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return isinstance(module, fx.GraphModule)
+
+
+def _scope() -> dict[str, Any]:
+    """The local and global variables of the frame Dynamo is compiling, under the names its paths use."""
+    # (no public name gives them.  Without them paths are those of Dynamo, relative to the frame.)
+    with contextlib.suppress(Exception):
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        output = InstructionTranslator.current_tx().output
+        return {"L": output.local_scope, "G": output.global_scope}
+    return {}
+
+
+_STEP = re.compile(r"\.([A-Za-z_]\w*)|\[(?:'([^']*)'|\"([^\"]*)\"|(-?\d+))\]")
+
+
+def _resolve(path: str, scope: dict[str, Any]) -> nn.Module | None:
+    """L['self'].blocks[0].attn -> the module; None where the path is not made of names and items."""
+    if path[:1] not in scope:
+        return None
+    value: Any = scope[path[:1]]
+    position = 1
+    while position < len(path):
+        step = _STEP.match(path, position)
+        if step is None:
+            return None
+        name, single, double, number = step.groups()
+        try:
+            if name is not None:
+                value = getattr(value, name)
+            else:
+                value = value[int(number) if number is not None else single if single is not None else double]
+        except Exception:  # whatever a user's class does when it is asked
+            return None
+        position = step.end()
+    return value if isinstance(value, nn.Module) else None
+
+
+# ---- one compilation for several modules -----------------------------------------------------------------------------
+
+
+def guard_paths(policy: Policy, decisions: Sequence[Decision]) -> None:
+    """Adds the guard, where the policy goes by paths and there is something to decide."""
+    by_path = policy.include or policy.exclude or not isinstance(policy.topk, int | float | None)
+    owner = _owner()
+    if by_path and decisions and owner is not None:
+        _add_guard(_same_decisions(policy, decisions, owner))
+
+
+def guard_module() -> None:
+    """Has Dynamo compile a frame anew for every module it runs for: whoever lists sites wants them all."""
+    if (owner := _owner()) is not None:
+        wanted = weakref.ref(owner)
+        _add_guard(lambda _: _owner() is wanted())
+
+
+def _owner() -> nn.Module | None:
+    """The module a frame that runs now belongs to."""
+    return next((module for module in running() if not is_wrapper(module) and not _is_ours(module)), None)
+
+
+def _add_guard(test: Callable[[Any], bool]) -> None:
+    # (no public name adds a guard from a backend; the names are the same in torch 2.11 to 2.14.)
+    from torch._dynamo.source import GlobalStateSource
+    from torch._guards import Guard, TracingContext
+
+    def same_module(builder: Any, guard: Any) -> None:
+        builder.guard_manager.root.add_lambda_guard(test, ["kvt: as decided for this module"], None)
+
+    if (context := TracingContext.try_get()) is not None:
+        context.guards_context.dynamo_guards.add(Guard(GlobalStateSource(), same_module))
+
+
+def _same_decisions(policy: Policy, decisions: Sequence[Decision], owner: nn.Module) -> Callable[[Any], bool]:
+    base = names_of(owner, list(running()))
+    # without the graph, which the guard would keep alive
+    sites: list[AttentionSite] = [replace(d.site, plan=None, softmax=None) for d in decisions]  # type: ignore[arg-type]
+    made = [decision.topk for decision in decisions]
+    answers: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary({owner: True})
+
+    def test(_: Any) -> bool:
+        module = _owner()
+        if module is None:
+            return False
+        if module not in answers:
+            names = names_of(module, list(running()))
+            moved = [replace(site, where=site.where.moved(base, names)) for site in sites]
+            answers[module] = [decide(site, policy).topk for site in moved] == made
+        return answers[module]
+
+    return test
