@@ -101,7 +101,7 @@ def _keys_to_keep(emit: Emitter, topk: TopK, keys: Any) -> Any:
     if share is None:
         return int(topk)  # the op clamps it to the number of keys
     if isinstance(keys, int):
-        return -(-keys * share.numerator // share.denominator)
+        return max(-(-keys * share.numerator // share.denominator), 1)  # of no keys too: the op wants at least 1
     scaled = emit.call(operator.mul, keys, share.numerator)
     return emit.call(operator.floordiv, emit.call(operator.add, scaled, share.denominator - 1), share.denominator)
 
