@@ -174,7 +174,7 @@ def _add_guard(test: Callable[[Any], bool]) -> None:
 def _same_decisions(policy: Policy, decisions: Sequence[Decision], owner: nn.Module) -> Callable[[Any], bool]:
     base = names_of(owner, list(running()))
     # without the graph, which the guard would keep alive
-    sites: list[AttentionSite] = [replace(d.site, plan=None, softmax=None) for d in decisions]  # type: ignore[arg-type]
+    sites: list[AttentionSite] = [replace(d.site, plan=None, softmax=None, anchor=None) for d in decisions]  # type: ignore[arg-type]
     made = [decision.topk for decision in decisions]
     answers: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary({owner: True})
 
