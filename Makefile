@@ -39,7 +39,7 @@ texts:  ## write anew what the finder says of each text of tests/canonical and t
 resources:  ## compile every default Triton kernel for every GPU and write down what it uses (a quarter of an hour)
 	@./tools/python test tests/helpers/triton_resources.py
 
-check:  ## lint, format, types, import arrows, file lengths
+check:  ## lint, format, types, import arrows and circles, file lengths
 	@./tools/python dev -m ruff check .
 	@./tools/python dev -m ruff format --check .
 	@./tools/python dev -m mypy

@@ -1,4 +1,4 @@
-"""Random programs for as long as asked, a fresh seed each round: `python tests/fuzz_long.py --minutes 60 --seed 0`.
+"""Random programs for as long as asked, a fresh seed each round: `python tests/fuzz/fuzz_long.py --minutes 60 --seed 0`.
 
 Failures are shrunk, printed and appended to the log with the seed that found them; the exit status says whether there
 were any.  Beside the fast capture that the test suite uses, some rounds go through torch.compile's own.

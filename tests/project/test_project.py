@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -123,6 +124,23 @@ class TestImports:
         assert calls == []
 
 
+def _paths(words: str) -> Iterator[str]:
+    """What stands there as a path into this repository, `*` and `{a,b}` aside."""
+    rooms = (
+        "kvt_compile|passes|kernels|tests|benchmarks|examples|tools|docs|report|canonical|reading|finding|op"
+    )
+    yield from re.findall(rf"(?<![\w/.:@-])(?:{rooms})/[\w./*-]*[\w*/](?![\w{{}}])", words)
+
+
+def _is_there(parent: Path, name: str) -> bool:
+    return any(True for _ in parent.glob(name)) if "*" in name else (parent / name).exists()
+
+
+def _is_module(parts: list[str]) -> bool:
+    path = ROOT.joinpath(*parts)
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
 def imported(path: Path) -> Iterator[str]:
     """Absolute names of everything a file imports, also inside functions."""
     package = path.relative_to(ROOT).with_suffix("").parts
@@ -153,8 +171,58 @@ class TestPages:
         for page in PAGES:
             for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text(page)):
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
-            for name in re.findall(r"`((?:kvt_compile|tests|examples|tools|docs|benchmarks)/[\w./-]+)`", text(page)):
-                assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+    def test_every_path_that_is_named_exists(self) -> None:
+        """In pages and in docstrings: folders and files, as they stand from the top or from a room's own parent."""
+        parents = (ROOT, PACKAGE, PACKAGE / "passes", PACKAGE / "kernels")
+        wrong = [
+            f"{path.relative_to(ROOT)}: {name}"
+            for path in [*PAGES, *sorted(PACKAGE.rglob("*.py"))]
+            if path.name != "CHANGELOG.md"
+            for name in _paths(text(path))
+            if not any(
+                _is_there(parent, name)
+                for parent in (ROOT, PACKAGE, PACKAGE / "passes", PACKAGE / "kernels", path.parent)
+            )
+        ]
+        assert wrong == []
+
+    @pytest.mark.parametrize(
+        ("line", "names"),
+        [
+            ("see `passes/canonical/` and tests/helpers/texts.py.", ["passes/canonical/", "tests/helpers/texts.py"]),
+            ("timm/layers/attention.py:98 is no file of ours", []),
+            ("`meaning*.py` beside https://host/docs/x.md", []),
+            ("kernels/gone.py", ["kernels/gone.py"]),
+        ],
+    )
+    def test_what_is_taken_for_a_path(self, line: str, names: list[str]) -> None:
+        assert list(_paths(line)) == names
+
+    def test_every_module_that_a_page_names_exists(self) -> None:
+        code = "".join(text(path) for path in PACKAGE.rglob("*.py"))
+        loggers = set(re.findall(r'getLogger\("([\w.]+)"\)', code))
+        for page in PAGES:
+            if page.name == "CHANGELOG.md":
+                continue
+            for name in set(re.findall(r"\bkvt_compile(?:\.\w+)+", text(page))) - loggers:
+                parts = name.split(".")
+                at = next(n for n in range(len(parts), 0, -1) if _is_module(parts[:n]))
+                found = importlib.import_module(".".join(parts[:at]))
+                for part in parts[at:]:
+                    assert hasattr(found, part), f"{page.name} names {name}"
+                    found = getattr(found, part)
+
+    def test_a_name_and_its_file_go_together(self) -> None:
+        """`NAME` (`path`) in a page: the file has the name."""
+        pair = re.compile(r"`(\w+)` \(`(kvt_compile/[\w/]+\.py)`\)")
+        pairs = [(page, *found) for page in PAGES for found in pair.findall(text(page))]
+        assert pairs
+        for page, name, path in pairs:
+            there = re.search(rf"^(?:def |class )?{name}\b", text(ROOT / path), re.M)
+            assert there, f"{page.name}: no {name} in {path}"
+                f"{page.name}: no {name} in {path}"
+            )
 
     def test_readme_lists_every_option_with_its_default(self) -> None:
         from kvt_compile.config import Options
