@@ -18,6 +18,14 @@ def test_reference_page_is_what_the_code_says(page: str) -> None:
     assert (ROOT / "docs" / page).read_text() == write(), "run python tools/reference.py (make docs does)"
 
 
+def test_code_on_the_first_page_fits_its_width() -> None:
+    """80 columns: what the theme shows of a code block without scrolling, between its two side bars."""
+    page = (ROOT / "docs/index.md").read_text()
+    blocks = re.findall(r"```\w*\n(.*?)```", page, re.S) + re.findall(r"^(?: {4}.*\n)+", page, re.M)
+    assert len(blocks) >= 4
+    assert [line for block in blocks for line in block.splitlines() if len(line) > 80] == []
+
+
 def test_every_page_is_in_the_navigation() -> None:
     assert set(re.findall(r": ([\w/]+\.md)$", CONFIG, re.M)) == {
         str(file.relative_to(ROOT / "docs")) for file in (ROOT / "docs").rglob("*.md")

@@ -126,9 +126,7 @@ class TestImports:
 
 def _paths(words: str) -> Iterator[str]:
     """What stands there as a path into this repository, `*` and `{a,b}` aside."""
-    rooms = (
-        "kvt_compile|passes|kernels|tests|benchmarks|examples|tools|docs|report|canonical|reading|finding|op"
-    )
+    rooms = "kvt_compile|passes|kernels|tests|benchmarks|examples|tools|docs|report|canonical|reading|finding|op"
     yield from re.findall(rf"(?<![\w/.:@-])(?:{rooms})/[\w./*-]*[\w*/](?![\w{{}}])", words)
 
 
@@ -174,7 +172,6 @@ class TestPages:
 
     def test_every_path_that_is_named_exists(self) -> None:
         """In pages and in docstrings: folders and files, as they stand from the top or from a room's own parent."""
-        parents = (ROOT, PACKAGE, PACKAGE / "passes", PACKAGE / "kernels")
         wrong = [
             f"{path.relative_to(ROOT)}: {name}"
             for path in [*PAGES, *sorted(PACKAGE.rglob("*.py"))]
@@ -221,8 +218,6 @@ class TestPages:
         for page, name, path in pairs:
             there = re.search(rf"^(?:def |class )?{name}\b", text(ROOT / path), re.M)
             assert there, f"{page.name}: no {name} in {path}"
-                f"{page.name}: no {name} in {path}"
-            )
 
     def test_readme_lists_every_option_with_its_default(self) -> None:
         from kvt_compile.config import Options
