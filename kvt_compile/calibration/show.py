@@ -11,6 +11,7 @@ from rich.text import Text
 
 from kvt_compile.calibration.facts import Calibration
 from kvt_compile.kernels.disk.text import shown
+from kvt_compile.report.names import folded
 from kvt_compile.topk import TopK, resolve
 
 if TYPE_CHECKING:
@@ -18,16 +19,20 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
+PATH_WIDTH = 40
+"""Columns of the first column, in which module paths fold at a dot."""
+
+
 def render(policy: Calibration) -> RenderableType:
     """One row for each attention: its k, and what that k does."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("attention", overflow="fold")
+    table.add_column("attention", overflow="fold", max_width=PATH_WIDTH)
     for name in ("keys", "k", "mass", "checked mass", "error here", "in the output"):
         table.add_column(name, justify="right")
     for site in policy.sites:
         n = policy.grid.index(site.topk)
         table.add_row(
-            Text(shown(site.path, keep="") or "(top level)"),
+            Text(folded(shown(site.path, keep=""), PATH_WIDTH) or "(top level)"),
             str(site.keys),
             f"{resolve(site.topk, site.keys)}",
             f"{site.mass[n]:.4f}",

@@ -53,5 +53,20 @@ def renamed_sources(text: str) -> str:
     return re.sub(r"(?m)(?<= = )(input|parameter|buffer) (\w+)$", lambda line: f"{line[1]} {_owned(line[2])}", text)
 
 
+def folded(label: str, width: int) -> str:
+    """Module paths that are longer than `width` columns go on in the next line after a dot: `encoder.layer.11.` and
+    `attention.self`.  Ranges of numbers (`{0..11}`) stay whole."""
+    return " ".join(_at_dots(word, width) if len(word) > width else word for word in label.split(" "))
+
+
+def _at_dots(path: str, width: int) -> str:
+    lines = [""]
+    for part in re.findall(r"(?:\{[^}]*\}|[^.{])*\.|(?:\{[^}]*\}|[^.{])+", path):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
 def with_name(tensor: Captured, names: dict[str, str]) -> Captured:
     return replace(tensor, name=names[tensor.name], index=renamed(tensor.index, names))

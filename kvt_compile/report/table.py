@@ -19,10 +19,13 @@ from rich.text import Text
 
 from kvt_compile.kernels.disk.text import shown
 from kvt_compile.report.facts import Findings, RefusalReport, SiteReport
+from kvt_compile.report.names import folded
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+SITE_WIDTH, REFUSAL_WIDTH = 31, 36
+"""Columns of the first column, in which module paths fold at a dot."""
 COLORS = {"fused": "green", "scores-kept": "cyan", "dense": "yellow"}
 
 
@@ -47,11 +50,11 @@ def render(report: Findings) -> RenderableType:
 
 def _sites(report: Findings) -> Table:
     table = _table("attention", "outcome", "B×H Nq×Nk", "k", "score")
-    table.columns[0].max_width, table.columns[4].ratio = 31, 1
+    table.columns[0].max_width, table.columns[4].ratio = SITE_WIDTH, 1
     table.columns[3].justify = "right"
     for modules, site in fold(report.sites):
         table.add_row(
-            _lines(label(modules), (_file(site.location), "dim")),
+            _lines(folded(label(modules), SITE_WIDTH), (_file(site.location), "dim")),
             _lines((site.outcome, COLORS[site.outcome]), (site.lowering, "dim")),
             _lines(*_shape(site)),
             "" if site.topk is None else str(site.topk),
@@ -62,14 +65,15 @@ def _sites(report: Findings) -> Table:
 
 def _refusals(report: Findings) -> Table:
     table = _table("left alone", "why")
-    table.columns[0].max_width, table.columns[1].ratio = 36, 1
-    folded: dict[tuple[str, str, str], list[RefusalReport]] = {}
+    table.columns[0].max_width, table.columns[1].ratio = REFUSAL_WIDTH, 1
+    alike: dict[tuple[str, str, str], list[RefusalReport]] = {}
     for row in report.refusals:
-        folded.setdefault((row.location, row.reason, row.step), []).append(row)
-    for (location, reason, step), rows in folded.items():
+        alike.setdefault((row.location, row.reason, row.step), []).append(row)
+    for (location, reason, step), rows in alike.items():
         names = rows[0].node if len(rows) == 1 else f"{rows[0].node} and {len(rows) - 1} more"
         place = f"{names}  {_file(location)}" if location else names
-        table.add_row(_lines(label([row.module for row in rows]), (place, "dim")), _lines(reason, (f"({step})", "dim")))
+        paths = folded(label([row.module for row in rows]), REFUSAL_WIDTH)
+        table.add_row(_lines(paths, (place, "dim")), _lines(reason, (f"({step})", "dim")))
     return table
 
 
@@ -102,10 +106,10 @@ def _algebra(site: SiteReport) -> list[str | tuple[str, str]]:
 
 def fold(rows: Iterable[SiteReport]) -> list[tuple[list[str], SiteReport]]:
     """Rows that differ in their module path alone, together: [([paths], row)], in order of first appearance."""
-    folded: dict[SiteReport, list[str]] = {}
+    alike: dict[SiteReport, list[str]] = {}
     for row in rows:
-        folded.setdefault(replace(row, module=""), []).append(row.module)
-    return [(modules, row) for row, modules in folded.items()]
+        alike.setdefault(replace(row, module=""), []).append(row.module)
+    return [(modules, row) for row, modules in alike.items()]
 
 
 def _lines(*lines: str | tuple[str, str]) -> Text:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 from collections.abc import Iterator
 from importlib import metadata
@@ -66,6 +68,24 @@ class TestPackage:
 
     def test_typed(self) -> None:
         assert (PACKAGE / "py.typed").is_file()
+
+    def test_a_source_distribution_holds_docs_and_examples(self, tmp_path: Path) -> None:
+        """All that git has, but for the links, which an archive of a package would hold as copies."""
+        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+        if listed.returncode != 0:
+            pytest.skip("not in a git checkout")
+        files = [name for name in listed.stdout.split() if (ROOT / name).is_file() and not (ROOT / name).is_symlink()]
+        for name in files:
+            (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / "copy" / name)
+        code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=tmp_path / "copy", capture_output=True)
+        assert done.returncode == 0, done.stderr
+        (archive,) = tmp_path.glob("*.tar.gz")
+        with tarfile.open(archive) as tar:
+            held = {name.partition("/")[2] for name in tar.getnames()}
+        assert set(files) - held == {".gitignore"}
+        assert {"docs/index.md", "examples/quickstart.py"} <= held
 
     def test_version_is_told_once(self) -> None:
         version = PROJECT["project"]["version"]

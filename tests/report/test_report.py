@@ -14,6 +14,7 @@ from torch import fx
 
 from kvt_compile.passes.site import AttentionSite, Captured, Refusal, Where
 from kvt_compile.report.facts import RefusalReport, SiteReport
+from kvt_compile.report.names import folded
 from kvt_compile.report.report import Report
 from kvt_compile.report.table import as_text, label
 
@@ -233,3 +234,31 @@ class TestCanonical:
             self.report().canonical("block.0")
         with pytest.raises(LookupError, match="outside every captured graph"):
             Report((), (REFUSAL,)).canonical("head")
+
+
+class TestFolding:
+    """A long module path goes on in the next line after a dot."""
+
+    @pytest.mark.parametrize(
+        ("label", "lines"),
+        [
+            ("blocks.0.attn", ["blocks.0.attn"]),
+            ("encoder.layer.11.attention.self", ["encoder.layer.", "11.attention.", "self"]),
+            ("encoder.block.{0..11}.attn ×12", ["encoder.block.", "{0..11}.attn ×12"]),
+            ("averylongnamewithoutanydot", ["averylongnamewithoutanydot"]),
+            ("first.of.many.names … last.of.many.names", ["first.of.many.", "names … last.of.many.", "names"]),
+            ("", [""]),
+        ],
+    )
+    def test_folded(self, label: str, lines: list[str]) -> None:
+        assert folded(label, 14).split("\n") == lines
+
+    def test_in_the_table(self) -> None:
+        path = "encoder.layers.encoder_layer_11.attention.self"
+        report = Report((replace(SITE, module=path),), (replace(REFUSAL, module=path),))
+        text = str(report).splitlines()
+        starts = [line.split("  ")[0].strip() for line in text]
+        assert "encoder.layers." in starts
+        assert "encoder_layer_11.attention.self" in starts
+        assert "encoder.layers.encoder_layer_11." in starts
+        assert "attention.self" in starts
