@@ -19,7 +19,7 @@ import pytest
 import torch
 from places import ROOT
 
-from benchmarks.gpu import ablate, cache, conduct, fits, steps, tuning
+from benchmarks.gpu import ablate, cache, conduct, fits, steps, suite, tuning
 from benchmarks.gpu.conduct import Plan, run_step
 from benchmarks.gpu.folder import FILES, Folder
 from benchmarks.gpu.step import Context
@@ -288,13 +288,20 @@ def test_outcomes_of_tests_are_written_as_they_come(folder: Folder, tmp_path: Pa
     environment = os.environ | {"KVT_GPU_SUITE": str(folder.path)}
     subprocess.run(
         [*command, "--noconftest", "-c", os.devnull, f"--rootdir={tmp_path}", str(tmp_path / "test_three.py")],
-        cwd=ROOT, env=environment, capture_output=True, timeout=120,
+        cwd=ROOT, env=environment, capture_output=True, timeout=600,
     )  # fmt: skip
     found = folder.load("correct.json")
     assert found["cells"] == {"a": 1}
     assert found["tests"]["counts"] == {"passed": 1, "failed": 1, "skipped": 1}
     assert found["tests"]["finished"]
     assert "assert 1 == 2" in found["tests"]["failed"][0]["said"]
+
+
+def test_the_launches_of_the_gpu_tests_are_where_the_cache_looks_for_them() -> None:
+    text = (ROOT / suite.LAUNCHES).read_text()
+    for name in suite.OF_GPU_TESTS.split(" or "):
+        assert "\n@pytest.mark.slow\n" in text.partition(f"\ndef {name}(")[0], name
+        assert f"\ndef {name}(" in text
 
 
 def test_this_python_is_asked_before_an_environment_is_made() -> None:
