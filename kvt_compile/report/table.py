@@ -54,7 +54,7 @@ def _sites(report: Findings) -> Table:
     table.columns[3].justify = "right"
     for modules, site in fold(report.sites):
         table.add_row(
-            _lines(folded(label(modules), SITE_WIDTH), (_file(site.location), "dim")),
+            _lines(*_path(modules, SITE_WIDTH), (_file(site.location), "dim")),
             _lines((site.outcome, COLORS[site.outcome]), (site.lowering, "dim")),
             _lines(*_shape(site)),
             "" if site.topk is None else str(site.topk),
@@ -72,8 +72,8 @@ def _refusals(report: Findings) -> Table:
     for (location, reason, step), rows in alike.items():
         names = rows[0].node if len(rows) == 1 else f"{rows[0].node} and {len(rows) - 1} more"
         place = f"{names}  {_file(location)}" if location else names
-        paths = folded(label([row.module for row in rows]), REFUSAL_WIDTH)
-        table.add_row(_lines(paths, (place, "dim")), _lines(reason, (f"({step})", "dim")))
+        paths = _path([row.module for row in rows], REFUSAL_WIDTH)
+        table.add_row(_lines(*paths, (place, "dim")), _lines(reason, (f"({step})", "dim")))
     return table
 
 
@@ -110,6 +110,11 @@ def fold(rows: Iterable[SiteReport]) -> list[tuple[list[str], SiteReport]]:
     for row in rows:
         alike.setdefault(replace(row, module=""), []).append(row.module)
     return [(modules, row) for row, modules in alike.items()]
+
+
+def _path(modules: list[str], width: int) -> list[str]:
+    """The lines that name the modules; what a path must not do to a terminal is gone before it is folded."""
+    return folded(shown(label(modules), keep=""), width).split("\n")
 
 
 def _lines(*lines: str | tuple[str, str]) -> Text:
