@@ -249,3 +249,13 @@ def test_empty_dimensions(empty: str, lowering: str) -> None:
 def test_heads_that_are_no_multiple_are_refused() -> None:
     with pytest.raises(ValueError, match="no multiple"):
         attention(call(q=torch.randn(B, 3, N, D)))
+
+
+def test_more_captured_values_than_a_stack_holds_are_computed_without_a_kernel() -> None:
+    captured = [torch.randn(N, N) for _ in range(50)]
+    score = "s" + "".join(f" + c{n}[i, j]*s" for n in range(50))
+    arguments = call("auto", captured=captured, score=score, needs_grad=[True] * 53)
+    out, logsumexp, threshold = attention(arguments)
+    assert all(x.isfinite().all() for x in (out, logsumexp))
+    saved = {"out": out, "logsumexp": logsumexp, "threshold": threshold}
+    assert all(x.isfinite().all() for x in backward(arguments | saved)[3])

@@ -20,6 +20,7 @@ from kvt_compile.kernels.c.layout import SOFTMAX_FIELDS, fields
 from kvt_compile.kernels.c.program import Builder, Program
 from kvt_compile.kernels.c.scalar import ELEMENTS, ScalarPrinter
 from kvt_compile.kernels.language import score as language
+from kvt_compile.kernels.language.expressions import NotGenerated
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 
 _ENVIRONMENT = jinja2.Environment(
@@ -30,6 +31,8 @@ _ENVIRONMENT = jinja2.Environment(
     undefined=jinja2.StrictUndefined,
     autoescape=False,
 )
+STACK = 1 << 20
+"""Bytes of a stack that a kernel's blocks may take; threads have 8 MB, or 2."""
 QUICK_PASSES = 10
 """Interpolating passes before a tile is finished carefully; 16 rows of normal scores take 7.8 to 8.4 (measured)."""
 
@@ -49,6 +52,7 @@ def _attention(spec: KernelSpec) -> str:
     score_back, score_scatter = score_gradient(spec, scalar)
     weight_back, weight_scatter = weight_gradient(spec, scalar)
     programs = [x for x in (score, weight, score_back, weight_back) if x is not None]
+    _check_stack(spec, programs, len(score_scatter) + len(weight_scatter))
     return _render(
         "attention.c.jinja",
         spec=spec,
@@ -102,6 +106,13 @@ def _render(template: str, *, types: tuple[str, ...], matrix_types: tuple[str, .
     )
     lines = [line.rstrip() for line in text.splitlines()]
     return "\n".join(x for n, x in enumerate(lines) if x or (n and lines[n - 1])) + "\n"
+
+
+def _check_stack(spec: KernelSpec, programs: list[Program], scatters: int) -> None:
+    """Values of every score of a block stand on a thread's stack, at most 128 bytes (M lanes) a key."""
+    values = sum(len(x.tiles) for x in programs) + scatters
+    if values * 128 * block_size(spec) > STACK:
+        raise NotGenerated(f"{values} values of every score, {STACK // (128 * block_size(spec))} at most,")
 
 
 def block_size(spec: KernelSpec) -> int:
