@@ -11,7 +11,6 @@ program, call) alone; before it runs it is written down, so that a crash names i
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import os
@@ -31,6 +30,8 @@ from strewn import strewn  # noqa: E402
 
 CALLS = 400
 """Calls of one program; building it takes as long as a hundred of them."""
+PROGRAMS = 10
+"""Programs of one process."""
 REFUSALS = (
     "ValueError",
     "RuntimeError",
@@ -366,7 +367,7 @@ def described(call: dict[str, Any]) -> dict[str, Any]:
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
-def child(seconds: float, seed: int, first: int, place: Path) -> None:
+def child(seconds: float, seed: int, first: int, programs: int, calls: int, place: Path) -> None:
     """Programs from `first` on; the last line of standard output is what was counted."""
     import warnings
 
@@ -376,12 +377,12 @@ def child(seconds: float, seed: int, first: int, place: Path) -> None:
     warnings.simplefilter("ignore")
     toolchain.FLAGS += ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O0", "-w")
     end, counts, reasons = time.monotonic() + seconds, Counter(), Counter()
-    for number in itertools.count(first):
+    for number in range(first, first + programs):
         if time.monotonic() > end:
             break
         p = program(random.Random(f"{seed}/{number}"))
         counts["programs"] += 1
-        for n in range(CALLS):
+        for n in range(calls):
             if time.monotonic() > end:
                 break
             rng = random.Random(f"{seed}/{number}/{n}")
@@ -414,8 +415,12 @@ def sanitizers() -> list[str] | None:
     return found if all(Path(x).is_absolute() for x in found) else None
 
 
-def fuzz(seconds: float, seed: int, cache: Path, chunk: float = 600.0) -> Counter[str]:
-    """Runs children one after the other.  Raises AssertionError with the call in which one ended, and what it said."""
+def fuzz(
+    cache: Path, seed: int = 0, seconds: float = math.inf, programs: int = 2**31, calls: int = CALLS
+) -> Counter[str]:
+    """Runs children one after the other, a few programs each, until the time or the programs are used up.
+
+    Raises AssertionError with the call in which one ended, and what it said."""
     libraries = sanitizers()
     assert libraries, "this compiler has no sanitizer libraries"
     environment = os.environ | {
@@ -428,9 +433,10 @@ def fuzz(seconds: float, seed: int, cache: Path, chunk: float = 600.0) -> Counte
     }
     totals: Counter[str] = Counter()
     end, place = time.monotonic() + seconds, cache / "call.json"
-    while (left := end - time.monotonic()) > 0:
+    while (left := end - time.monotonic()) > 0 and totals["programs"] < programs:
         command = [sys.executable, __file__, "--child", "--seed", str(seed), "--first", str(totals["programs"])]
-        command += ["--seconds", str(min(left, chunk)), "--place", str(place)]
+        command += ["--programs", str(min(PROGRAMS, programs - totals["programs"])), "--calls", str(calls)]
+        command += ["--seconds", str(left), "--place", str(place)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             what = place.read_text() if place.exists() else "no call"
@@ -448,12 +454,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--programs", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--calls", type=int, default=CALLS, help=argparse.SUPPRESS)
     parser.add_argument("--place", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        return child(options.seconds, options.seed, options.first, options.place)
+        return child(options.seconds, options.seed, options.first, options.programs, options.calls, options.place)
     with tempfile.TemporaryDirectory() as folder:
-        totals = fuzz(options.seconds, options.seed, Path(folder))
+        totals = fuzz(Path(folder), options.seed, options.seconds)
     print("\n".join(f"{name} {number}" for name, number in totals.most_common()))
 
 
