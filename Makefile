@@ -1,6 +1,6 @@
 # Every target sets up its environment first (tools/python) and is quick about it when there is nothing to do.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu gpu gpu-cache golden texts resources check format docs bench zoo fuzz clean
+.PHONY: help demo test test-gpu gpu gpu-cache golden texts resources check format docs bench zoo fuzz faults clean
 
 ARGS ?=
 
@@ -65,6 +65,9 @@ zoo:  ## judge every model of the zoo and write docs/zoo.md (about an hour)
 
 fuzz:  ## random attention spellings for an hour (ARGS="--minutes 5" and the like)
 	@OMP_NUM_THREADS=1 ./tools/python test tests/fuzz/fuzz_long.py --minutes 60 $(ARGS)
+
+faults:  ## kills, races, full disks, planted objects and hostile files, ten times as many as in CI (a quarter of an hour)
+	@OMP_NUM_THREADS=1 KVT_FAULTS=$${KVT_FAULTS:-10} ./tools/python test -m pytest tests/faults $(ARGS)
 
 clean:  ## remove the environment and everything generated
 	rm -rf .venv .setup build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -30,6 +30,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left_out]
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests of faults did, in numbers (of one process: without -n)."""
+    if counts := getattr(sys.modules.get("faults"), "COUNTS", None):
+        terminalreporter.write_line("faults: " + ", ".join(f"{n} {what}" for what, n in sorted(counts.items())))
+
+
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     torch.manual_seed(0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import hmac
 import logging
 import os
 import re
@@ -32,19 +31,19 @@ def name_of(source: str, compiler: Compiler) -> str:
     return hashlib.sha256(f"{compiler.identity}\0{source}".encode()).hexdigest()[:32]
 
 
-def seal(name: str, body: bytes, key: bytes = b"") -> bytes:
-    """The bytes of a file that holds an object; with a key, such as nobody without it can make."""
-    return body + _MARK + _digest(name, body, key)
+def seal(name: str, body: bytes) -> bytes:
+    """The bytes of a file that holds an object.  Against damage, not against people: ownership is for that."""
+    return body + _MARK + _digest(name, body)
 
 
-def unsealed(name: str, data: bytes, key: bytes = b"") -> bytes | None:
+def unsealed(name: str, data: bytes) -> bytes | None:
     """The object in a file's bytes; None when they are not those that `seal` gave."""
     body, mark, digest = data[: -len(_MARK) - 32], data[-len(_MARK) - 32 : -32], data[-32:]
-    return body if mark == _MARK and hmac.compare_digest(_digest(name, body, key), digest) else None
+    return body if mark == _MARK and _digest(name, body) == digest else None
 
 
-def _digest(name: str, body: bytes, key: bytes) -> bytes:
-    return hmac.digest(key, f"{name}\0".encode() + body, "sha256")
+def _digest(name: str, body: bytes) -> bytes:
+    return hashlib.sha256(f"{name}\0".encode() + body).digest()
 
 
 def what_is_wrong(path: Path) -> str:

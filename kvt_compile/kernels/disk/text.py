@@ -103,7 +103,8 @@ def _check(value: Any, place: str, depth: int, infinite: bool) -> None:
         case dict():
             for name, item in value.items():
                 _check_text(name, f"a name in {place or 'it'}")
-                _check(item, f"{place}.{name}" if place else name, depth + 1, infinite)
+                part = shown(name, keep="")[:80]
+                _check(item, f"{place}.{part}" if place else part, depth + 1, infinite)
 
 
 def _check_text(text: str, place: str) -> None:

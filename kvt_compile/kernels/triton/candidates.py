@@ -8,6 +8,7 @@ Defaults come from compilation alone (no spills, tests/golden/triton_resources.j
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -91,6 +92,22 @@ def candidates(
         and family(x, hip) == family(first, hip)
     )
     return tuple(dict.fromkeys((first, *fitting)))
+
+
+@lru_cache(maxsize=4096)
+def may_run(blocks: Blocks, spec: KernelSpec, part: str, nq: int, nk: int, hip: bool | None = None) -> bool:
+    """Whether block sizes from a file give what the default gives: scores of the same matrix instruction, and whole
+    rows where rows are to be whole.  A file may have been edited, or come from somebody else."""
+    hip = torch.version.hip is not None if hip is None else hip
+    first = default(spec, part, nq, nk, hip)
+    return blocks == first or (
+        min(blocks.rows, blocks.cols) >= SMALLEST
+        and blocks.rows * blocks.cols <= 128 * 1024
+        and blocks.warps <= 16
+        and blocks.stages <= 8
+        and family(blocks, hip) == family(first, hip)
+        and (blocks.kind == "streaming" or (part == "forward" and blocks.cols >= nk))
+    )
 
 
 def default(spec: KernelSpec | SoftmaxSpec, part: str, nq: int, nk: int, hip: bool | None = None) -> Blocks:

@@ -11,10 +11,11 @@ import torch
 from kvt_compile.kernels import tune
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton.blocks import Blocks
-from kvt_compile.kernels.triton.candidates import candidates, default
+from kvt_compile.kernels.triton.candidates import candidates, default, may_run
 from kvt_compile.kernels.triton.generate import module_source
 from kvt_compile.kernels.triton.targets import precision
 from kvt_compile.kernels.tune.timing import DeviceClock
+from kvt_compile.kernels.warn import warn_once
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,22 @@ def choose(launch: Launch, mode: tune.Mode | None = None) -> Blocks:
     if mode == "off" or isinstance(launch.spec, SoftmaxSpec):  # the row kernels have one candidate
         return launch.first
     shape = tune.ShapeClass.of(launch.queries, launch.keys, launch.heads, launch.topk)
-    return tune.pick(
-        _key(launch.spec, launch.part, shape, launch.device, precision(launch.spec)),
+    key = _key(launch.spec, launch.part, shape, launch.device, precision(launch.spec))
+    found = tune.pick(
+        key,
         lambda: candidates(launch.spec, launch.part, launch.queries, launch.keys),
         launch.first,
         launch.run,
         mode,
         lambda: DeviceClock(launch.device),
     )
+    if may_run(found, launch.spec, launch.part, launch.queries, launch.keys):
+        return found
+    warn_once(
+        f"the tuning result for {key.part} {key.shape} on {key.device} is none that could have been measured "
+        f"({found}); the default runs. kvt cache list shows it, kvt cache clear --tuning removes it"
+    )
+    return launch.first
 
 
 @lru_cache(maxsize=4096)
