@@ -1,11 +1,11 @@
 # Every target sets up its environment first (tools/python) and is quick about it when there is nothing to do.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu gpu gpu-cache golden texts resources check format docs bench zoo fuzz faults clean
+.PHONY: help demo test test-versions test-gpu gpu gpu-cache golden texts resources check format docs bench zoo fuzz faults clean
 
 ARGS ?=
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 15
 
 demo:  ## set up, then run a real vision transformer on photographs with k-NN attention
 	@./tools/python examples examples/quickstart.py $(ARGS)
@@ -13,6 +13,12 @@ demo:  ## set up, then run a real vision transformer on photographs with k-NN at
 test:  ## set up, then run the tests (ARGS="-k name" and the like)
 	@# tests run side by side, one thread each: torch's own threads would only fight over the cores
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} ./tools/python test -m pytest -n auto --maxprocesses 8 $(ARGS)
+
+test-versions:  ## the suite on the oldest and the newest torch, 5 GB each (ARGS="newest", "oldest -k name", "--changing")
+	@for python in $(or $(PYTHON),python3 python3.11 python3.12 python3.13); do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    exec "$$python" tools/versions.py $(ARGS); fi; done; \
+	echo "test-versions: no Python 3.11 or newer on the PATH" >&2; exit 1
 
 test-gpu:  ## on a machine with an NVIDIA GPU: set up, then run the tests that need it
 	@./tools/python test -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make test-gpu: torch finds no GPU here')"
@@ -70,4 +76,4 @@ faults:  ## kills, races, full disks, planted objects and hostile files, ten tim
 	@OMP_NUM_THREADS=1 KVT_FAULTS=$${KVT_FAULTS:-10} ./tools/python test -m pytest tests/faults $(ARGS)
 
 clean:  ## remove the environment and everything generated
-	rm -rf .venv .setup build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venvs .setup build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

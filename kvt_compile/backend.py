@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from kvt_compile import torch_versions
 from kvt_compile.capture.frames import guard_paths, note_paths
 from kvt_compile.capture.skipped import tell_if_disabled, tell_of_transforms
 from kvt_compile.config import OptionError, Options, split_options
 from kvt_compile.kernels import tune
+from kvt_compile.kernels.warn import warn_once
 from kvt_compile.passes.canonical.modes import ambient
 from kvt_compile.passes.pipeline import PassResult, run_passes
 from kvt_compile.report import graphs
@@ -55,6 +57,8 @@ def _backend(
     Raises OptionError for an unknown option, or one of Inductor's where another backend follows, and RefusalError as
     `on_refusal` asks.
     """
+    if torch_versions.is_untried():
+        warn_once(torch_versions.untried())
     ours, inductor = split_options(options)
     if ours.then != "inductor" and mode is not None:
         raise OptionError(f"mode {mode!r} is Inductor's, and the graph goes to {ours.then!r}: leave one of them out")

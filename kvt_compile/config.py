@@ -48,6 +48,9 @@ class Options:
     """What to do with attention over channels (XCiT, DaViT)."""
     batch_attention: OtherAxis = "dense"
     """What to do with attention over the batch."""
+    unknown_attention: OtherAxis = "dense"
+    """What to do with attention over an axis that is lost behind an operation that is not understood (a custom operator
+    that changes the shape, say): it may be tokens, and it may be channels."""
     topk_tolerance: float = 0.0
     """How far from k the number of keys a row keeps may be, as a share of k in [0, 1).  0: exactly the keys that are at
     least the k-th largest.  A lowering may use the freedom to select faster, or keep exactly k all the same."""
@@ -67,6 +70,7 @@ class Options:
         axes: set[Axis] = {"token"}
         axes |= {"channel"} if self.channel_attention == "rewrite" else set()
         axes |= {"batch"} if self.batch_attention == "rewrite" else set()
+        axes |= {"unknown"} if self.unknown_attention == "rewrite" else set()
         return Policy(self.topk, self.include, self.exclude, self.force_rewrite, frozenset(axes))
 
 
@@ -97,6 +101,7 @@ def make_options(given: Mapping[str, Any], compiling: bool = False) -> Options:
         ("on_refusal", get_args(OnRefusal)),
         ("channel_attention", get_args(OtherAxis)),
         ("batch_attention", get_args(OtherAxis)),
+        ("unknown_attention", get_args(OtherAxis)),
         ("lowering", lowerings.names()),
         ("autotune", get_args(Mode)),
     ):

@@ -90,7 +90,7 @@ def topk_attention(
 def _scale(scale: float | None, q: Tensor) -> float:
     if scale is None:
         # int: a symbolic D becomes its number, which the text needs
-        return 1.0 / math.sqrt(max(int(q.shape[-1]), 1))
+        return constant(1.0 / math.sqrt(max(int(q.shape[-1]), 1)))
     if not -math.inf < scale < math.inf:
         raise ValueError(f"scale is {scale}, expected a finite number")
     return constant(scale)

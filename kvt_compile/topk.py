@@ -38,6 +38,8 @@ def resolve(topk: TopK, keys: int) -> int:
     if isinstance(topk, float):
         numerator, denominator = as_fraction(topk)
         topk = (keys * numerator + denominator - 1) // denominator
+    if not isinstance(topk, torch.SymInt) and not isinstance(keys, torch.SymInt):
+        return max(min(topk, keys), 1)  # Dynamo of torch 2.11 knows sym_min of symbols only, and makes one of min
     return cast(int, torch.sym_max(torch.sym_min(topk, keys), 1))
 
 

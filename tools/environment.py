@@ -37,6 +37,8 @@ PARTNERS = {
     "2.12.0": ("0.27.0", "3.7.0"),
     "2.12.1": ("0.27.1", "3.7.1"),
     TORCH: ("0.28.0", "3.7.1"),
+    "2.14.0": ("0.29.0", "3.8.0"),
+    "2.14.1": ("0.29.1", "3.8.0"),
 }
 
 
@@ -45,8 +47,8 @@ def say(text: str) -> None:
 
 
 def fits(torch: str | None) -> bool:
-    """Whether a version of torch is one the project supports (pyproject.toml: >=2.11,<2.14)."""
-    return torch is not None and (2, 11) <= tuple(int(x) for x in re.findall(r"\d+", torch)[:2]) < (2, 14)
+    """Whether a version of torch is one the project supports (pyproject.toml: torch>=2.11)."""
+    return torch is not None and tuple(int(x) for x in re.findall(r"\d+", torch)[:2]) >= (2, 11)
 
 
 def normal(name: str) -> str:

@@ -65,7 +65,8 @@ def calibrate(
             leaves open (for mass, for all attentions together).
         batch_size: how many examples run at a time.
         progress: True for a bar on stderr, or a callable that is given (what, done, total).
-        options: `include`, `exclude`, `lowering`, `channel_attention`, `batch_attention` as for `rewrite`.
+        options: `include`, `exclude`, `lowering`, `channel_attention`, `batch_attention`, `unknown_attention` as for
+            `rewrite`.
 
     Returns a `CalibratedPolicy`: a mapping that goes into `topk` of every way in.
 

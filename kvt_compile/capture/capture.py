@@ -208,6 +208,14 @@ def _propagate(graph: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, 
 
 
 class _Shapes(FakeTensorProp):
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, int | float | torch.SymInt | torch.SymFloat):
+            n.meta.setdefault(
+                "val", result
+            )  # torch before 2.13 forgets numbers; the size that scales the scores is one
+        return result
+
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.fetch_attr(target).forward(*args, **kwargs)  # a user's hook has no business with fake tensors
 

@@ -1,7 +1,7 @@
 """The facts and the self-tests -> `Diagnosis`: checks that are ok, notes, or failures of something promised.
 
-Promised: a supported torch, the registered backend, a cache that can be written, and that every lowering which says it
-runs here computes what the reference does.  A missing compiler or GPU is a note: something slower runs instead.
+Promised: a torch that is not too old, the registered backend, a cache that can be written, and that every lowering
+that says it runs here computes what the reference does.  A missing compiler or GPU is a note: something slower runs.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from kvt_compile import torch_versions
 from kvt_compile.doctor import machine
 from kvt_compile.doctor.selftest import self_test, specs
 from kvt_compile.kernels.c.toolchain import INSTALL_HINT, given_up
@@ -71,11 +72,7 @@ def examine() -> Diagnosis:
 
 def _software() -> Iterator[Check]:
     facts = machine.versions()
-    low, high = (".".join(map(str, x)) for x in machine.SUPPORTED_TORCH)
-    if machine.torch_is_supported():
-        yield Check("torch", "ok", facts["torch"])
-    else:
-        yield Check("torch", "failed", f"{facts['torch']} is not supported", f"install torch >= {low}, < {high}")
+    yield _torch(facts["torch"])
     if machine.backend_is_registered():
         yield Check("backend", "ok", 'torch.compile(backend="kvt") is registered')
     else:
@@ -92,6 +89,15 @@ def _software() -> Iterator[Check]:
         yield Check("C compiler", "note", "none, so torch's operators run on the CPU", found.missing)
     else:
         yield Check("C compiler", "ok", f"{found.command}: {found.version or 'version unknown'}, for {found.target}")
+
+
+def _torch(version: str) -> Check:
+    tried = f"{torch_versions.text(torch_versions.OLDEST)} to {torch_versions.text(torch_versions.NEWEST)}"
+    if torch_versions.is_too_old(version):
+        return Check("torch", "failed", f"{version} is too old; tried are {tried}", "install a newer torch")
+    if torch_versions.is_untried(version):
+        return Check("torch", "note", f"{version} is newer than any that was tried ({tried}): likely to work")
+    return Check("torch", "ok", f"{version} (tried are {tried})")
 
 
 def _hardware() -> Iterator[Check]:

@@ -20,9 +20,6 @@ from kvt_compile.kernels.disk.trust import UntrustedError, own_folder
 from kvt_compile.kernels.disk.write import private_folder
 from kvt_compile.kernels.tune.store import Store
 
-SUPPORTED_TORCH = ((2, 11), (2, 14))
-"""From the first, below the second: as the package requires."""
-
 
 def versions() -> dict[str, str]:
     """kvt_compile, Python, torch, triton and the system."""
@@ -40,12 +37,6 @@ def _installed(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return ""
-
-
-def torch_is_supported() -> bool:
-    """Whether this torch is one the package is made for."""
-    numbers = tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2])
-    return SUPPORTED_TORCH[0] <= numbers < SUPPORTED_TORCH[1]
 
 
 def backend_is_registered() -> bool:

@@ -70,9 +70,7 @@ def decide(site: AttentionSite, policy: Policy) -> Decision:
     if any(_matches(site, pattern) for pattern in policy.exclude):
         return Decision(site, None, "in `exclude`")
     if site.axis not in policy.axes:
-        return Decision(
-            site, None, f"attention over {_PLURAL[site.axis]} is left dense ({site.axis}_attention='dense')"
-        )
+        return Decision(site, None, _left_dense(site))
     topk = _apply(policy.topk, site)
     if topk is None:
         return Decision(site, None, "topk is None for this site")
@@ -83,6 +81,13 @@ def decide(site: AttentionSite, policy: Policy) -> Decision:
 
 def _matches(site: AttentionSite, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in site.where.names)
+
+
+def _left_dense(site: AttentionSite) -> str:
+    option = f"({site.axis}_attention='dense')"
+    if site.axis == "unknown":
+        return f"what is attended over is lost behind {site.lost_behind}, which is not understood {option}"
+    return f"attention over {_PLURAL[site.axis]} is left dense {option}"
 
 
 _PLURAL: dict[Axis, str] = {"token": "tokens", "channel": "channels", "batch": "the batch"}

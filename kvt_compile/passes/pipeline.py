@@ -1,6 +1,8 @@
 """The passes in order: the whole compiler as one list.
 
-expand composites -> canonicalise -> find -> decide -> rewrite      (and the same inside every nested graph)
+resolve packets -> expand composites -> canonicalise -> find -> decide -> rewrite
+
+The same inside every nested graph.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import fx
 from kvt_compile.passes.canonical.canonicalise import canonicalise
 from kvt_compile.passes.canonical.expand import expand_composites
 from kvt_compile.passes.canonical.modes import Mode, mode_of_body, modes_of, undisturbed
+from kvt_compile.passes.canonical.packets import resolve_packets
 from kvt_compile.passes.decide import Decision, Policy, decide
 from kvt_compile.passes.finding.find import find
 from kvt_compile.passes.rewriting.rewrite import rewrite
@@ -74,6 +77,7 @@ def _run(
     decisions: list[Decision] = []
     refusals: list[Refusal] = []
     for name, graph, mode in _named_graphs(gm, entry):
+        resolve_packets(graph)
         expand_composites(graph, mode)
         found = find(canonicalise(graph, origins, mode))
         decided = [decide(site, policy) for site in found.sites]

@@ -17,7 +17,7 @@ Size = int | str
 """A size: a number, or the text of a symbolic one (`s0`) when shapes are dynamic."""
 
 Tier = Literal["fused", "scores-kept"]
-Axis = Literal["token", "channel", "batch"]
+Axis = Literal["token", "channel", "batch", "unknown"]
 
 
 Names = tuple[str, ...]
@@ -153,6 +153,8 @@ class AttentionSite:
     """For the scores-kept tier: why the site could not be fused."""
     anchor: Value | None = field(default=None, compare=False, repr=False)
     """The softmax (or SDPA call) in the canonical graph, from which all that was read can be reached."""
+    lost_behind: str = ""
+    """For an unknown axis: the operation that is not understood."""
 
 
 @dataclass(frozen=True)

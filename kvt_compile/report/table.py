@@ -89,7 +89,11 @@ def _shape(site: SiteReport) -> list[str | tuple[str, str]]:
     dims = f"{site.head_dim}" if site.head_dim == site.value_dim else f"{site.head_dim}/{site.value_dim}"
     lines: list[str | tuple[str, str]] = [f"{site.batch}×{heads} {site.queries}×{site.keys}"]
     lines.append((f"D {dims} {site.dtype.removeprefix('torch.')}", "dim"))
-    return lines if site.axis == "token" else [*lines, f"over {site.axis}s"]
+    return (
+        lines
+        if site.axis == "token"
+        else [*lines, "over an unknown axis" if site.axis == "unknown" else f"over {site.axis}s"]
+    )
 
 
 def _algebra(site: SiteReport) -> list[str | tuple[str, str]]:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +268,7 @@ def test_bug_of_ours_is_not_hidden(kvt: Callable[..., Result], monkeypatch: pyte
 
 def test_version(kvt: Callable[..., Result]) -> None:
     result = kvt("--version")
-    assert (result.code, result.out) == (0, f"kvt 0.1.0 (torch {torch.__version__})\n")
+    assert (result.code, result.out) == (0, f"kvt 0.1.0 (torch {metadata.version('torch')})\n")
 
 
 @pytest.mark.parametrize(

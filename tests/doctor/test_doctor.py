@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +13,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import Result
+from torch._inductor import compile_fx
 
 import kvt_compile.doctor
+from kvt_compile import torch_versions
 from kvt_compile.doctor import Diagnosis, diagnosis, examine, machine, selftest
 from kvt_compile.kernels import lowerings
 from kvt_compile.kernels.c import launch, toolchain
 from kvt_compile.kernels.c import lowering as c_lowering
 from kvt_compile.kernels.op.call import AttentionCall
 from kvt_compile.kernels.plain import aten
+from kvt_compile.kernels.warn import warn_once
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +126,30 @@ class TestDiagnosis:
         assert (check.status, check.text) == ("note", "not here: it runs on cpu, not on cuda")
 
     def test_torch_of_another_version(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name, supported in (("2.10.1", False), ("2.11.0+cpu", True), ("2.13.1", True), ("2.14.0a0+git1", False)):
+        newer = f"{torch_versions.NEWEST[0]}.{torch_versions.NEWEST[1] + 1}.0a0+git1"
+        said = {"2.10.1": "failed", "2.11.0+cpu": "ok", "2.13.1": "ok", "2.14.1": "ok", newer: "note", "3.0.0": "note"}
+        for name, status in said.items():
             monkeypatch.setattr(torch, "__version__", name)
-            assert machine.torch_is_supported() == supported
-        assert statuses(Diagnosis(tuple(diagnosis._software()), {}))["torch"] == "failed"
+            found = Diagnosis(tuple(diagnosis._software()), {})
+            assert statuses(found)["torch"] == status, name
+            assert found.healthy == (status != "failed")
+
+    def test_a_torch_that_nobody_tried_warns_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        warn_once.cache_clear()
+        monkeypatch.setattr(torch_versions, "NEWEST", (2, 10))
+        monkeypatch.setattr(compile_fx, "compile_fx", lambda graph, inputs, config_patches: graph)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for width in (2, 3):
+                torch.compile(torch.nn.Linear(width, 1), backend="kvt")(torch.zeros(1, width))
+        assert sum("has been tried on torch" in str(one.message) for one in said) == 1
+
+    def test_neighbour_one_that_was_tried_is_silent(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        warn_once.cache_clear()
+        monkeypatch.setattr(compile_fx, "compile_fx", lambda graph, inputs, config_patches: graph)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*has been tried on torch.*")
+            torch.compile(torch.nn.Linear(4, 1), backend="kvt")(torch.zeros(1, 4))
 
     def test_a_package_that_is_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(machine, "entry_points", lambda **_: ())

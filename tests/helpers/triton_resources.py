@@ -22,6 +22,15 @@ from kvt_compile.kernels.triton.compile import Resources, resources
 from kvt_compile.kernels.triton.targets import TARGETS, parts_of
 
 BUDGET = GOLDEN / "triton_resources.json"
+SPILLS = {
+    "3.8": {
+        "bfloat16 128, forward, streaming 64x32, 8 warps, 2 stages, gfx942": 6,
+        "bfloat16 128, backward_q, streaming 64x32, 8 warps, 1 stages, gfx942": 8,
+        "bfloat16 128, backward_kv, streaming 64x32, 8 warps, 1 stages, gfx942": 10,
+    }
+}
+"""Triton release -> the registers that a default spills there: defaults are chosen so that the Triton of the budget
+spills none, and other releases allocate otherwise."""
 
 
 def learned_bias(dtype: str, features: int) -> KernelSpec:

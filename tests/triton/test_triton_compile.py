@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("triton")
 
 import triton
-from triton_resources import BUDGET, Configuration, budget, configurations
+from triton_resources import BUDGET, SPILLS, Configuration, budget, configurations
 
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton.blocks import Blocks
@@ -43,7 +43,8 @@ def is_quick(x: Configuration) -> bool:
 )
 def test_resources(configuration: Configuration) -> None:
     found = configuration.resources()
-    assert found.spills == 0
+    release = ".".join(triton.__version__.split(".")[:2])
+    assert found.spills <= SPILLS.get(release, {}).get(str(configuration), 0)
     assert found.shared <= SHARED[configuration.target]
     # Triton multiplies float64 on sm_100 without them
     scalar = isinstance(configuration.spec, SoftmaxSpec) or configuration.spec.dtype == "float64"
@@ -76,6 +77,13 @@ def test_scores_of_a_shape_come_from_one_matrix_instruction() -> None:
             seen.setdefault(key, []).append(set(kernels[str(x)]["matrix_instructions"]))
     for key, instructions in seen.items():
         assert set.intersection(*instructions), key
+
+
+def test_spills_of_other_releases_are_of_configurations_that_exist() -> None:
+    assert {name for names in SPILLS.values() for name in names} <= {str(x) for x in configurations()}
+    assert not any(budget()["triton"].startswith(release) for release in SPILLS), (
+        "the budget's own release spills nothing"
+    )
 
 
 def test_a_spill_is_seen() -> None:

@@ -5,9 +5,10 @@
 
 Triton decides when a kernel is defined whether it will be interpreted; functions of its own library were defined as
 compiled ones when it was imported, so calls of those are redirected for the time of the `with`.  So are products of
-bfloat16, which the interpreter (3.7.1) multiplies as if their bits were integers; and of assembly it learns the sums
-that `exact_sum` is made of.  Afterwards the language is put back
-as it was: the interpreter leaves some of its own functions in it, and nothing could be compiled any more.
+bfloat16, which the interpreter (3.7.1) multiplies as if their bits were integers; of assembly it learns the sums that
+`exact_sum` is made of; and its numbers, arrays of shape (1,), are made to have an index (Triton 3.6 asks numpy for it,
+which from 2.5 on refuses).  Afterwards the language is put back as it was: the interpreter leaves some of its own
+functions in it, and nothing could be compiled any more.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def interpreted() -> Iterator[None]:
     import numpy
     import triton
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
     from triton.runtime.jit import JITFunction
 
@@ -57,12 +59,18 @@ def interpreted() -> Iterator[None]:
         total = TensorHandle(values[0].data + values[1].data, values[0].dtype.scalar)
         return SimpleNamespace(get_result=lambda _: total)
 
+    def numbers(kind: Any, *rest: Any) -> None:
+        own_numbers(kind, *rest)
+        kind.__index__ = lambda self: int(self.handle.data.squeeze())
+
+    own_numbers = interpreter._patch_lang_tensor
     own_product, own_assembly = InterpreterBuilder.create_dot, InterpreterBuilder.create_inline_asm
     before = triton.knobs.runtime.interpret, JITFunction.__call__
     triton.knobs.runtime.interpret = True
     JITFunction.__call__ = call
     InterpreterBuilder.create_dot = product
     InterpreterBuilder.create_inline_asm = assembly
+    interpreter._patch_lang_tensor = numbers
     changed = _everything_in_the_language()
     try:
         yield
@@ -71,6 +79,7 @@ def interpreted() -> Iterator[None]:
             for name, value in names.items():
                 if vars(owner).get(name) is not value:
                     setattr(owner, name, value)
+        interpreter._patch_lang_tensor = own_numbers
         InterpreterBuilder.create_dot = own_product
         InterpreterBuilder.create_inline_asm = own_assembly
         triton.knobs.runtime.interpret, JITFunction.__call__ = before

@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from kvt_compile.passes.canonical.modes import Mode, modes_of, running_as
+from kvt_compile.passes.canonical.spellings import canonical_name
 from kvt_compile.passes.canonical.values import meta_value
 
 
@@ -26,11 +27,12 @@ def expand_composites(gm: fx.GraphModule, entry: Mode | None = None) -> bool:
     """Expands every known composite of the graph in place; returns whether there was one.  `entry`: the mode the graph
     starts in, where it is not the usual one."""
     modes = modes_of(gm.graph, entry or Mode())
-    found = [n for n in gm.graph.nodes if n.op == "call_function" and n.target in _COMPOSITES]
-    found = [n for n in found if not modes[n].transforms]  # what a capture left on those is of a level that is gone
-    for node in found:
+    calls = [(n, canonical_name(n.target)) for n in gm.graph.nodes if n.op == "call_function"]
+    found = [(n, _COMPOSITES[name]) for n, name in calls if name in _COMPOSITES]
+    found = [x for x in found if not modes[x[0]].transforms]  # what a capture left on those is of a level that is gone
+    for node, function in found:
         with running_as(modes[node]):
-            _expand(gm, node, _COMPOSITES[node.target])
+            _expand(gm, node, function)
     if found:
         gm.graph.lint()
         gm.recompile()
@@ -133,7 +135,7 @@ def _fast_path_mask(mask: torch.Tensor | None, mask_type: int | None, x: torch.T
     return mask.logical_not() if mask.dtype is torch.bool else mask
 
 
-_COMPOSITES: dict[Any, Callable[..., Any]] = {
-    F.multi_head_attention_forward: F.multi_head_attention_forward,
-    torch._transformer_encoder_layer_fwd: _encoder_layer,
+_COMPOSITES: dict[str | None, Callable[..., Any]] = {
+    "multi_head_attention_forward": F.multi_head_attention_forward,
+    "_transformer_encoder_layer_fwd": _encoder_layer,
 }

@@ -64,10 +64,20 @@ MODULES: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
     nn.MaxPool2d: ("max_pool2d", ()),
     nn.AvgPool2d: ("avg_pool2d", ()),
     nn.AdaptiveAvgPool2d: ("adaptive_avg_pool2d", ()),
+    nn.ConvTranspose2d: ("conv_transpose2d", ()),
+    nn.Embedding: ("embedding", ()),
+    nn.Upsample: ("interpolate", ()),
+    nn.PixelShuffle: ("pixel_shuffle", ()),
+    nn.PixelUnshuffle: ("pixel_unshuffle", ()),
+    nn.Unfold: ("unfold", ()),
+    nn.GELU: ("gelu", ()),
+    nn.ELU: ("elu", ()),
+    nn.LeakyReLU: ("leaky_relu", ()),
+    nn.Hardswish: ("hardswish", ()),
 }
 
 # torch's parameter names that differ between spellings
-_PARAMETERS = {"self": "input", "axis": "dim", "x": "input"}
+_PARAMETERS = {"self": "input", "axis": "dim", "x": "input", "tensor": "input"}
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,11 @@ def _functions() -> dict[Any, str]:
 
 
 def canonical_name(target: Any) -> str | None:
-    """The canonical name of one of torch's own callables, None for any other."""
+    """The canonical name of one of torch's own callables, None for any other.  A packet is called as its overloads."""
+    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        whole = target._schema.name if isinstance(target, torch._ops.OpOverload) else target._qualified_op_name
+        namespace, _, name = whole.partition("::")
+        return ALIASES.get(name, name) if namespace in ("aten", "prims") else None
     try:
         return _functions().get(target)
     except TypeError:  # unhashable
@@ -127,17 +141,12 @@ def read_call(node: fx.Node, modules: dict[str, nn.Module]) -> Call | None:
         return _module_call(modules.get(str(node.target)), args, str(node.target))
     if node.op == "call_method":
         name = ALIASES.get(str(node.target), str(node.target))
-    elif isinstance(node.target, torch._ops.OpOverload):
-        if node.target.namespace not in ("aten", "prims"):
-            return None
-        name = node.target._schema.name.split("::")[1]  # ATen's argument order is the function's
-        name = ALIASES.get(name, name)
     elif callable(node.target):
         known = canonical_name(node.target)
         if known is None:
             return None
         name = known
-        names_or_none = _parameter_names(node.target)
+        names_or_none = _parameter_names(node.target)  # ATen's argument order is the function's
         if names_or_none is not None:
             kwargs = dict(zip(names_or_none, args, strict=False)) | kwargs
             args = ()

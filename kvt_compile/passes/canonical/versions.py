@@ -29,12 +29,22 @@ def mutates(node: fx.Node) -> bool:
         return name.endswith("_") and not name.endswith("__")
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
+    if isinstance(node.target, torch._ops.OpOverloadPacket):  # which overload it runs is not known
+        return any(_may_run(getattr(node.target, name)._schema, node) for name in node.target.overloads())
     name = getattr(node.target, "__name__", "")
     return bool(node.kwargs.get("out") is not None or node.kwargs.get("inplace")) or (
         node.op == "call_function"
         and name.endswith("_")
         and not name.endswith("__")
         and name not in ("and_", "or_", "not_")  # of the operator module: named so because the words are taken
+    )
+
+
+def _may_run(schema: Any, node: fx.Node) -> bool:
+    """Whether it is an overload that writes, to arguments that the call has."""
+    return schema.is_mutable and any(
+        x.alias_info is not None and x.alias_info.is_write and (not x.kwarg_only or x.name in node.kwargs)
+        for x in schema.arguments
     )
 
 
@@ -134,7 +144,11 @@ def _put(base: Value, steps: list[Value], written: Any, builder: Builder) -> Val
 
 
 def write(state: State, node: fx.Node, value: Value, call: Call | None) -> None:
-    """An in-place operation: its first tensor argument takes the new version (and the node's result is that tensor)."""
+    """An in-place operation: its first tensor argument takes the new version (and the node's result is that tensor).
+    An operation outside the table writes to whatever its schema says."""
+    if call is None and isinstance(node.target, torch._ops.OpOverload):
+        _write_by_schema(state, node, value)
+        return
     target = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
     if not isinstance(target, fx.Node) or target not in state.env:
         bind(state, node, value)
@@ -143,6 +157,17 @@ def write(state: State, node: fx.Node, value: Value, call: Call | None) -> None:
     if isinstance(meta_value(node), torch.Tensor):
         state.hold(node, state.env[target])
         state.storages.setdefault(storage_of(node) or -1, []).append(node)
+
+
+def _write_by_schema(state: State, node: fx.Node, value: Value) -> None:
+    bind(state, node, value)
+    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        for target in given if isinstance(given, list | tuple) else (given,):
+            if isinstance(target, fx.Node) and target in state.env:
+                store(state, node, target, _written(node, state.env[target], value))
 
 
 def store(state: State, node: fx.Node, target: fx.Node, new: Value) -> None:
@@ -187,6 +212,11 @@ def _renewed(state: State, value: Value, versions: dict[Value, Value], node: fx.
             return again
     versions[value] = state.add(_forgotten(node, value))
     return versions[value]
+
+
+def _written(node: fx.Node, old: Value, value: Value) -> Value:
+    """What an operation that is not understood leaves in a tensor: made of all that it read."""
+    return Value("opaque", value.name, node, old.shape, old.dtype, value.inputs, dict(value.attrs))
 
 
 FORGOTTEN = "overwritten"

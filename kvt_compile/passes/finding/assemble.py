@@ -51,6 +51,7 @@ class Reading:
 @dataclass(frozen=True)
 class Assembled:
     axis: Axis
+    lost_behind: str
     groups: Groups
     q: Operand
     k: Operand
@@ -80,7 +81,7 @@ def assemble(reading: Reading, facts: Facts) -> Assembled:
     peeled.append(peel(reader, *reading.value, scales=False)[:2])
     (q, q_at), (k, k_at), (v, v_at) = ((x, space.resolve_all(at)) for x, at in peeled)
     groups = _groups(reading, q_at, k_at, v_at)
-    axis = kind_of_attention(space, reading.query, reading.key, groups.queries, groups.keys)
+    kind = kind_of_attention(space, reading.query, reading.key, reading.value, groups.queries, groups.keys)
     scores = reading.scores.subs(language.s, factor * language.s) if factor != 1 else reading.scores
     printed = _Printed(space, groups, reader.leaves, reading.positions, reading.anchor)
     weights, has_dropout = _without_dropout(reading.weights, reading.anchor)
@@ -89,7 +90,7 @@ def assemble(reading: Reading, facts: Facts) -> Assembled:
     operands = Operand(q, q_at, q_dtype), Operand(k, k_at, q_dtype), Operand(v, v_at, v_dtype)
     _check_sizes(operands, groups, reading.anchor)
     return Assembled(
-        axis, groups, *operands,
+        *kind, groups, *operands,
         score, weight, tuple(printed.captured), tuple(printed.sizes), has_dropout,
         (reading.query[0], reading.key[0], reading.value[0]),
     )  # fmt: skip

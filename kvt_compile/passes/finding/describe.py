@@ -106,6 +106,7 @@ def describe_fused(
         place(anchor.node), anchor.node, "fused", assembled.axis, batch, heads, kv_heads, queries, keys,
         head_dim, value_dim, _dtype_name(assembled.q), _named(assembled.score, names), weight, tuple(captured), plan,
         anchor=anchor,
+        lost_behind=assembled.lost_behind,
     )  # fmt: skip
 
 
@@ -127,12 +128,13 @@ def _unique(names: list[str]) -> list[str]:
 def describe_kept(
     anchor: Value,
     plan: ScoresKept,
-    axis: Axis,
+    kind: tuple[Axis, str],
     head_dim: Dim,
     value_dim: Dim,
     miss: Miss,
 ) -> AttentionSite:
     """A scores-kept site; its score tensor has any rank, so sizes are those of its last axes."""
+    axis, lost_behind = kind
     shape = [size_text(s) for s in anchor.shape]
     keys = shape.pop(plan.dim)
     queries = shape.pop() if shape else 1
@@ -143,6 +145,5 @@ def describe_kept(
     return AttentionSite(
         place(anchor.node), anchor.node, "scores-kept", axis, batch, heads, heads, queries, keys,
         size_text(head_dim), size_text(value_dim), str(anchor.inputs[0].dtype).removeprefix("torch."),
-        anchor.inputs[0].node.name, "p", (), plan, miss.reason,
-        anchor,
+        anchor.inputs[0].node.name, "p", (), plan, miss.reason, anchor, lost_behind,
     )  # fmt: skip

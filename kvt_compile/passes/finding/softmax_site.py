@@ -280,10 +280,10 @@ class _Attempt:
         keys = tuple(self.space.resolve(self.coords[self.dim]).digits)
         in_query, in_key = (self.space.atoms_of(at) for _, at in (self.query, self.key))
         queries = (in_query - in_key) & self.space.atoms_of(self.coords)
-        axis = kind_of_attention(self.space, self.query, self.key, queries, keys)
+        kind = kind_of_attention(self.space, self.query, self.key, self.value, queries, keys)
         plan = ScoresKept(self.anchor.node, self.anchor.inputs[0], self.dim, self.anchor.expired is not None)
         width = self.space.size(self.features) if self.features is not None else self.key[0].shape[-1]
-        return describe_kept(self.anchor, plan, axis, width, self.value[0].shape[-1], miss)
+        return describe_kept(self.anchor, plan, kind, width, self.value[0].shape[-1], miss)
 
 
 def _between(value: Value) -> str:

@@ -52,7 +52,7 @@ def gather_facts(graph: CanonicalGraph) -> Facts:
         if _is_raw(value, operands, facts):
             facts.raw.add(value)
         if value.kind == "contraction":
-            sides = [n for n, x in enumerate(value.inputs) if x in facts.raw]
+            sides = [n for n, x in enumerate(value.inputs) if x in facts.raw or _is_weight(value, x, facts)]
             value.attrs["mixing"] = bool(sides)
             value.attrs["raw_side"] = sides[-1] if sides else None
         if value.kind == "contraction" and not value.attrs["mixing"]:
@@ -73,6 +73,15 @@ def gather_facts(graph: CanonicalGraph) -> Facts:
 def may_ask(value: Value) -> bool:
     """Whether a product with a parameter may be one with learned queries: it is not spelled as a layer is."""
     return bool(value.attrs["mixing"]) and value.name in ("matmul", "einsum")
+
+
+_LAYERS = frozenset({"linear", "mm"})
+
+
+def _is_weight(value: Value, x: Value, facts: Facts) -> bool:
+    """Whether a layer was given something made of parameters alone, by operations that are read or not (weight
+    normalisation, a quantised weight)."""
+    return value.name in _LAYERS and x is value.inputs[1] and x not in facts.computed
 
 
 def _is_raw(value: Value, operands: list[Value], facts: Facts) -> bool:

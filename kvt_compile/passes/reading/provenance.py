@@ -4,20 +4,26 @@ XCiT multiplies (channels x tokens) by (tokens x channels): node for node the sa
 where the key axis comes from, so its digits are followed back to the operation that made them:
 
     last axis of a linear layer, axis 1 of a convolution  ->  channel       axis 0 of a convolution  ->  batch
+    an input of the graph, or nothing that says otherwise  ->  token
+    lost behind an operation that is not understood  ->  unknown: it may be any of them
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from kvt_compile.passes.canonical.coords import Atom, Coord, Coords, Space
 from kvt_compile.passes.canonical.meaning_layout import PULL
 from kvt_compile.passes.canonical.values import Value
+from kvt_compile.passes.reading.axes import behind, kept_by_shape
 from kvt_compile.passes.reading.passing import passed_inputs
 from kvt_compile.passes.reading.read import aligned
 from kvt_compile.passes.site import Axis
 
-_CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution", "conv_transpose2d"})
+_CONVOLUTIONS = frozenset(
+    {"convolution", *(f"{name}{rank}d" for name in ("conv", "conv_transpose") for rank in (1, 2, 3))}
+)
 _BATCH_FIRST = _CONVOLUTIONS | frozenset(
     {
         "batch_norm",
@@ -35,17 +41,40 @@ _LIMIT = 400
 """Steps back before giving up: real projections are a few steps away, and "token" is the safe answer."""
 
 
+@dataclass(frozen=True)
+class Lost:
+    """The axis cannot be followed behind this operation, which is not understood."""
+
+    at: Value
+
+
 def kind_of_attention(
-    space: Space, query: tuple[Value, Coords], key: tuple[Value, Coords], queries: Iterable[Atom], keys: Iterable[Atom]
-) -> Axis:
-    """The kind of the axis that is attended over; channels on one side only are latents, or tokens that a layer
-    mixed."""
+    space: Space,
+    query: tuple[Value, Coords],
+    key: tuple[Value, Coords],
+    value: tuple[Value, Coords],
+    queries: Iterable[Atom],
+    keys: Iterable[Atom],
+) -> tuple[Axis, str]:
+    """The kind of the axis that is attended over, and for an unknown one where it is lost.
+
+    Keys and values share the axis: where it is lost behind the keys, the values may tell.  Channels on one side only
+    are latents, or tokens that a layer mixed.
+    """
+    keys = tuple(keys)
     axis = kind_of_axis(space, *key, keys)
-    return axis if axis == "token" or kind_of_axis(space, *query, queries) == axis else "token"
+    if isinstance(axis, Lost):
+        of_values = kind_of_axis(space, *value, keys)
+        axis = axis if isinstance(of_values, Lost) else of_values
+    if axis in ("channel", "batch"):
+        asked = kind_of_axis(space, *query, queries)
+        axis = axis if asked == axis else asked if isinstance(asked, Lost) else "token"
+    return ("unknown", axis.at.name) if isinstance(axis, Lost) else (axis, "")
 
 
-def kind_of_axis(space: Space, value: Value, coords: Coords, axis: Iterable[Atom]) -> Axis:
-    """The kind of the axis `axis` of `value` (read at `coords`); token when nothing says otherwise."""
+def kind_of_axis(space: Space, value: Value, coords: Coords, axis: Iterable[Atom]) -> Axis | Lost:
+    """The kind of the axis `axis` of `value` (read at `coords`); token when nothing says otherwise, and it was not lost
+    behind an operation that is not understood."""
     space = space.copy()  # the splits of what lies behind are not the site's business
     wanted = set(axis)
     for _ in range(_LIMIT):
@@ -60,9 +89,9 @@ def kind_of_axis(space: Space, value: Value, coords: Coords, axis: Iterable[Atom
             return "channel"
         if value.name in _BATCH_FIRST and len(value.shape) > 2 and 0 in here and set(coords[0].digits) <= wanted:
             return "batch"
-        back = _step_back(space, value, coords, wanted)
+        back = _step_back(space, value, coords, wanted, here)
         if back is None:
-            return "token"
+            return Lost(value) if value.kind == "opaque" else "token"
         value, coords = back
     return "token"
 
@@ -71,6 +100,8 @@ def _makes_channels(value: Value, dims: set[int]) -> bool:
     """Whether these axes of the value are the features a layer computed."""
     if value.name in _CONVOLUTIONS:
         return dims == {1}
+    if value.name == "embedding":
+        return dims == {len(value.shape) - 1}
     if value.kind != "contraction":
         return False
     weight, other = ("rhs", "lhs") if value.attrs["raw_side"] == 1 else ("lhs", "rhs")
@@ -79,7 +110,9 @@ def _makes_channels(value: Value, dims: set[int]) -> bool:
     )
 
 
-def _step_back(space: Space, value: Value, coords: Coords, wanted: set[Atom]) -> tuple[Value, Coords] | None:
+def _step_back(
+    space: Space, value: Value, coords: Coords, wanted: set[Atom], here: set[int]
+) -> tuple[Value, Coords] | None:
     if value.kind == "layout":
         source = value.inputs[0]
         if value.name == "reshape":
@@ -89,14 +122,15 @@ def _step_back(space: Space, value: Value, coords: Coords, wanted: set[Atom]) ->
     if value.kind == "pointwise":
         inputs = [(x, space.resolve_all(aligned(coords, x))) for x in value.operands]
         return max(inputs, key=lambda item: _digits_of(item, wanted), default=None)
-    inputs = passed_inputs(space, value, coords) or []
-    if value.kind == "contraction":
-        other: int = 1 - value.attrs["raw_side"]
-        return inputs[other]
-    if inputs:
-        return inputs[0]
-    source = next(iter(value.operands), None)  # something that keeps its shape keeps its axes, as a rule
-    return (source, coords) if source is not None and source.shape == value.shape else None
+    if value.kind == "softmax":
+        return value.inputs[0], coords
+    if value.kind in ("contraction", "reduce"):
+        inputs = passed_inputs(space, value, coords) or []
+        return inputs[1 - value.attrs["raw_side"] if value.kind == "contraction" else 0] if inputs else None
+    known = behind(space, value, coords, wanted)
+    if known is None and value.kind == "opaque" and (kept := kept_by_shape(value, here)) is not None:
+        return kept, coords
+    return known
 
 
 def _whole(space: Space, value: Value, coords: Coords, wanted: set[Atom]) -> Coords:
