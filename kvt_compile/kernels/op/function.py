@@ -9,12 +9,18 @@ operator itself runs.  `vmap.py` has the rules.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvt_compile.kernels.op import vmap
+from kvt_compile.kernels.op.arguments import (
+    AttentionArguments,
+    BackwardArguments,
+    SoftmaxArguments,
+    SoftmaxBackwardArguments,
+)
 
 _ARGUMENTS = 11  # before the captured tensors
 
@@ -159,45 +165,33 @@ def no_forward_mode(ctx: Any) -> None:
     )
 
 
-# ---- under torch.func, in the operators' own order of arguments ----------------------------------------------------
+# ---- under torch.func ------------------------------------------------------------------------------------------------
 
 
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor] | None, score: str, weight: str, topk: int,
-    sizes: Sequence[int] | None, dropout_p: float, seed: Tensor | None, lowering: str, tolerance: float = 0.0,
-) -> Any:  # fmt: skip
-    rest = (score, weight, topk, list(sizes or ()), dropout_p, seed, lowering, tolerance)
-    return _Attention.apply(q, k, v, *rest, *(captured or ()))  # type: ignore[no-untyped-call]
+def _attention(a: AttentionArguments) -> Any:
+    rest = (a.score, a.weight, a.topk, list(a.sizes or ()), a.dropout_p, a.seed, a.lowering, a.tolerance)
+    return _Attention.apply(a.q, a.k, a.v, *rest, *(a.captured or ()))  # type: ignore[no-untyped-call]
 
 
-def _attention_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor] | None, out: Tensor,
-    logsumexp: Tensor, threshold: Tensor, score: str, weight: str, topk: int, sizes: Sequence[int] | None,
-    dropout_p: float, seed: Tensor | None, needs_grad: Sequence[bool], lowering: str,
-) -> Any:  # fmt: skip
-    rest = (score, weight, topk, list(sizes or ()), dropout_p, lowering)
-    saved = (out, logsumexp, threshold, *(captured or ()))
-    dq, dk, dv, *dcaptured = _AttentionBackward.apply(rest, list(needs_grad), grad_out, q, k, v, seed, *saved)  # type: ignore[no-untyped-call]
+def _attention_backward(a: BackwardArguments) -> Any:
+    rest = (a.score, a.weight, a.topk, list(a.sizes or ()), a.dropout_p, a.lowering)
+    tensors = (a.grad_out, a.q, a.k, a.v, a.seed, a.out, a.logsumexp, a.threshold, *(a.captured or ()))
+    dq, dk, dv, *dcaptured = _AttentionBackward.apply(rest, list(a.needs_grad), *tensors)  # type: ignore[no-untyped-call]
     return dq, dk, dv, dcaptured
 
 
-def _topk_softmax(
-    scores: Tensor, dim: int, topk: int, dtype: torch.dtype, lowering: str, tolerance: float = 0.0
-) -> Tensor:
-    return cast(Tensor, _TopkSoftmax.apply(scores, dim, topk, dtype, lowering, tolerance))  # type: ignore[no-untyped-call]
+def _topk_softmax(a: SoftmaxArguments) -> Any:
+    return _TopkSoftmax.apply(a.scores, a.dim, a.topk, a.dtype, a.lowering, a.tolerance)  # type: ignore[no-untyped-call]
 
 
-def _topk_softmax_backward(grad: Tensor, weights: Tensor, dim: int, input_dtype: torch.dtype, lowering: str) -> Tensor:
-    return cast(Tensor, _TopkSoftmaxBackward.apply(grad, weights, dim, input_dtype, lowering))  # type: ignore[no-untyped-call]
+def _topk_softmax_backward(a: SoftmaxBackwardArguments) -> Any:
+    return _TopkSoftmaxBackward.apply(a.grad, a.weights, a.dim, a.input_dtype, a.lowering)  # type: ignore[no-untyped-call]
 
 
-def register(library: torch.library.Library) -> None:
-    """Gives every operator its way under torch.func."""
-    implementations: dict[str, Callable[..., Any]] = {
-        "attention": _attention,
-        "attention_backward": _attention_backward,
-        "topk_softmax": _topk_softmax,
-        "topk_softmax_backward": _topk_softmax_backward,
-    }
-    for name, implementation in implementations.items():
-        library.impl(name, implementation, "FuncTorchDynamicLayerFrontMode")
+UNDER_TRANSFORMS: dict[str, Callable[[Any], Any]] = {
+    "attention": _attention,
+    "attention_backward": _attention_backward,
+    "topk_softmax": _topk_softmax,
+    "topk_softmax_backward": _topk_softmax_backward,
+}
+"""Each operator's way under torch.func, from the record of its arguments."""

@@ -210,6 +210,7 @@ for _name, _bind, _implementation, _fake in (
 ):
     LIBRARY.impl(_name, _of(_bind, _implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"kvt::{_name}", _of(_bind, _fake), lib=LIBRARY)
+    LIBRARY.impl(_name, _of(_bind, function.UNDER_TRANSFORMS[_name]), "FuncTorchDynamicLayerFrontMode")
 for _name, _backward, _setup in (
     ("attention", _attention_autograd, _attention_setup),
     ("topk_softmax", _topk_softmax_autograd, _topk_softmax_setup),
@@ -217,6 +218,5 @@ for _name, _backward, _setup in (
     ("topk_softmax_backward", no_second_derivative, None),
 ):
     torch.library.register_autograd(f"kvt::{_name}", _backward, setup_context=_setup, lib=LIBRARY)
-function.register(LIBRARY)
 vmap.register(LIBRARY)
 flops.register()
