@@ -73,6 +73,7 @@ fuzz:  ## random attention spellings for an hour (ARGS="--minutes 5" and the lik
 	@OMP_NUM_THREADS=1 ./tools/python test tests/fuzz/fuzz_long.py --minutes 60 $(ARGS)
 
 faults:  ## kills, races, full disks, planted objects and hostile files, ten times as many as in CI (a quarter of an hour)
+	@# an hour of random operator calls under sanitizers by itself: python tests/faults/op_fuzz.py
 	@OMP_NUM_THREADS=1 KVT_FAULTS=$${KVT_FAULTS:-10} ./tools/python test -m pytest tests/faults $(ARGS)
 
 clean:  ## remove the environment and everything generated
