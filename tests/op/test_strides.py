@@ -117,3 +117,12 @@ def test_topk_softmax_and_its_backward(lowering: str, seed: int) -> None:
     weights = check(torch.ops.kvt.topk_softmax, [scores, dim, 2, torch.float32, lowering])
     grad, saved = strewn(rng, torch.randn(shape)), strewn(rng, weights, expand=False)
     check(torch.ops.kvt.topk_softmax_backward, [grad, saved, dim, torch.float32, lowering])
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_without_rows_gradients_are_contiguous_too(lowering: str) -> None:
+    q, k, v = torch.randn(0, 2, 3, 8), torch.randn(0, 2, 4, 8), torch.randn(0, 2, 4, 8)
+    captured, rest = [torch.randn(4, 3).T], ["s + c0[i, j]", "p", 2, [], 0.0, None]
+    saved = torch.ops.kvt.attention(q, k, v, captured, *rest, lowering)
+    arguments = [torch.zeros(0, 2, 3, 8), q, k, v, captured, *saved, *rest, [True] * 4, lowering]
+    check(torch.ops.kvt.attention_backward, arguments)

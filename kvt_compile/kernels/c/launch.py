@@ -98,7 +98,7 @@ def backward(
         for x in (dq, dk, dv):
             if x is not None:
                 x.zero_()
-        return dq, dk, dv, [torch.zeros_like(c) if need else None for c, need in captured]
+        return dq, dk, dv, [torch.zeros(c.shape, dtype=c.dtype) if need else None for c, need in captured]
     plan = backward_plan(call.spec, call.q.shape, call.k.shape, tuple(c.numel() for c in call.captured))
     copies = plan["tasks"] if plan["copies"] else 1
     sums = [torch.zeros((copies, *c.shape), dtype=call.spec.accumulate) if need else None for c, need in captured]
