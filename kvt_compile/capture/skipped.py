@@ -29,15 +29,27 @@ def tell(reason: str) -> None:
         warnings.warn(f'torch.compile(backend="kvt"): {reason}', stacklevel=2)
 
 
+def told() -> list[str]:
+    """What was dropped in this process so far."""
+    return sorted(_told)
+
+
 def tell_if_disabled() -> None:
     """For when the backend is asked for: whether torch will call it at all."""
+    if reason := disabled():
+        tell(reason)
+
+
+def disabled() -> str:
+    """Why torch would compile nothing now; empty when it would."""
     import torch._dynamo.eval_frame as eval_frame
 
     config: Any = torch._dynamo.config
     if config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
-        tell(f"compilation is switched off (TORCH_COMPILE_DISABLE, TORCHDYNAMO_DISABLE): {_DENSE}")
-    elif getattr(getattr(eval_frame, "_stance", None), "stance", "default") == "force_eager":
-        tell(f'the compiler\'s stance is "force_eager": while it is, {_DENSE}')
+        return f"compilation is switched off (TORCH_COMPILE_DISABLE, TORCHDYNAMO_DISABLE): {_DENSE}"
+    if getattr(getattr(eval_frame, "_stance", None), "stance", "default") == "force_eager":
+        return f'the compiler\'s stance is "force_eager": while it is, {_DENSE}'
+    return ""
 
 
 def tell_of_transforms(backend: Callable[..., Any]) -> None:

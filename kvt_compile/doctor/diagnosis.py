@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from kvt_compile import torch_versions
+from kvt_compile.capture.skipped import disabled, told
 from kvt_compile.doctor import machine
 from kvt_compile.doctor.selftest import self_test, specs
 from kvt_compile.kernels.c.toolchain import INSTALL_HINT, given_up
@@ -67,6 +68,7 @@ def examine() -> Diagnosis:
         chosen |= {device: name} if name else {}
     checks += [_lowering(name, device) for name in lowerings.names() if name != "auto" for device in devices]
     checks += [Check("given up", "failed", reason.splitlines()[0], _AFTER_GIVING_UP) for reason in given_up()]
+    checks += [Check("compilation", "note", reason) for reason in sorted({disabled(), *told()} - {""})]
     return Diagnosis(tuple(checks), chosen)
 
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from conftest import Result
 from torch._inductor import compile_fx
 
 import kvt_compile.doctor
 from kvt_compile import torch_versions
-from kvt_compile.doctor import Diagnosis, diagnosis, examine, machine, selftest
+from kvt_compile.doctor import Check, Diagnosis, diagnosis, examine, machine, selftest
 from kvt_compile.kernels import lowerings
 from kvt_compile.kernels.c import launch, toolchain
 from kvt_compile.kernels.c import lowering as c_lowering
@@ -82,6 +83,15 @@ class TestDiagnosis:
         assert {f"self-test {name} on cpu" for name in lowerings.names() if name != "auto"} <= set(found)
         assert healthy.healthy, [check for check in healthy.checks if check.status == "failed"]
         assert healthy.chosen["cpu"] in lowerings.names()
+
+    def test_compilations_that_torch_drops_are_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(diagnosis, "_lowering", lambda name, device: Check(name, "ok", ""))
+        assert "compilation" not in statuses(examine())
+        monkeypatch.setattr(diagnosis, "told", lambda: ["torch does not compile under vmap"])
+        with torch._dynamo.config.patch(disable=True):
+            found = [check.text for check in examine().checks if check.name == "compilation"]
+        assert len(found) == 2
+        assert "switched off" in found[0]
 
     def test_errors_are_measured(self, healthy: Diagnosis) -> None:
         tested = [check for check in healthy.checks if check.error is not None]
