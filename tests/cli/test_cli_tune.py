@@ -99,7 +99,7 @@ def test_without_a_gpu_it_says_so(kvt: Callable[..., Result], arguments: list[st
         (["--shape", "1,2,3,4,5", "--topk", "a=1"], "--shape takes one --topk"),
         (["--shape", "1,2,3,4,5", "--topk", "0"], "at least 1"),
         (["--shape", "1,2,3,4,5", "--batch", "3"], "--batch is about a model"),
-        (["--shape", "1,2,3,4,5", "--score", "s +"], "--score: score expression 's +' cannot be read"),
+        (["--shape", "1,2,3,4,5", "--score", "s +"], "--score: score expression 's +': cannot be read"),
         (["--shape", "1,2,3,4,5", "--score", "s + c0[b % 4, i]"], "plain coordinates"),
         (["--shape", "1,2,3,4,5", "--score", "s + c1[i, j]"], "numbered from c0 on, found c1"),
         (["--shape", "1,2,3,4,5", "--score", "c0[h]*s + c0[i]"], "c0 is indexed in two ways"),

@@ -4,6 +4,7 @@
    A module is its ELF image, a function a struct Function; memory is the host's.  Whatever is called and is not here is
    an undefined symbol, which the linker names. */
 #include "cuda.h"
+#include <stdlib.h>
 #include <string.h>
 
 enum { WITHOUT_ASKING = 48 * 1024, MOST_THREADS = 1024, RESERVED = 1024 };
@@ -11,6 +12,7 @@ enum { WITHOUT_ASKING = 48 * 1024, MOST_THREADS = 1024, RESERVED = 1024 };
 static struct { int major, minor, shared; } chip = {9, 0, 232448};
 static struct { char name[256]; unsigned grid[3], threads, shared; } last;
 static long launches;
+static unsigned fault_at;
 static CUcontext current;
 
 typedef struct { char name[256]; unsigned most_shared; } Function;
@@ -20,6 +22,7 @@ static unsigned loaded;
 void stub_chip(int major, int minor, int shared) {
     chip.major = major, chip.minor = minor, chip.shared = shared;
 }
+void stub_fault_at(unsigned threads) { fault_at = threads; } /* a launch of so many threads ends the process */
 long stub_launches(void) { return launches; }
 const char *stub_name(void) { return last.name; }
 unsigned stub_last(int n) { return n < 3 ? last.grid[n] : n == 3 ? last.threads : last.shared; }
@@ -95,6 +98,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
         !config->gridDimZ || config->gridDimZ > 65535)
         return CUDA_ERROR_INVALID_VALUE;
     if (!threads || threads > MOST_THREADS || config->sharedMemBytes > mine->most_shared) return CUDA_ERROR_INVALID_VALUE;
+    if (threads == fault_at) abort();
     memcpy(last.name, mine->name, sizeof last.name);
     last.grid[0] = config->gridDimX, last.grid[1] = config->gridDimY, last.grid[2] = config->gridDimZ;
     last.threads = threads, last.shared = config->sharedMemBytes;

@@ -36,6 +36,7 @@ from typing import Any
 
 import torch
 import triton
+from triton.compiler import CompiledKernel
 from triton.runtime.cache import get_cache_manager
 
 from kvt_compile.kernels import lowerings
@@ -138,8 +139,16 @@ def _library() -> ctypes.CDLL:
     if ctypes.CDLL(FILE)._handle != library._handle:
         raise RuntimeError(f"another {FILE} was loaded before: use the stub driver in a process of its own")
     library.stub_name.restype = ctypes.c_char_p
+    _unload_only_with_a_driver()
     triton.knobs.nvidia.libcuda_path = str(Path(path).parent)  # where the launcher is linked against it
     return library
+
+
+def _unload_only_with_a_driver() -> None:
+    """Triton 3.8 unloads a kernel that is collected, by the driver of that moment: after the stub there is none."""
+    unload = getattr(CompiledKernel, "__del__", None)
+    if unload is not None:
+        CompiledKernel.__del__ = lambda kernel: unload(kernel) if triton.runtime.driver._active else None
 
 
 @lru_cache(maxsize=len(TARGETS))

@@ -19,7 +19,7 @@ from kvt_compile.kernels.op.spec import CapturedSpec, KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton.blocks import Blocks
 from kvt_compile.kernels.triton.candidates import default
 from kvt_compile.kernels.triton.compile import Resources, resources
-from kvt_compile.kernels.triton.targets import TARGETS, parts_of
+from kvt_compile.kernels.triton.targets import TARGETS, WARPGROUPS, parts_of
 
 BUDGET = GOLDEN / "triton_resources.json"
 SPILLS = {
@@ -89,8 +89,8 @@ def configurations() -> list[Configuration]:
         for version in (spec, training(spec)) if isinstance(spec, KernelSpec) else (spec,):
             for part in parts_of(version):
                 for target in TARGETS:
-                    hip = target.startswith("gfx")
-                    for blocks in dict.fromkeys(default(version, part, *size, hip) for size in SIZES):
+                    kind = target.startswith("gfx"), target in WARPGROUPS
+                    for blocks in dict.fromkeys(default(version, part, *size, *kind) for size in SIZES):
                         found.append(Configuration(name, version, part, blocks, target))
     return found
 

@@ -15,7 +15,7 @@ from kvt_compile.kernels.triton.blocks import Blocks
 from kvt_compile.kernels.triton.candidates import default
 from kvt_compile.kernels.triton.generate import module_source
 from kvt_compile.kernels.triton.lowering import LOWERING, TritonLowering, refusal
-from kvt_compile.kernels.triton.targets import TARGETS, parts_of, precision
+from kvt_compile.kernels.triton.targets import TARGETS, WARPGROUPS, parts_of, precision
 
 __all__ = ["LOWERING", "TARGETS", "Blocks", "TritonLowering", "refusal", "source"]
 
@@ -30,7 +30,7 @@ def source(spec: KernelSpec | SoftmaxSpec, target: str = "sm_90", queries: int =
         raise ValueError(f"unknown GPU {target!r}, expected one of {', '.join(TARGETS)}")
     lines = [f"# for {target}, {queries} queries and {keys} keys:"]
     for part in parts_of(spec):
-        x = default(spec, part, queries, keys, target.startswith("gfx"))
+        x = default(spec, part, queries, keys, target.startswith("gfx"), target in WARPGROUPS)
         shape = f"ROWS={x.rows}, COLS={x.cols}, STAGES={x.stages}"
         if part in ("forward", "softmax"):
             shape += f", RESIDENT={x.kind == 'resident'}"

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
 from kvt_compile.kernels import tune
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.triton import apart
 from kvt_compile.kernels.triton.blocks import Blocks
-from kvt_compile.kernels.triton.candidates import candidates, default, may_run
+from kvt_compile.kernels.triton.candidates import candidates, default, has_warpgroups, may_run
 from kvt_compile.kernels.triton.generate import module_source
+from kvt_compile.kernels.triton.jobs import Job
 from kvt_compile.kernels.triton.targets import precision
+from kvt_compile.kernels.tune.race import Effort, Outcome, Tell
 from kvt_compile.kernels.tune.timing import DeviceClock
 from kvt_compile.kernels.warn import warn_once
 
@@ -32,11 +35,13 @@ class Launch:
     device: torch.device
     run: Callable[[Blocks], Callable[[], None]]
     """Block sizes -> a function that launches with them, on the caller's data and to no effect that lasts."""
+    job: Callable[[], Job] | None = None
+    """What another process needs to try it."""
 
     @property
     def first(self) -> Blocks:
         """What is used where nothing is known."""
-        return default(self.spec, self.part, self.queries, self.keys)
+        return default(self.spec, self.part, self.queries, self.keys, warpgroups=has_warpgroups(self.device))
 
 
 def choose(launch: Launch, mode: tune.Mode | None = None) -> Blocks:
@@ -48,11 +53,14 @@ def choose(launch: Launch, mode: tune.Mode | None = None) -> Blocks:
     key = _key(launch.spec, launch.part, shape, launch.device, precision(launch.spec))
     found = tune.pick(
         key,
-        lambda: candidates(launch.spec, launch.part, launch.queries, launch.keys),
+        lambda: candidates(
+            launch.spec, launch.part, launch.queries, launch.keys, warpgroups=has_warpgroups(launch.device)
+        ),
         launch.first,
         launch.run,
         mode,
         lambda: DeviceClock(launch.device),
+        partial(_apart, launch.job) if launch.job is not None and launch.device.type == "cuda" else None,
     )
     if may_run(found, launch.spec, launch.part, launch.queries, launch.keys):
         return found
@@ -61,6 +69,12 @@ def choose(launch: Launch, mode: tune.Mode | None = None) -> Blocks:
         f"({found}); the default runs. kvt cache list shows it, kvt cache clear --tuning removes it"
     )
     return launch.first
+
+
+def _apart(
+    job: Callable[[], Job], contestants: Sequence[Blocks], effort: Effort, tell: Tell[Blocks]
+) -> Outcome[Blocks]:
+    return apart.measure(job(), contestants, effort, tell)
 
 
 @lru_cache(maxsize=4096)

@@ -16,7 +16,7 @@ from typing import Any
 
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton.blocks import Blocks
-from kvt_compile.kernels.triton.launch import constexprs, options
+from kvt_compile.kernels.triton.constants import constexprs, options
 from kvt_compile.kernels.triton.module import module
 from kvt_compile.kernels.triton.scalar import ELEMENTS
 from kvt_compile.kernels.triton.targets import TARGETS, precision

@@ -24,6 +24,8 @@ from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton import layout
 from kvt_compile.kernels.triton.blocks import Blocks
 from kvt_compile.kernels.triton.choose import Launch, choose
+from kvt_compile.kernels.triton.constants import constexprs, options
+from kvt_compile.kernels.triton.jobs import Job, Sizes
 from kvt_compile.kernels.triton.module import module
 from kvt_compile.kernels.triton.scalar import index_needs_64_bits
 from kvt_compile.kernels.triton.targets import precision
@@ -95,18 +97,14 @@ class Launcher:
 
     def run(self, call: AttentionCall, part: str, names: Sequence[str], arguments: Arguments, index: str) -> None:
         """Launch one kernel of a spec with the block sizes that are chosen for it."""
-        batch, heads, queries = call.rows
-        kv_heads, keys = call.k.shape[1:3]
+        sizes = Sizes.of(call)
         kernel = self.kernel(call.spec, part)
         products = precision(call.spec)
 
         def launch(blocks: Blocks, arguments: Arguments) -> Any:
-            if part == "backward_kv":
-                programs = -(-keys // blocks.cols) * batch * kv_heads
-            else:
-                programs = -(-queries // blocks.rows) * batch * heads
             constants = constexprs(part, blocks, index, products)
-            return self.launch(kernel, programs, [arguments[x] for x in names], constants, blocks)
+            values = [arguments[x] for x in names]
+            return self.launch(kernel, sizes.programs(part, blocks), values, constants, blocks)
 
         def trial(blocks: Blocks) -> Callable[[], None]:
             # every other output is written anew, but sums into captured tensors would grow
@@ -117,7 +115,10 @@ class Launcher:
             return lambda: launch(blocks, arguments | sums)
 
         with self.on(call.q):
-            which = Launch(call.spec, part, queries, keys, batch * heads, call.topk, call.q.device, trial)
+            which = Launch(
+                call.spec, part, sizes.queries, sizes.keys, sizes.batch * sizes.heads, call.topk, call.q.device, trial,
+                lambda: Job.of(call, part, names, arguments, index, products),
+            )  # fmt: skip
             launch(self.chooser(which), arguments)
 
     def kernel(self, spec: KernelSpec | SoftmaxSpec, part: str) -> Any:
@@ -133,25 +134,6 @@ class Launcher:
     def on(self, x: Tensor) -> AbstractContextManager[Any]:
         """Launches go to the current device, which need not be that of the tensors."""
         return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
-
-
-def constexprs(part: str, blocks: Blocks, index: str, products: str | None) -> dict[str, Any]:
-    """The compile-time arguments of a kernel.  index: "int32" or "int64"; products: see `targets.precision`."""
-    import triton.language as tl
-
-    values: dict[str, Any] = {"ROWS": blocks.rows, "COLS": blocks.cols, "STAGES": blocks.stages}
-    values["INDEX"] = getattr(tl, index)
-    if products is not None:
-        values["PRECISION"] = products
-    if part in ("forward", "softmax"):
-        values["RESIDENT"] = blocks.kind == "resident"
-    return values
-
-
-def options(blocks: Blocks) -> dict[str, Any]:
-    """How a kernel is compiled.  Nothing is contracted into a multiply-add: two kernels that contract the same
-    expression in two ways would disagree about the last bit of a score, and so about a key."""
-    return {"num_warps": blocks.warps, "enable_fp_fusion": False}
 
 
 def kept(topk: int, tolerance: float) -> Arguments:

@@ -11,7 +11,8 @@ from kvt_compile.kernels.op.captured import surely
 from kvt_compile.kernels.op.spec import SoftmaxSpec
 from kvt_compile.kernels.triton.blocks import Blocks
 from kvt_compile.kernels.triton.choose import Launch
-from kvt_compile.kernels.triton.launch import Launcher, constexprs, kept
+from kvt_compile.kernels.triton.constants import constexprs
+from kvt_compile.kernels.triton.launch import Launcher, kept
 
 
 def softmax(

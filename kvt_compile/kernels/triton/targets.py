@@ -13,6 +13,8 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
     "gfx942": ("hip", "gfx942", 64),
 }
 """Name -> Triton's backend, architecture, threads of a warp."""
+WARPGROUPS = ("sm_90",)
+"""Whose matrix instructions are given by four warps together and sum into their registers."""
 SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 """Bytes of shared memory a program may have (CUDA programming guide, table of compute capabilities; CDNA 3 manual)."""
 

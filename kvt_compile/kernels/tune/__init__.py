@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from kvt_compile.kernels.tune.key import Key, ShapeClass, digest
 from kvt_compile.kernels.tune.mode import Mode, request, requested
-from kvt_compile.kernels.tune.tuner import Candidate, Tuner, Unfit, pick, watching
+from kvt_compile.kernels.tune.race import Unfit
+from kvt_compile.kernels.tune.tuner import Candidate, Tuner, pick, watching
 
 __all__ = [
     "Candidate",

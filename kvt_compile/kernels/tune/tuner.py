@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import datetime
 import logging
-import statistics
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol, Self, TypeVar
 
@@ -28,8 +26,9 @@ from kvt_compile.kernels.tune.key import Key
 from kvt_compile.kernels.tune.lock import locked
 from kvt_compile.kernels.tune.mode import Mode
 from kvt_compile.kernels.tune.progress import LogProgress, Progress, Step
+from kvt_compile.kernels.tune.race import Apart, CannotMeasureError, Effort, Outcome, Tell, measure, reason_of
 from kvt_compile.kernels.tune.store import Store
-from kvt_compile.kernels.tune.timing import Clock, DeviceClock, Run, take_turns
+from kvt_compile.kernels.tune.timing import Clock, DeviceClock, Run
 from kvt_compile.kernels.warn import warn_once
 
 log = logging.getLogger("kvt_compile.tune")
@@ -49,26 +48,6 @@ class Candidate(Protocol):
 
 C = TypeVar("C", bound=Candidate)
 Candidates = Sequence[C] | Callable[[], Sequence[C]]
-
-
-class Unfit(Exception):  # noqa: N818 - an outcome of a run, not an error
-    """Raised by `run` for a candidate that is not worth timing; the text says why ("spills 12 registers")."""
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How much time a key may take."""
-
-    wait_s: float = 120.0
-    """For another process that measures."""
-    seconds: float = 2.0
-    """For measuring the best candidates against each other, compilation not counted."""
-    first_turns: int = 3
-    """After these, candidates slower than `margin` times the best drop out."""
-    margin: float = 1.25
-    finalists: int = 6
-    turns: int = 7
-    """Of each finalist, at least."""
 
 
 class Tuner:
@@ -99,6 +78,7 @@ class Tuner:
         run: Callable[[C], Run],
         mode: Mode = "cached",
         clock: Clock | Callable[[], Clock] | None = None,
+        apart: Apart[C] | None = None,
     ) -> C:
         """The candidate to use now.
 
@@ -111,6 +91,8 @@ class Tuner:
                 else: the candidate is dropped and its reason kept with the result.
             mode: "off", "cached" or "on".
             clock: what times a run, or what makes one, called only to measure; None: events on the current CUDA device.
+            apart: measures in another process, so that a candidate that faults takes nothing of this one along; `run`
+                and `clock` are then used only where no such process can be had.
         """
         if mode == "off":
             return default
@@ -139,7 +121,7 @@ class Tuner:
                     "kernel of %s", self.effort.wait_s, key.part, key.shape,
                 )  # fmt: skip
                 return default
-            return self._measure(key, candidates, default, run, clock)
+            return self._measure(key, candidates, default, run, clock, apart)
 
     def forget(self) -> None:
         """Everything this process remembers; files stay."""
@@ -167,61 +149,57 @@ class Tuner:
         default: C,
         run: Callable[[C], Run],
         make_clock: Clock | Callable[[], Clock] | None,
+        apart: Apart[C] | None,
     ) -> C:
-        make_clock = make_clock or DeviceClock(torch.device("cuda", torch.cuda.current_device()))
-        clock = make_clock() if callable(make_clock) else make_clock
         contestants = list(dict.fromkeys((default, *(candidates() if callable(candidates) else candidates))))
-        ready: list[tuple[C, Run]] = []
-        dropped: list[Dropped] = []
-        for done, candidate in enumerate(contestants):
-            self.progress(Step(key, done, len(contestants), candidate=candidate.to_dict()))
-            try:
-                runner = run(candidate)
-                clock.milliseconds(runner)  # compiles; what fails, fails here
-                ready.append((candidate, runner))
-            except Exception as error:
-                dropped.append(Dropped(candidate.to_dict(), _reason(error)))
-                log.debug("dropped %s: %s", candidate, dropped[-1].reason)
+        told = 0
+
+        def tell(candidate: C) -> None:
+            nonlocal told
+            self.progress(Step(key, told, len(contestants), candidate=candidate.to_dict()))
+            told += 1
+
+        try:
+            outcome = self._outcome(contestants, run, make_clock, apart, tell)
+        except Exception as error:
+            self._given_up.add(key)
+            log.warning(
+                "timing the %s kernel of %s failed, the default stays: %s", key.part, key.shape, reason_of(error)
+            )
+            return default
         self.progress(Step(key, len(contestants), len(contestants)))
-        if not ready:
+        dropped = [Dropped(candidate.to_dict(), reason) for candidate, reason in outcome.dropped]
+        if not outcome.times:
             self._given_up.add(key)
             log.warning(
                 "none of %d block sizes for the %s kernel of %s could be timed, the default stays; the first failed "
                 "with: %s", len(contestants), key.part, key.shape, dropped[0].reason,
             )  # fmt: skip
             return default
-        try:
-            times = self._race([runner for _, runner in ready], clock)
-        except Exception as error:
-            self._given_up.add(key)
-            log.warning("timing the %s kernel of %s failed, the default stays: %s", key.part, key.shape, _reason(error))
-            return default
-        order = sorted(range(len(ready)), key=times.__getitem__)
-        winner = ready[order[0]][0]
-        measured = tuple(Measured(ready[n][0].to_dict(), round(times[n], 6)) for n in order)
+        order = sorted(outcome.times, key=lambda x: x[1])
+        winner, milliseconds = order[0]
+        measured = tuple(Measured(candidate.to_dict(), round(ms, 6)) for candidate, ms in order)
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
         self._keep(Entry(key, winner.to_dict(), measured, tuple(dropped), today))
         self._known[key, type(default)] = winner
-        self.progress(
-            Step(key, len(contestants), len(contestants), winner=winner.to_dict(), milliseconds=times[order[0]])
-        )
+        self.progress(Step(key, len(contestants), len(contestants), winner=winner.to_dict(), milliseconds=milliseconds))
         return winner
 
-    def _race(self, runs: Sequence[Run], clock: Clock) -> list[float]:
-        """Medians: few turns of all, then more of those that are near the best."""
-        effort = self.effort
-        turns = take_turns(runs, clock, 0.0, effort.first_turns, effort.first_turns)
-        first = [statistics.median(x) for x in turns]
-        near = sorted((n for n, x in enumerate(first) if x <= effort.margin * min(first)), key=first.__getitem__)
-        finalists = near[: effort.finalists]
-        if len(finalists) > 1:
-            more = take_turns([runs[n] for n in finalists], clock, effort.seconds, effort.turns)
-            for n, times in zip(finalists, more, strict=True):
-                turns[n] += times
-        result = [statistics.median(x) for x in turns]
-        # who dropped out lost, whatever the finalists' later turns were slowed by
-        worst = max(result[n] for n in finalists)
-        return [x if n in finalists else max(x, worst) for n, x in enumerate(result)]
+    def _outcome(
+        self,
+        contestants: Sequence[C],
+        run: Callable[[C], Run],
+        make_clock: Clock | Callable[[], Clock] | None,
+        apart: Apart[C] | None,
+        tell: Tell[C],
+    ) -> Outcome[C]:
+        if apart is not None:
+            try:
+                return apart(contestants, self.effort, tell)
+            except CannotMeasureError as error:
+                log.warning("block sizes are measured in this process, where one that faults would end it: %s", error)
+        make_clock = make_clock or DeviceClock(torch.device("cuda", torch.cuda.current_device()))
+        return measure(contestants, run, make_clock() if callable(make_clock) else make_clock, self.effort, tell)
 
     def _keep(self, entry: Entry) -> None:
         try:
@@ -256,9 +234,10 @@ def pick(
     run: Callable[[C], Run],
     mode: Mode = "cached",
     clock: Clock | Callable[[], Clock] | None = None,
+    apart: Apart[C] | None = None,
 ) -> C:
     """`Tuner.pick` of this process's tuner."""
-    return process_tuner().pick(key, candidates, default, run, mode, clock)
+    return process_tuner().pick(key, candidates, default, run, mode, clock, apart)
 
 
 @contextmanager
@@ -270,9 +249,3 @@ def watching(progress: Progress) -> Iterator[None]:
         yield
     finally:
         tuner.progress = before
-
-
-def _reason(error: BaseException) -> str:
-    """One line: `OutOfResources: shared memory`, or an Unfit's own text."""
-    text = (str(error).strip().splitlines() or [""])[0][:300]
-    return text if isinstance(error, Unfit) else f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,26 @@
+"""Block sizes -> a kernel's compile-time arguments, and how Triton compiles it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvt_compile.kernels.triton.blocks import Blocks
+
+
+def constexprs(part: str, blocks: Blocks, index: str, products: str | None) -> dict[str, Any]:
+    """The compile-time arguments of a kernel.  index: "int32" or "int64"; products: see `targets.precision`."""
+    import triton.language as tl
+
+    values: dict[str, Any] = {"ROWS": blocks.rows, "COLS": blocks.cols, "STAGES": blocks.stages}
+    values["INDEX"] = getattr(tl, index)
+    if products is not None:
+        values["PRECISION"] = products
+    if part in ("forward", "softmax"):
+        values["RESIDENT"] = blocks.kind == "resident"
+    return values
+
+
+def options(blocks: Blocks) -> dict[str, Any]:
+    """How a kernel is compiled.  Nothing is contracted into a multiply-add: two kernels that contract the same
+    expression in two ways would disagree about the last bit of a score, and so about a key."""
+    return {"num_warps": blocks.warps, "enable_fp_fusion": False}
