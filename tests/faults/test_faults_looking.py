@@ -99,10 +99,10 @@ def grown() -> dict[str, dict[str, int]]:
 
 @pytest.mark.parametrize("name", KEPT)
 def test_looking_leaves_nothing(grown: dict[str, dict[str, int]], name: str) -> None:
-    # where a graph breaks, torch keeps the fake inputs of the frames it gave up
+    # where a graph breaks, torch keeps the fake inputs of every frame it gave up, though no graph
     assert set(grown[name]) <= {"all", *(["FakeTensor"] if name == "graph breaks" else [])}, grown[name]
     if name != "a graph module":  # torch keeps some sizes of the last few graphs
-        assert grown[name].get("all", 0) <= SPARE * TIMES * (12 if name == "graph breaks" else 1), grown[name]
+        assert grown[name].get("all", 0) <= SPARE * TIMES * (25 if name == "graph breaks" else 1), grown[name]
 
 
 def test_the_report_of_each_look_is_whole() -> None:
