@@ -59,6 +59,7 @@ def _attention(spec: KernelSpec) -> str:
         types=(spec.dtype, spec.value_dtype, *(c.dtype for c in spec.captured)),
         matrix_types=(spec.dtype, spec.value_dtype),
         wide=scalar.wide,
+        other=scalar.ctypes["other"],
         functions=_functions(programs, spec),
         fields=fields(spec),
         block=block_size(spec),
@@ -125,7 +126,8 @@ def block_size(spec: KernelSpec) -> int:
 def _functions(programs: list[Program], spec: KernelSpec) -> tuple[str, ...]:
     # scalar parts call min, max and clamp of their own
     expressions = (spec.score_expression, spec.weight_expression)
-    scalar = {f"scalar_{type(x).__name__}" for e in expressions for x in e.atoms(sympy.Function)}
+    named = {type(x).__name__ for e in expressions for x in e.atoms(sympy.Function)}
+    scalar = {f"scalar_{'clamp' if name == 'hardtanh' else name}" for name in named}
     return tuple(sorted(set().union(*(x.functions for x in programs)) | scalar))
 
 

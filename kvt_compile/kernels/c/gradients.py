@@ -13,6 +13,7 @@ import sympy
 from kvt_compile.kernels.c.program import Builder, Program
 from kvt_compile.kernels.c.scalar import ScalarPrinter, depends_on
 from kvt_compile.kernels.language import score as language
+from kvt_compile.kernels.language.derivative import derivative
 from kvt_compile.kernels.op.spec import KernelSpec
 
 
@@ -50,7 +51,7 @@ def _gradient(
     loads: tuple[language.load, ...],
 ) -> tuple[Program, tuple[Scatter, ...]]:
     wanted = [x for x in loads if spec.captured[x.slot].is_float]
-    derivatives = [language.derivative(expression, x) for x in (symbol, *wanted)]
+    derivatives = [derivative(expression, x) for x in (symbol, *wanted)]
     program = Builder(scalar, symbol).build(derivatives, extra=wanted)
     scatters = tuple(_scatter(x, number, scalar) for number, x in enumerate(wanted, start=1))
     return program, scatters

@@ -17,6 +17,7 @@ import sympy
 from kvt_compile.kernels.c.scalar import ScalarPrinter, constant, depends_on
 from kvt_compile.kernels.language import score as language
 from kvt_compile.kernels.language.expressions import COMPARE, NotGenerated
+from kvt_compile.kernels.language.types import is_whole_power
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Builder:
     # --- parts without the tile's variable ----------------------------------------------------------------------------
 
     def part(self, x: sympy.Expr) -> Value:
-        if isinstance(x, sympy.Number) or x in (sympy.oo, -sympy.oo, sympy.nan):
+        if language.is_number(x):
             text = constant(x, self.scalar.wide)
             return Value(f"({text})" if text[0] == "-" else text, scalar=True)
         if x in self.known:
@@ -133,44 +134,27 @@ class Builder:
             return self.part(x)
         if x in self.known:
             return self.known[x]
-        match x:
-            case sympy.Add() | sympy.Mul():
-                return self.fold(x)
-            case sympy.Pow():
-                return self.power(x)
-            case sympy.Function() if type(x).__name__ in language.FUNCTIONS:
-                self.known[x] = self.name_it(self.function(type(x).__name__, x))
-                return self.known[x]
-        raise NotGenerated(f"{x} ({type(x).__name__}) cannot hold {self.symbol}")
+        if not isinstance(x, language.Operation):
+            raise NotGenerated(f"{x} ({type(x).__name__}) cannot hold {self.symbol}")
+        name = type(x).__name__
+        if name in ("add", "sub", "mul", "div"):
+            return self.infix(language.ARITHMETIC[type(x)], *(self.real(self.value(y)) for y in x.args))
+        if name == "neg":
+            return Value(f"(-{self.real(self.value(x.args[0]))})")
+        if name in ("float32", "float64"):
+            return Value(self.real(self.value(x.args[0])))
+        self.known[x] = self.name_it(self.power(x) if name == "power" else self.function(name, x))
+        return self.known[x]
 
-    def fold(self, x: sympy.Add | sympy.Mul) -> Value:
-        """All terms without the variable become one part; what is left is added or multiplied lane by lane."""
-        free = [y for y in x.args if self.symbol not in y.free_symbols]
-        held = [y for y in x.args if self.symbol in y.free_symbols]
-        if isinstance(x, sympy.Add):
-            texts = [self.real(self.value(y)) for y in held]
-            return Value(f"({' + '.join(texts + ([self.real(self.part(sympy.Add(*free)))] if free else []))})")
-        above = [self.real(self.value(y)) for y in held if not (isinstance(y, sympy.Pow) and y.exp == -1)]
-        below = [self.real(self.value(y.base)) for y in held if isinstance(y, sympy.Pow) and y.exp == -1]
-        # one division by c, not a product with 1 / c
-        over = [y.base for y in free if isinstance(y, sympy.Pow) and y.exp == -1 and not y.base.is_number]
-        rest = [y for y in free if not (isinstance(y, sympy.Pow) and y.exp == -1 and not y.base.is_number)]
-        if rest and sympy.Mul(*rest) == -1:
-            above[0:1] = [f"-{above[0]}"] if above else []
-        elif rest:
-            above.insert(0, self.real(self.part(sympy.Mul(*rest))))
-        below += [self.real(self.part(sympy.Mul(*over)))] if over else []
-        text = " * ".join(above) if above else self.real(self.part(sympy.Float(1.0)))
-        return Value(f"({text} / ({' * '.join(below)}))" if below else f"({text})")
+    def infix(self, sign: str, left: str, right: str) -> Value:
+        return Value(f"({left} {sign} {right})")
 
-    def power(self, x: sympy.Pow) -> Value:
-        base = self.real(self.value(x.base))
-        if isinstance(x.exp, sympy.Integer) and 0 < x.exp <= 8:
-            return Value(f"({' * '.join([base] * int(x.exp))})")
-        if x.exp == -1:
-            return Value(f"({constant(sympy.Float(1.0), self.scalar.wide)} / {base})")
+    def power(self, x: language.Operation) -> Value:
+        base, exponent = x.args
+        if is_whole_power(x) and 0 < exponent <= 8:
+            return Value(f"({' * '.join([self.real(self.value(base))] * int(exponent))})")
         self.functions.add("pow")
-        return self.name_it(Value(f"vpow({self.vector(self.value(x.base))}, {self.vector(self.value(x.exp))})"))
+        return Value(f"vpow({self.vector(self.value(base))}, {self.vector(self.value(exponent))})")
 
     def function(self, name: str, x: sympy.Function) -> Value:
         args = [self.value(y) for y in x.args]
@@ -188,9 +172,11 @@ class Builder:
             return Value(f"choose({vectors[0]} < 0, -{vectors[0]}, {vectors[0]})")
         if name == "relu":
             return Value(f"choose({vectors[0]} < 0, (vec){{0}}, {vectors[0]})")
-        if name == "clamp":
+        if name in ("clamp", "hardtanh"):
             self.functions |= {"maximum", "minimum"}
             return Value(f"vminimum(vmaximum({vectors[0]}, {vectors[1]}), {vectors[2]})")
+        if name in language.CASTS:
+            raise NotGenerated(f"{name}(...) of a value made of {self.symbol} is not generated")
         if name in ("floordiv", "mod"):
             self.functions.add("floor")
             quotient = f"vfloor({vectors[0]} / {vectors[1]})"

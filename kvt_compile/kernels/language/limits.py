@@ -20,8 +20,10 @@ import sympy
 CHARACTERS = 16_384
 TOKENS = 2_048
 DEPTH = 48
-"""Nested brackets, calls and operators; a chain of + - * / counts once.  sympy and the printers recurse,
-some ten frames a level."""
+"""Nested brackets, calls and operators; a chain of + - * / counts once here, and step by step below.  The printers
+recurse, some ten frames a level."""
+LEVELS = 100
+"""Operations that wait for one another, those of chains included: s + c0 + c1 has two."""
 EXPONENT = 1_024
 INTEGER = 2**63 - 1
 """Integers of the language are those of torch.int64; a ratio is of two of them, a float is a finite float64."""
@@ -64,8 +66,9 @@ def read(text: str) -> ast.expr:
         refuse(text, f"cannot be read: {error.msg}")
     except (MemoryError, RecursionError, ValueError):  # what Python says of a tree that is too deep for it
         refuse(text, f"nested too deeply, expected at most {DEPTH} levels")
-    if _depth(tree) > DEPTH:
-        refuse(text, f"nested {_depth(tree)} levels deep, expected at most {DEPTH}")
+    for depth, limit in ((_depth(tree), DEPTH), (_depth(tree, chains=True), LEVELS)):
+        if depth > limit:
+            refuse(text, f"nested {depth} levels deep, expected at most {limit}")
     return tree
 
 
@@ -87,7 +90,7 @@ def _check_tokens(text: str) -> None:
 _CHAINS = (ast.Add, ast.Sub, ast.Mult, ast.Div)
 
 
-def _depth(tree: ast.expr) -> int:
+def _depth(tree: ast.expr, chains: bool = False) -> int:
     deepest, todo = 0, [(tree, 1)]
     while todo:
         node, depth = todo.pop()
@@ -95,8 +98,8 @@ def _depth(tree: ast.expr) -> int:
         chain = isinstance(node, ast.BinOp) and isinstance(node.op, _CHAINS)
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.expr):
-                # a + b + c + ... leans to the left; sympy makes one flat sum of it
-                flat = chain and child is getattr(node, "left", None)
+                # a + b + c + ... leans to the left
+                flat = chain and not chains and child is getattr(node, "left", None)
                 todo.append((child, depth if flat else depth + 1))
     return deepest
 
@@ -110,11 +113,10 @@ def number(value: int | float, text: str) -> sympy.Expr:
     return sympy.Float(value)
 
 
-def power(base: sympy.Expr, exponent: sympy.Expr, text: str) -> sympy.Expr:
-    """base ** exponent; sympy evaluates a power of numbers at once, whatever its size."""
+def check_exponent(exponent: sympy.Expr, text: str) -> None:
+    """Refuses what sympy, which evaluates a power of whole numbers at once, should not be asked for."""
     if exponent.is_Number and not abs(exponent) <= EXPONENT:
         refuse(text, f"the exponent {_brief(exponent)} is beyond {EXPONENT}")
-    return base**exponent
 
 
 def checked(x: sympy.Expr, text: str) -> sympy.Expr:

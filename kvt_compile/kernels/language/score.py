@@ -1,17 +1,21 @@
 """The score language: the text of `f` in  t_ij = f(s_ij, b, h, i, j, captured tensors).
 
-    "0.125*s + c0[h, i, j] + where(c1[b % 4, i, j], 0.0, -oo)"   <->   one sympy expression
+    "0.125*s + c0[h, i, j] + where(c1[b % 4, i, j], 0.0, -oo)"   <->   a program of typed operations
 
 A score expression travels through graphs, caches and kernel generators as plain text, because text is hashable,
-readable and an ordinary operator argument.  This module is the one place that reads it, prints it and
-differentiates it; `kernels/*` lower it, `passes/*` build it.
+readable and an ordinary operator argument.  This module is the one place that reads it and prints it; `types.py` says
+which type every operation is done in, `derivative.py` differentiates; `kernels/*` lower it, `passes/*` build it.
 
 Vocabulary
     s            raw score  q_i . k_j                     p            softmax weight (weight expressions only)
-    b, h, i, j   batch, query head, query, key index      n0, n1, ...  sizes known only at run time
+    b, h, i, j   batch, query head, key head, key index   n0, n1, ...  sizes known only at run time
     c0[...]      element of captured tensor 0             oo           infinity
-    + - * / **   arithmetic                               // %         integer division of indices
-    where, exp, tanh, lt, logical_and, ...                every name of FUNCTIONS
+    + - * / **   arithmetic, in the order it is written   // %         division that rounds down, and what it leaves
+    where, exp, tanh, lt, logical_and, float64, ...       every name of FUNCTIONS
+
+sympy is only the tree: every operation on values is a function that nothing is known of, so nothing is reordered,
+distributed or cancelled.  Arithmetic of coordinates, sizes and whole numbers alone, as in the brackets of a captured
+tensor, is sympy's own, because exact.
 """
 
 from __future__ import annotations
@@ -23,7 +27,6 @@ from functools import lru_cache
 from typing import Any, NoReturn
 
 import sympy
-from sympy.printing.precedence import PRECEDENCE
 from sympy.printing.str import StrPrinter
 
 from kvt_compile.kernels.language import limits
@@ -32,6 +35,7 @@ from kvt_compile.kernels.language.limits import ScoreSyntaxError as ScoreSyntaxE
 s, p = sympy.symbols("s p")
 b, h, i, j = sympy.symbols("b h i j", integer=True, nonnegative=True)
 _NAMES: dict[str, sympy.Expr] = {str(x): x for x in (s, p, b, h, i, j)} | {"oo": sympy.oo}
+one, zero = sympy.Float(1.0), sympy.Float(0.0)
 
 
 def size_symbol(n: int) -> sympy.Symbol:
@@ -39,7 +43,15 @@ def size_symbol(n: int) -> sympy.Symbol:
     return sympy.Symbol(f"n{n}", integer=True, positive=True)
 
 
-class load(sympy.Function):  # noqa: N801 - sympy functions are written in lower case
+class _Unevaluated(sympy.Function):
+    """A function that stays what it was written as, of numbers too."""
+
+    @classmethod
+    def _should_evalf(cls, argument: sympy.Expr) -> int:
+        return -1
+
+
+class load(_Unevaluated):  # noqa: N801 - sympy functions are written in lower case
     """`load(n, x, y)` is element [x, y] of captured tensor n; printed `cn[x, y]`."""
 
     @property
@@ -51,67 +63,133 @@ class load(sympy.Function):  # noqa: N801 - sympy functions are written in lower
         return tuple(self.args[1:])
 
 
-class _Pointwise(sympy.Function):
-    """A function sympy is told nothing about but its derivative, so that it cannot "simplify" a NaN or a tie away."""
+class Operation(_Unevaluated):
+    """One operation on values."""
 
-    derivatives: tuple[Any, ...] = ()
     arity = 0
 
-    def fdiff(self, argindex: int = 1) -> sympy.Expr:
-        rule = self.derivatives[argindex - 1] if argindex <= len(self.derivatives) else None
-        return sympy.Float(0.0) if rule is None else rule(*self.args)
+
+FUNCTIONS: dict[str, type[Operation]] = {}
+"""Operations that are written as calls."""
 
 
-FUNCTIONS: dict[str, Any] = {}
+def _define(name: str, arity: int) -> type[Operation]:
+    return type(name, (Operation,), {"arity": arity})
 
 
-def _define(name: str, *derivatives: Any, arity: int = 0) -> type[_Pointwise]:
-    cls = type(name, (_Pointwise,), {"derivatives": derivatives, "arity": arity or len(derivatives)})
-    FUNCTIONS[name] = cls
-    return cls
+def _function(name: str, arity: int) -> type[Operation]:
+    FUNCTIONS[name] = _define(name, arity)
+    return FUNCTIONS[name]
 
 
-one, zero = sympy.Float(1.0), sympy.Float(0.0)
-
-# comparisons and logic: bool in, bool out; derivative zero
-lt, le, gt, ge, eq, ne = (_define(name, arity=2) for name in ("lt", "le", "gt", "ge", "eq", "ne"))
-logical_and, logical_or, logical_not = (
-    _define(f"logical_{x}", arity=n) for x, n in (("and", 2), ("or", 2), ("not", 1))
+# written with signs; `add` and the like below are what makes them
+Add, Sub, Mul, Div, Power = (_define(name, 2) for name in ("add", "sub", "mul", "div", "power"))
+Neg = _define("neg", 1)
+# comparisons and logic: truth values come out
+lt, le, gt, ge, eq, ne = (_function(name, 2) for name in ("lt", "le", "gt", "ge", "eq", "ne"))
+logical_and, logical_or, logical_not = (_function(f"logical_{x}", n) for x, n in (("and", 2), ("or", 2), ("not", 1)))
+floordiv, mod = _function("floordiv", 2), _function("mod", 2)
+where = _function("where", 3)
+exp, log, sqrt, sin, cos, tanh, sigmoid, erf = (
+    _function(name, 1) for name in ("exp", "log", "sqrt", "sin", "cos", "tanh", "sigmoid", "erf")
 )
-floordiv, mod = _define("floordiv", arity=2), _define("mod", arity=2)
-floordiv.precedence = mod.precedence = PRECEDENCE["Mul"]  # printed infix, so they need brackets like a product
+abs_, relu = _function("abs", 1), _function("relu", 1)
+maximum, minimum = _function("maximum", 2), _function("minimum", 2)
+# the same numbers; at its bounds clamp has the whole gradient and hardtanh none
+clamp, hardtanh = _function("clamp", 3), _function("hardtanh", 3)
+CASTS = ("float64", "float32", "int64", "int32", "int16", "int8", "uint8")
+"""Types a value can be brought to."""
+_CASTS = {name: _function(name, 1) for name in CASTS}
 
-where: type[_Pointwise] = _define(
-    "where", None, lambda c, x, y: where(c, one, zero), lambda c, x, y: where(c, zero, one)
-)
-exp: type[_Pointwise] = _define("exp", lambda x: exp(x))
-log: type[_Pointwise] = _define("log", lambda x: 1 / x)
-sqrt: type[_Pointwise] = _define("sqrt", lambda x: 0.5 / sqrt(x))
-sin: type[_Pointwise] = _define("sin", lambda x: cos(x))
-cos: type[_Pointwise] = _define("cos", lambda x: -sin(x))
-tanh: type[_Pointwise] = _define("tanh", lambda x: 1 - tanh(x) ** 2)
-sigmoid: type[_Pointwise] = _define("sigmoid", lambda x: sigmoid(x) * (1 - sigmoid(x)))
-erf = _define("erf", lambda x: 1.1283791670955126 * exp(-(x**2)))
-# torch's conventions at the kinks: abs'(0) = 0, relu'(0) = 0, and maximum/minimum split a tie in half
-abs_ = _define("abs", lambda x: where(gt(x, zero), one, where(lt(x, zero), -one, zero)))
-relu = _define("relu", lambda x: where(gt(x, zero), one, zero))
-_tie = sympy.Float(0.5)
-maximum = _define(
-    "maximum",
-    lambda x, y: where(gt(x, y), one, where(eq(x, y), _tie, zero)),
-    lambda x, y: where(gt(y, x), one, where(eq(x, y), _tie, zero)),
-)
-minimum = _define(
-    "minimum",
-    lambda x, y: where(lt(x, y), one, where(eq(x, y), _tie, zero)),
-    lambda x, y: where(lt(y, x), one, where(eq(x, y), _tie, zero)),
-)
-# clamp keeps the full gradient at its bounds, unlike maximum/minimum
-clamp = _define("clamp", lambda x, lo, hi: where(logical_and(ge(x, lo), le(x, hi)), one, zero), arity=3)
+ARITHMETIC: dict[type[Operation], str] = {Add: "+", Sub: "-", Mul: "*", Div: "/", floordiv: "//", mod: "%"}
+"""Operations of two values that every lowering's language writes with a sign between them."""
+
+
+def is_index(x: sympy.Basic) -> bool:
+    """Whether it is arithmetic of coordinates, sizes and whole numbers, which is exact however it is written."""
+    if isinstance(x, sympy.Integer):
+        return True
+    if isinstance(x, sympy.Symbol):
+        return x is not s and x is not p and bool(x.is_integer)
+    return isinstance(x, sympy.Add | sympy.Mul | floordiv | mod) and all(is_index(y) for y in x.args)
+
+
+def add(x: sympy.Expr, y: sympy.Expr) -> sympy.Expr:
+    """x + y."""
+    return x + y if is_index(x) and is_index(y) else Add(x, y)
+
+
+def sub(x: sympy.Expr, y: sympy.Expr) -> sympy.Expr:
+    """x - y."""
+    return x - y if is_index(x) and is_index(y) else Sub(x, y)
+
+
+def mul(x: sympy.Expr, y: sympy.Expr) -> sympy.Expr:
+    """x * y, a number first: which of two factors stands first changes no bit."""
+    if is_index(x) and is_index(y):
+        return x * y
+    return Mul(y, x) if is_number(y) and not is_number(x) else Mul(x, y)
+
+
+def neg(x: sympy.Expr) -> sympy.Expr:
+    """-x."""
+    return -x if is_index(x) or (is_number(x) and x != 0) else Neg(x)
+
+
+def div(x: sympy.Expr, y: sympy.Expr) -> sympy.Expr:
+    """x / y."""
+    return Div(x, y)
+
+
+def power(x: sympy.Expr, y: sympy.Expr) -> sympy.Expr:
+    """x ** y."""
+    return Power(x, y)
+
+
+def cast(dtype: str, x: sympy.Expr) -> sympy.Expr:
+    """x as `dtype`, one of CASTS."""
+    return _CASTS[dtype](x)
+
+
+def is_number(x: sympy.Basic) -> bool:
+    """Whether it is a number that stands in the text itself."""
+    return isinstance(x, sympy.Number) or x in (sympy.oo, -sympy.oo)
+
+
+def holds(x: sympy.Expr) -> bool:
+    """Whether a value is made of s or p: it is then computed in the accumulation type."""
+    return bool(x.free_symbols & {s, p})
+
+
+# ---- printing --------------------------------------------------------------------------------------------------------
+
+_SUM, _PRODUCT, _SIGN, _POWER, _ATOM = range(5)
+"""How tightly a text binds: brackets go around what binds less than its place asks for."""
+_BINDING: dict[type, int] = {
+    Add: _SUM, Sub: _SUM, sympy.Add: _SUM, Mul: _PRODUCT, Div: _PRODUCT, floordiv: _PRODUCT, mod: _PRODUCT,
+    sympy.Mul: _PRODUCT, Neg: _SIGN, Power: _POWER, sympy.Pow: _POWER,
+}  # fmt: skip
+
+
+def _binding(x: sympy.Expr) -> int:
+    if is_number(x) and x < 0:
+        return _SIGN
+    if isinstance(x, sympy.Mul) and x.could_extract_minus_sign():
+        return _SUM
+    return next((binding for kind, binding in _BINDING.items() if isinstance(x, kind)), _ATOM)
 
 
 class _Printer(StrPrinter):
-    """Prints what `parse` reads back bit for bit: floats with all their digits, loads with brackets."""
+    """Prints what `parse` reads back bit for bit: floats with all their digits, loads with brackets, and brackets
+    wherever Python's own order of operations would not be that of the expression."""
+
+    def at(self, x: sympy.Expr, binding: int) -> str:
+        text = str(self._print(x))
+        return text if _binding(x) >= binding else f"({text})"
+
+    def _infix(self, x: sympy.Expr, sign: str) -> str:
+        own = _binding(x)
+        return f"{self.at(x.args[0], own)}{sign}{self.at(x.args[1], own + 1)}"
 
     def _print_Float(self, x: sympy.Float) -> str:  # noqa: N802 - sympy's name for it
         return repr(float(x))
@@ -125,18 +203,34 @@ class _Printer(StrPrinter):
     def _print_load(self, x: load) -> str:
         return f"c{x.slot}" + (f"[{', '.join(self._print(k) for k in x.index)}]" if x.index else "")
 
-    def _print_floordiv(self, x: sympy.Function) -> str:
-        return self._infix(x, "//")
+    def _print_add(self, x: sympy.Expr) -> str:
+        return self._infix(x, " + ")
 
-    def _print_mod(self, x: sympy.Function) -> str:
-        return self._infix(x, "%")
+    def _print_sub(self, x: sympy.Expr) -> str:
+        return self._infix(x, " - ")
 
-    def _infix(self, x: sympy.Function, sign: str) -> str:
-        left, right = (self.parenthesize(arg, PRECEDENCE["Mul"]) for arg in x.args)
-        return f"{left} {sign} {right}"
+    def _print_mul(self, x: sympy.Expr) -> str:
+        return self._infix(x, "*")
+
+    def _print_div(self, x: sympy.Expr) -> str:
+        return self._infix(x, "/")
+
+    def _print_floordiv(self, x: sympy.Expr) -> str:
+        return self._infix(x, " // ")
+
+    def _print_mod(self, x: sympy.Expr) -> str:
+        return self._infix(x, " % ")
+
+    def _print_neg(self, x: sympy.Expr) -> str:
+        return f"-{self.at(x.args[0], _SIGN)}"
+
+    def _print_power(self, x: sympy.Expr) -> str:
+        return f"{self.at(x.args[0], _ATOM)}**{self.at(x.args[1], _ATOM)}"
 
 
 _PRINTER = _Printer({"order": None})
+# in sympy's own sums and products these need brackets like a product
+floordiv.precedence = mod.precedence = 50
 
 
 def to_text(expression: sympy.Expr) -> str:
@@ -144,20 +238,22 @@ def to_text(expression: sympy.Expr) -> str:
     return str(_PRINTER.doprint(sympy.sympify(expression)))
 
 
-_BINARY: dict[type[ast.operator], Callable[[Any, Any], sympy.Expr]] = {
-    ast.Add: lambda x, y: x + y,
-    ast.Sub: lambda x, y: x - y,
-    ast.Mult: lambda x, y: x * y,
-    ast.Div: lambda x, y: x / y,
-    ast.FloorDiv: lambda x, y: floordiv(x, y),
-    ast.Mod: lambda x, y: mod(x, y),
-}
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+_Signs = dict[type[ast.operator], Callable[[Any, Any], sympy.Expr]]
+_ON_VALUES: _Signs = {
+    ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: div, ast.Pow: power, ast.FloorDiv: floordiv, ast.Mod: mod,
+}  # fmt: skip
+_ON_INDICES: _Signs = {
+    ast.Add: lambda x, y: x + y, ast.Sub: lambda x, y: x - y, ast.Mult: lambda x, y: x * y,
+    ast.Div: lambda x, y: x / y, ast.Pow: lambda x, y: x**y, ast.FloorDiv: floordiv, ast.Mod: mod,
+}  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
 def parse(text: str) -> sympy.Expr:
-    """Text -> sympy expression.  Raises ScoreSyntaxError with the offending part; nothing is run as Python."""
-    return _build(limits.read(text), text)
+    """Text -> expression.  Raises ScoreSyntaxError with the offending part; nothing is run as Python."""
+    return _build(limits.read(text), text, _ON_VALUES)
 
 
 @lru_cache(maxsize=4096)
@@ -171,43 +267,43 @@ def canonical(text: str) -> str:
     return printed
 
 
-def _build(node: ast.expr, text: str) -> sympy.Expr:
+def _build(node: ast.expr, text: str, signs: _Signs) -> sympy.Expr:
     match node:
         case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
             return limits.number(value, text)
         case ast.Name(id=name):
             return _name(name, text)
         case ast.UnaryOp(op=ast.USub()):
-            return -_build(node.operand, text)
+            operand = _build(node.operand, text, signs)
+            return neg(operand) if signs is _ON_VALUES else -operand
         case ast.UnaryOp(op=ast.UAdd()):
-            return _build(node.operand, text)
+            return _build(node.operand, text, signs)
         case ast.BinOp():
-            return _build_binary(node, text)
+            return _build_binary(node, text, signs)
         case ast.Subscript(value=ast.Name(id=name)) if re.fullmatch(r"c\d+", name):
             items = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-            return load(sympy.Integer(name[1:]), *(_build(item, text) for item in items))
+            return load(sympy.Integer(name[1:]), *(_build(item, text, _ON_INDICES) for item in items))
         case ast.Call(func=ast.Name(id=name)) if name in FUNCTIONS and not node.keywords:
             found, expected = len(node.args), FUNCTIONS[name].arity
             if found != expected:
                 limits.refuse(text, f"{name} has {found} arguments, expected {expected}")
-            return FUNCTIONS[name](*(_build(argument, text) for argument in node.args))
+            return FUNCTIONS[name](*(_build(argument, text, signs) for argument in node.args))
     _refuse_node(node, text)
 
 
-def _build_binary(node: ast.BinOp, text: str) -> sympy.Expr:
+def _build_binary(node: ast.BinOp, text: str, signs: _Signs) -> sympy.Expr:
     # a long sum leans to the left: without recursion
     spine = [node]
     while isinstance(spine[-1].left, ast.BinOp):
         spine.append(spine[-1].left)
-    value = _build(spine[-1].left, text)
+    value = _build(spine[-1].left, text, signs)
     for step in reversed(spine):
-        right = _build(step.right, text)
-        if isinstance(step.op, ast.Pow):
-            value = limits.checked(limits.power(value, right, text), text)
-        elif type(step.op) in _BINARY:
-            value = limits.checked(_BINARY[type(step.op)](value, right), text)
-        else:
+        right = _build(step.right, text, signs)
+        if type(step.op) not in signs:
             _refuse_node(step, text)
+        if isinstance(step.op, ast.Pow):
+            limits.check_exponent(right, text)
+        value = limits.checked(signs[type(step.op)](value, right), text)
     return value
 
 
@@ -232,26 +328,3 @@ def _name(name: str, text: str) -> sympy.Expr:
 def loads(expression: sympy.Expr) -> tuple[load, ...]:
     """Every distinct captured load, ordered by slot then text, so that generated code is deterministic."""
     return tuple(sorted(expression.atoms(load), key=lambda x: (x.slot, to_text(x))))
-
-
-def derivative(expression: sympy.Expr, by: sympy.Expr) -> sympy.Expr:
-    """d expression / d by, where `by` is a symbol (s, p) or one captured load; other loads count as constants."""
-    names = {x: sympy.Dummy(f"c{x.slot}") for x in loads(expression)}
-    back = {dummy: x for x, dummy in names.items()}
-    powers = expression.xreplace(names).replace(_power_of_a_product, lambda x: _power(*x.args))
-    slope = sympy.diff(powers, names.get(by, by))
-    return slope.replace(_power, lambda base, exponent: base**exponent).xreplace(back)
-
-
-def _power_of_a_product(x: sympy.Basic) -> bool:
-    return bool(x.is_Pow and x.exp.is_number and (x.base.is_Mul or x.base.is_Pow))
-
-
-class _power(sympy.Function):  # noqa: N801 - named as the function it is
-    """base ** number, differentiated as such: sympy writes (-s**2)**2.0 * 4.0/s, which is NaN where s is 0."""
-
-    nargs = 2
-
-    def fdiff(self, argindex: int = 1) -> sympy.Expr:
-        base, exponent = self.args
-        return exponent * base ** (exponent - 1)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvt_compile.kernels.language import limits
 from kvt_compile.kernels.language import score as language
+from kvt_compile.kernels.language.types import TypeMismatchError, Types, of_captured
 
 
 class SpecError(ValueError):
@@ -93,6 +94,10 @@ class KernelSpec:
         # the trust boundary: a text that came with a saved program ends here, generators print what was parsed of it
         for name in ("score", "weight"):
             object.__setattr__(self, name, language.canonical(getattr(self, name)))
+            try:
+                self.types(language.parse(getattr(self, name)))
+            except TypeMismatchError as error:
+                raise SpecError(f"{name} expression {getattr(self, name)!r}: {error}") from None
 
     def __hash__(self) -> int:
         return self._hash
@@ -141,6 +146,11 @@ class KernelSpec:
     @cached_property
     def weight_expression(self) -> sympy.Expr:
         return language.parse(self.weight)
+
+    @cached_property
+    def types(self) -> Types:
+        """Which type every part of the expressions is computed in."""
+        return Types(dtype_name(self.accumulate), of_captured([x.dtype for x in self.captured]))
 
     @cached_property
     def score_loads(self) -> tuple[language.load, ...]:

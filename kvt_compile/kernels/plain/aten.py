@@ -26,6 +26,7 @@ from torch import Tensor
 
 from kvt_compile.kernels import dropout
 from kvt_compile.kernels.language import score as language
+from kvt_compile.kernels.language.derivative import derivative
 from kvt_compile.kernels.language.evaluate import compile_expression, compile_text, scatter, tile
 from kvt_compile.kernels.language.grid import Environment, Grid
 from kvt_compile.kernels.op.call import AttentionCall
@@ -120,8 +121,8 @@ class AtenLowering:
         dq, dk, dv, *dcaptured = sums
         score_slopes = _slopes(spec.score_loads, spec.score_expression, dcaptured)
         weight_slopes = _slopes(spec.weight_loads, spec.weight_expression, dcaptured)
-        by_s = language.derivative(spec.score_expression, language.s)
-        by_p = language.derivative(spec.weight_expression, language.p)
+        by_s = derivative(spec.score_expression, language.s)
+        by_p = derivative(spec.weight_expression, language.p)
         only_values = dq is None and dk is None and not score_slopes and not weight_slopes
         for piece, keys, values in run.pieces():
             for part in piece.tiles():
@@ -177,13 +178,13 @@ LOWERING = AtenLowering()
 def _slopes(loads: Sequence[language.load], expression: sympy.Expr, sums: Sequence[Tensor | None]) -> Slopes:
     """(load, d expression / d load, where its gradient goes) for every load whose tensor needs one."""
     wanted = ((load, sums[load.slot]) for load in loads)
-    return [(load, language.derivative(expression, load), into) for load, into in wanted if into is not None]
+    return [(load, derivative(expression, load), into) for load, into in wanted if into is not None]
 
 
 def _times(x: Tensor, slope: sympy.Expr, env: Environment, p: Tensor) -> Tensor:
     """x times the slope, over keys that have weight: a slope may be infinite or NaN where there is none."""
     if isinstance(slope, sympy.Number):
-        return x if slope == 1 else x * float(slope)
+        return x if slope == language.one else x * float(slope)
     return torch.where(p == 0.0, 0.0, x * tile(compile_expression(slope), env))
 
 

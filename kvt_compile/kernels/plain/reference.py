@@ -11,7 +11,6 @@ language and the random numbers.  Memory is O(Nq * Nk): for tests and small inpu
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import NamedTuple
@@ -22,36 +21,8 @@ from torch import Tensor
 
 from kvt_compile.kernels import dropout
 from kvt_compile.kernels.language import score as language
+from kvt_compile.kernels.language.types import FLOAT, INT, Types, of_captured
 from kvt_compile.topk import kept_range
-
-_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
-    "lt": torch.lt,
-    "le": torch.le,
-    "gt": torch.gt,
-    "ge": torch.ge,
-    "eq": torch.eq,
-    "ne": torch.ne,
-    "logical_and": torch.logical_and,
-    "logical_or": torch.logical_or,
-    "logical_not": torch.logical_not,
-    "floordiv": torch.floor_divide,
-    "mod": torch.remainder,
-    "where": lambda c, x, y: torch.where(c.bool(), x, y),
-    "exp": torch.exp,
-    "log": torch.log,
-    "sqrt": torch.sqrt,
-    "sin": torch.sin,
-    "cos": torch.cos,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "erf": torch.erf,
-    "abs": torch.abs,
-    "relu": torch.relu,
-    "maximum": torch.maximum,
-    "minimum": torch.minimum,
-    # not maximum of minimum: clamp keeps the whole gradient at its bounds
-    "clamp": torch.clamp,
-}
 
 
 class Reference(NamedTuple):
@@ -175,36 +146,87 @@ def _evaluate(
     expression: sympy.Expr, names: dict[str, Tensor], captured: Sequence[Tensor], dtype: torch.dtype
 ) -> Tensor:
     """One torch operation per node of the expression, all on the full [B, Hq, Nq, Nk] grid."""
-    if isinstance(expression, sympy.Integer):
-        return torch.tensor(int(expression))
-    if isinstance(expression, sympy.Number):  # floats, rationals and infinities
-        return torch.tensor(float(expression), dtype=dtype)
-    if isinstance(expression, sympy.Symbol):
-        return names[str(expression)]
-    if isinstance(expression, language.load):
-        tensor = captured[expression.slot]
-        if not expression.index:
-            return _widen(tensor, dtype)
-        index = [_evaluate(x, names, captured, dtype) for x in expression.index]
-        inside = (x.clamp(0, size - 1) for x, size in zip(index, tensor.shape, strict=True))
-        return _widen(tensor[tuple(inside)], dtype)
-    arguments = [_evaluate(x, names, captured, dtype) for x in expression.args]
-    if any(x.is_floating_point() for x in arguments):
-        arguments = [x if x.dtype == torch.bool else x.to(dtype) for x in arguments]
-    if isinstance(expression, sympy.Add):
-        return torch.stack(torch.broadcast_tensors(*arguments)).sum(0)
-    if isinstance(expression, sympy.Mul):
-        return reduce(
-            operator.mul, arguments
-        )  # not prod, whose backward multiplies a gradient of 0 with a score of -inf
-    if isinstance(expression, sympy.Pow):
-        base, exponent = arguments
-        return base.to(dtype) ** exponent
-    name = type(expression).__name__
-    if name in ("exp", "log", "sqrt", "sin", "cos", "tanh", "sigmoid", "erf"):
-        arguments = [x.to(dtype) for x in arguments]
-    return _FUNCTIONS[name](*arguments)
+    types = Types(
+        str(dtype).removeprefix("torch."), of_captured([str(x.dtype).removeprefix("torch.") for x in captured])
+    )
+
+    def value(x: sympy.Expr) -> Tensor:
+        if isinstance(x, sympy.Symbol):
+            return names[str(x)]
+        if isinstance(x, language.load):
+            return brought(_element(x, captured, index), types(x))
+        if language.is_index(x):
+            return index(x)
+        if language.is_number(x):
+            return torch.tensor(float(x), dtype=torch.float64)
+        name = type(x).__name__
+        if name in language.CASTS:
+            return brought(value(x.args[0]), types(x))
+        if name in ("logical_and", "logical_or", "logical_not"):
+            return _FUNCTIONS[name](*map(value, x.args))
+        met = types.meets_in(x)
+        if name == "where":
+            condition, yes, no = map(value, x.args)
+            return torch.where(condition.bool(), brought(yes, met), brought(no, met))
+        if name == "power" and language.is_number(x.args[1]):
+            exponent = x.args[1]
+            return brought(value(x.args[0]), met) ** (int(exponent) if exponent.is_Integer else float(exponent))
+        return _FUNCTIONS[name](*(brought(value(y), met) for y in x.args))
+
+    def index(x: sympy.Expr) -> Tensor:
+        """What stands in brackets: whole numbers, whose sums and products are exact in any order."""
+        if isinstance(x, sympy.Integer):
+            return torch.tensor(int(x))
+        if isinstance(x, sympy.Add | sympy.Mul | sympy.Pow | language.floordiv | language.mod):
+            function = _OF_INDICES[next(kind for kind in _OF_INDICES if isinstance(x, kind))]
+            return reduce(function, map(index, x.args))
+        return value(x)
+
+    def brought(x: Tensor, name: str) -> Tensor:
+        if name in (FLOAT, INT):
+            return x.to(dtype if name == FLOAT else torch.int64)
+        return x.to(getattr(torch, name))
+
+    return value(expression)
 
 
-def _widen(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype) if x.is_floating_point() else x
+def _element(load: language.load, captured: Sequence[Tensor], index: Callable[[sympy.Expr], Tensor]) -> Tensor:
+    tensor = captured[load.slot]
+    if not load.index:
+        return tensor
+    inside = (index(x).clamp(0, size - 1) for x, size in zip(load.index, tensor.shape, strict=True))
+    return tensor[tuple(inside)]
+
+
+def _whole_division(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A whole number divided by 0 is 0: torch raises."""
+
+    def run(x: Tensor, y: Tensor) -> Tensor:
+        if x.is_floating_point() or y.is_floating_point():
+            return function(x, y)
+        return torch.where(y == 0, 0, function(x, y.where(y != 0, 1)))
+
+    return run
+
+
+_OF_INDICES: dict[type, Callable[[Tensor, Tensor], Tensor]] = {
+    sympy.Add: torch.add,
+    sympy.Mul: torch.mul,
+    sympy.Pow: torch.pow,
+    language.floordiv: _whole_division(torch.floor_divide),
+    language.mod: _whole_division(torch.remainder),
+}
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    **{name: getattr(torch, name) for name in ("lt", "le", "gt", "ge", "eq", "ne")},
+    **{name: getattr(torch, name) for name in ("logical_and", "logical_or", "logical_not")},
+    **{name: getattr(torch, name) for name in ("add", "sub", "mul", "div", "neg", "abs", "relu")},
+    **{name: getattr(torch, name) for name in ("exp", "log", "sqrt", "sin", "cos", "tanh", "sigmoid", "erf")},
+    "power": torch.pow,
+    "floordiv": _whole_division(torch.floor_divide),
+    "mod": _whole_division(torch.remainder),
+    "maximum": torch.maximum,
+    "minimum": torch.minimum,
+    # not maximum of minimum: clamp keeps the whole gradient at its bounds
+    "clamp": torch.clamp,
+    "hardtanh": lambda x, low, high: torch.nn.functional.hardtanh(x, float(low), float(high)),
+}

@@ -58,8 +58,10 @@ def _holds(condition: sympy.Expr, truth: bool) -> Iterator[sympy.Expr]:
         for part in condition.args:
             yield from _holds(part, truth)
     elif isinstance(condition, language.eq) and truth:
-        yield from (condition.args[0] - condition.args[1], condition.args[1] - condition.args[0])
-    elif type(condition) in _OPPOSITE:
+        x, y = condition.args
+        if language.is_index(x) and language.is_index(y):
+            yield from (x - y, y - x)
+    elif type(condition) in _OPPOSITE and all(map(language.is_index, condition.args)):
         kind = type(condition) if truth else _OPPOSITE[type(condition)]
         x, y = condition.args
         difference = x - y if kind in (language.lt, language.le) else y - x

@@ -19,6 +19,7 @@ import jinja2
 import sympy
 
 from kvt_compile.kernels.language import score as language
+from kvt_compile.kernels.language.derivative import derivative
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton import bounds, layout
 from kvt_compile.kernels.triton.scalar import NotGenerated, TilePrinter, unsure_functions
@@ -185,7 +186,7 @@ def _bounds(found: Sequence[bounds.Bound], other: str, printer: TilePrinter) -> 
 
 def _curved(spec: KernelSpec) -> bool:
     """Whether the weight expression is more than p times something, so that p has to be normalised before it."""
-    return language.p in language.derivative(spec.weight_expression, language.p).free_symbols
+    return language.p in derivative(spec.weight_expression, language.p).free_symbols
 
 
 def _tanh_series(terms: int) -> list[str]:

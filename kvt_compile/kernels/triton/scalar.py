@@ -3,9 +3,9 @@
     0.125*s + c0[h, i, j]  ->  0.125 * s + tl.load(c0_ptr + ...).to(REAL)
 
 A value has the shape its coordinates give it (b, h: a number; i: [ROWS, 1]; j: [1, COLS]) and meets others by
-broadcasting, so what does not depend on a key is computed once a row.  Types follow the values as in every lowering:
-indices and integer tensors are integers, comparisons truth values, and whatever meets a float becomes REAL, the
-accumulation type.
+broadcasting, so what does not depend on a key is computed once a row.  Types are the language's (`language/types.py`):
+REAL is the accumulation type and `other` the other one of float32 and float64; elements of integer tensors are held in
+int64, and coordinates in INDEX, which is narrower where that is enough.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import sympy
 
 from kvt_compile.kernels.language import score as language
 from kvt_compile.kernels.language.expressions import COMPARE, NotGenerated, guarded_loads, nonnegative, plain_index
+from kvt_compile.kernels.language.types import FLOAT, INT, INTEGERS, is_whole_power
 from kvt_compile.kernels.op.spec import KernelSpec
 
-Kind = Literal["real", "int", "bool"]
+Kind = Literal["real", "other", "int", "bool"]
 
 ELEMENTS = {
     "float64": "fp64",
@@ -38,7 +39,7 @@ ELEMENTS = {
 DIRECT = {"exp": "tl.exp", "log": "tl.log", "sin": "tl.sin", "cos": "tl.cos", "erf": "tl.erf", "sigmoid": "tl.sigmoid"}
 UNSURE = ("erf", "sin", "cos", "log")
 """Functions with sums of their own inside, in code that is not ours."""
-OWN = ("tanh", "clamp", "relu", "abs")
+OWN = {"tanh": "tanh", "clamp": "clamp", "hardtanh": "clamp", "relu": "relu", "abs": "abs"}
 """Functions that stand in templates/functions.py.jinja."""
 
 
@@ -88,8 +89,10 @@ class TilePrinter:
 
     def __init__(self, spec: KernelSpec, contracting: bool = False) -> None:
         self.spec = spec
+        self.types = spec.types
         self.contracting = contracting
         self.wide = spec.dtype == "float64"
+        self.triton = {"real": "REAL", "other": "tl.float32" if self.wide else "tl.float64", "int": "INDEX"}
         self.guarded = guarded_loads(spec.score_expression) | guarded_loads(spec.weight_expression)
         self.functions: set[str] = set()
         self.loaded: dict[language.load, tuple[str, Text]] = {}
@@ -115,15 +118,15 @@ class TilePrinter:
             case language.load():
                 return self.load(x)
             case sympy.Add():
-                return self.sum(x)
+                return self.infix(" + ", [self(y) for y in x.args])
             case sympy.Mul():
-                return self.product(x)
+                return self.infix(" * ", self.signed(x))
             case sympy.Pow():
-                return self.power(x)
-            case sympy.Function() if type(x).__name__ in language.FUNCTIONS:
-                return self.function(type(x).__name__, x)
-            case _ if isinstance(x, sympy.Number) or x in (sympy.oo, -sympy.oo, sympy.nan):
+                return self.index_power(x)
+            case _ if language.is_number(x):
                 return real_constant(self.narrowed(x))
+            case language.Operation():
+                return self.operation(type(x).__name__, x)
         raise NotGenerated(f"{x} ({type(x).__name__}) is not part of the score language")
 
     def narrowed(self, x: sympy.Expr) -> sympy.Expr:
@@ -132,139 +135,184 @@ class TilePrinter:
             return sympy.oo if x > 0 else -sympy.oo
         return x
 
-    # --- conversions --------------------------------------------------------------------------------------------------
+    # --- types --------------------------------------------------------------------------------------------------------
+
+    def kind(self, dtype: str) -> Kind:
+        if dtype in (INT, *INTEGERS):
+            return "bool" if dtype == "bool" else "int"
+        return "real" if dtype in (self.types.real, FLOAT) else "other"
+
+    def as_kind(self, value: Text, kind: Kind) -> Text:
+        """A value brought to a kind: exact for whole numbers and for what types allow to meet."""
+        if value.kind == kind:
+            return value
+        if kind in ("real", "other"):
+            if value.constant:
+                return Text(real_constant(sympy.sympify(_number_of(value))).text, kind, True)
+            return Text(f"{value.text}.to({self.triton[kind]})", kind)
+        if kind == "bool":
+            return Text(f"({value.text} != 0)", "bool")
+        return value if value.constant else Text(f"{value.text}.to(INDEX)", "int")
 
     def real(self, value: Text) -> Text:
         """As an operand of arithmetic with reals."""
-        if value.kind == "real":
-            return value
-        if value.constant:
-            return real_constant(sympy.sympify(value.text))
-        return Text(f"{value.text}.to(REAL)", "real")
+        return self.as_kind(value, "real")
+
+    def typed(self, value: Text, dtype: str = "") -> str:
+        """As an argument of a function, or beside another constant: a constant does not adapt there, so it is given its
+        type."""
+        if not value.constant:
+            return value.text
+        wide = value.kind == "int" and dtype in INTEGERS
+        return f"tl.full((), {bare(value.text)}, {'tl.int64' if wide else self.triton[value.kind]})"
 
     def tensor(self, value: Text) -> str:
-        """As an argument of a function: a constant does not adapt there, so it is given its type."""
-        value = self.real(value)
-        return f"tl.full((), {bare(value.text)}, REAL)" if value.constant else value.text
+        """A real as an argument of a function."""
+        return self.typed(self.real(value))
 
     def truth(self, x: sympy.Expr) -> str:
-        value = self(x)
-        return value.text if value.kind == "bool" else f"({value.text} != 0)"
+        return self.as_kind(self(x), "bool").text
 
-    def common(self, values: list[Text]) -> tuple[list[Text], Kind]:
-        """As soon as one value is real all are."""
-        if any(v.kind == "real" for v in values):
-            return [self.real(v) for v in values], "real"
-        return [Text(f"{v.text}.to(INDEX)", "int") if v.kind == "bool" else v for v in values], "int"
-
-    # --- arithmetic ---------------------------------------------------------------------------------------------------
+    # --- indices ------------------------------------------------------------------------------------------------------
 
     def infix(self, sign: str, values: list[Text]) -> Text:
-        values, kind = self.common(values)
+        """Inside brackets of a load and in comparisons of coordinates: all is whole numbers but for odd texts."""
+        kind: Kind = "real" if any(v.kind in ("real", "other") for v in values) else "int"
+        values = [self.as_kind(v, kind) for v in values]
         if all(v.constant for v in values) and kind == "real":
             values = [Text(self.tensor(values[0]), "real"), *values[1:]]
+        if len(values) == 1:
+            return values[0]
         return Text(f"({sign.join(v.text for v in values)})", kind, all(v.constant for v in values))
 
-    def sum(self, x: sympy.Add) -> Text:
-        """Left to right.  s + c is no `+`: wherever s has no other use, Triton starts the product's accumulator with c,
-        which rounds otherwise than the kernels where s has one."""
-        values, kind = self.common([self(y) for y in x.args])
-        if kind != "real" or not (self.contracting or language.s in x.args):
-            return self.infix(" + ", values)
-        self.functions.add("exact_sum")
-        text = self.tensor(values[0])
-        for value in values[1:]:
-            text = f"exact_sum({text}, {self.tensor(value)})"
-        return Text(text, "real")
+    def signed(self, x: sympy.Mul) -> list[Text]:
+        """The factors of a product; -1 is a sign."""
+        first, *rest = (self(y) for y in x.args)
+        if first.text == "(-1)" and rest:
+            product = self.infix(" * ", rest)
+            return [Text(f"(-{product.text})", product.kind)]
+        return [first, *rest]
 
-    def product(self, x: sympy.Mul) -> Text:
-        above, below = [], []
-        for factor in x.args:
-            # x / y is one rounding, x * (1 / y) two
-            if isinstance(factor, sympy.Pow) and factor.exp == -1:
-                below.append(self(factor.base))
-            else:
-                above.append(self(factor))
-        if above and above[0].constant and above[0].text in ("(-1)", "(-1.0)") and len(above) > 1:
-            rest = self.infix(" * ", above[1:]) if len(above) > 2 else above[1]
-            rest = self.real(rest) if rest.kind == "bool" or above[0].text == "(-1.0)" else rest
-            numerator = Text(f"(-{rest.text})", rest.kind)
-        else:
-            numerator = self.infix(" * ", above) if len(above) > 1 else above[0] if above else self(sympy.Float(1.0))
-        if not below:
-            return numerator
-        denominator = self.infix(" * ", below) if len(below) > 1 else below[0]
-        return Text(f"({self.tensor(numerator)} / {self.tensor(denominator)})", "real")
-
-    def power(self, x: sympy.Pow) -> Text:
+    def index_power(self, x: sympy.Pow) -> Text:
         if isinstance(x.exp, sympy.Integer) and 0 < x.exp <= 8:
             return self.infix(" * ", [self(x.base)] * int(x.exp))
-        if isinstance(x.exp, sympy.Integer) and -8 <= x.exp < 0:
-            below = self.infix(" * ", [self(x.base)] * -int(x.exp)) if x.exp < -1 else self(x.base)
-            return Text(f"(1.0 / {self.tensor(below)})", "real")
-        if x.exp == sympy.Rational(1, 2) or x.exp == 0.5:
-            return Text(f"tl.sqrt({self.tensor(self(x.base))})", "real")
         raise NotGenerated(f"the power {language.to_text(x)} is not generated for a GPU")
 
-    # --- functions ----------------------------------------------------------------------------------------------------
+    # --- operations ---------------------------------------------------------------------------------------------------
 
-    def function(self, name: str, x: sympy.Function) -> Text:
+    def operation(self, name: str, x: language.Operation) -> Text:
         args = x.args
-        if name in COMPARE:
-            values, _ = self.common([self(y) for y in args])
-            if all(v.constant for v in values):
-                values = [Text(f"tl.full((), {bare(v.text)}, {'INDEX' if v.kind == 'int' else 'REAL'})", v.kind)
-                          for v in values]  # fmt: skip
-            return Text(f"({values[0].text} {COMPARE[name]} {values[1].text})", "bool")
+        if name in language.CASTS:
+            return self.cast(name, x)
         if name in ("logical_and", "logical_or"):
             sign = "&" if name == "logical_and" else "|"
             return Text(f"({self.truth(args[0])} {sign} {self.truth(args[1])})", "bool")
         if name == "logical_not":
             return Text(f"({self.truth(args[0])} == 0)", "bool")
+        dtype = self.types.meets_in(x)
+        kind = self.kind(dtype)
+        operands = [self.as_kind(self(y), kind) for y in (args[1:] if name == "where" else args)]
         if name == "where":
-            return self.where(args)
+            branches = ", ".join(self.typed(v, dtype) for v in operands)
+            return Text(f"tl.where({self.truth(args[0])}, {branches})", kind)
+        if name == "power":
+            return self.power(x, dtype, operands)
+        if name in COMPARE:
+            values = [self.typed(v, dtype) if all(y.constant for y in operands) else v.text for v in operands]
+            return Text(f"({values[0]} {COMPARE[name]} {values[1]})", "bool")
         if name == "sqrt":
-            return Text(f"tl.sqrt({self.tensor(self(args[0]))})", "real")
+            return Text(f"tl.sqrt({self.tensor(operands[0])})", "real")
         if name in DIRECT:
-            return Text(f"{DIRECT[name]}({self.tensor(self(args[0]))})", "real")
+            return Text(f"{DIRECT[name]}({self.tensor(operands[0])})", "real")
         if name in ("floordiv", "mod"):
-            return self.division(name, args[0], args[1])
-        values, kind = self.common([self(y) for y in args])
+            return self.division(name, x, dtype, operands)
+        texts = [self.typed(v, dtype) for v in operands]
         if name in ("maximum", "minimum"):
-            texts = [self.argument(v) for v in values]
             return Text(f"tl.{name}({texts[0]}, {texts[1]}, propagate_nan=tl.PropagateNan.ALL)", kind)
         if name in OWN:
-            self.functions.add(name)
-            return Text(f"{name}_({', '.join(self.argument(v) for v in values)})", kind)
-        raise NotGenerated(f"{name} is not generated for a GPU")
+            self.functions.add(OWN[name])
+            return self.held(f"{OWN[name]}_({', '.join(texts)})", dtype, kind)
+        return self.arithmetic(x, dtype, operands)
 
-    def argument(self, value: Text) -> str:
-        if value.kind == "real":
-            return self.tensor(value)
-        return f"tl.full((), {bare(value.text)}, INDEX)" if value.constant else value.text
+    def held(self, text: str, dtype: str, kind: Kind) -> Text:
+        """A whole number as its own type holds it."""
+        if kind != "int" or dtype in (INT, "int64"):
+            return Text(text, kind)
+        return Text(f"{text}.to(tl.{dtype}).to(tl.int64)", kind)
 
-    def where(self, args: tuple[sympy.Expr, ...]) -> Text:
-        yes, no = self(args[1]), self(args[2])
-        if yes.kind == no.kind == "bool":
-            return Text(f"tl.where({self.truth(args[0])}, {yes.text}, {no.text})", "bool")
-        (yes, no), kind = self.common([yes, no])
-        return Text(f"tl.where({self.truth(args[0])}, {self.argument(yes)}, {self.argument(no)})", kind)
+    def arithmetic(self, x: language.Operation, dtype: str, operands: list[Text]) -> Text:
+        kind = operands[0].kind
+        if isinstance(x, language.Neg):
+            value = operands[0]
+            return self.held(f"(-{self.typed(value, dtype) if kind == 'int' else value.text})", dtype, kind)
+        if isinstance(x, language.Add | language.Sub) and kind != "int" and (self.contracting or self.starts(x)):
+            return self.sum(x, kind, operands)
+        if isinstance(x, language.Div):
+            texts = [self.typed(v) for v in operands]
+            rounded = not language.holds(x) and (kind == "real") != self.wide  # of float32, where `/` is not
+            return Text(f"tl.div_rn({texts[0]}, {texts[1]})" if rounded else f"({texts[0]} / {texts[1]})", kind)
+        texts = [v.text for v in operands]
+        if all(v.constant for v in operands):
+            texts[0] = self.typed(operands[0], dtype)
+        if kind == "int":
+            texts = [f"{y}.to(tl.int64)" if not v.constant and _is_narrow(z) else y
+                     for y, v, z in zip(texts, operands, x.args, strict=True)]  # fmt: skip
+        return self.held(f"({f' {language.ARITHMETIC[type(x)]} '.join(texts)})", dtype, kind)
 
-    def division(self, name: str, x: sympy.Expr, y: sympy.Expr) -> Text:
-        values, kind = self.common([self(x), self(y)])
-        if kind == "real":
-            quotient = f"tl.floor({self.tensor(values[0])} / {self.tensor(values[1])})"
+    def starts(self, x: language.Operation) -> bool:
+        """Whether s itself is added to something: wherever s has no other use, Triton starts the product's accumulator
+        with the other operand, which rounds otherwise than the kernels where s has one."""
+        return language.s in x.args
+
+    def sum(self, x: language.Operation, kind: Kind, operands: list[Text]) -> Text:
+        """A sum that is no `+`, because that would not stay one."""
+        if kind == "other":
+            raise NotGenerated("a sum in another type than that of the scores, which this compiler might contract,")
+        self.functions.add("exact_sum")
+        texts = [self.tensor(v) for v in operands]
+        if isinstance(x, language.Sub):
+            texts[1] = f"-{texts[1]}"
+        return Text(f"exact_sum({texts[0]}, {texts[1]})", "real")
+
+    def cast(self, name: str, x: language.Operation) -> Text:
+        value = self(x.args[0])
+        if name in ("float32", "float64"):
+            kind = self.kind(self.types(x))
+            value = self.as_kind(value, kind)
+            return Text(self.typed(value), kind) if value.constant else value
+        text = self.typed(self.as_kind(value, "int"), "int64")
+        return Text(f"{text}.to(tl.{name}).to(tl.int64)" if name != "int64" else f"{text}.to(tl.int64)", "int")
+
+    def power(self, x: language.Operation, dtype: str, operands: list[Text]) -> Text:
+        base, exponent = operands[0], x.args[1]
+        if base.kind == "int" and is_whole_power(x):
+            text = " * ".join([f"{self.typed(base, dtype)}.to(tl.int64)"] * int(exponent)) or "1"
+            return self.held(f"({text})", dtype, "int")
+        if base.kind in ("real", "other") and language.is_number(exponent):
+            number = float(exponent)
+            if number == int(number) and 0 < abs(number) <= 8:
+                text = f"({' * '.join([self.typed(base)] * int(abs(number)))})"
+                return Text(text if number > 0 else f"(1.0 / {text})", base.kind)
+            if number in (0.5, -0.5):
+                root = f"tl.sqrt({self.typed(base)})"
+                return Text(root if number > 0 else f"(1.0 / {root})", base.kind)
+        raise NotGenerated(f"the power {language.to_text(x)} is not generated for a GPU")
+
+    def division(self, name: str, x: language.Operation, dtype: str, values: list[Text]) -> Text:
+        kind = values[0].kind
+        if kind != "int":
+            quotient = f"tl.floor({self.typed(values[0])} / {self.typed(values[1])})"
             if name == "floordiv":
-                return Text(quotient, "real")
-            whole = f"{quotient} * {self.tensor(values[1])}"
+                return Text(quotient, kind)
+            whole = f"{quotient} * {self.typed(values[1])}"
             if self.contracting:
                 self.functions.add("exact_sum")
-                return Text(f"exact_sum({self.tensor(values[0])}, -({whole}))", "real")
-            return Text(f"({self.tensor(values[0])} - {whole})", "real")
-        if nonnegative(x) and nonnegative(y):  # Triton divides towards zero, the language downwards
+                return Text(f"exact_sum({self.typed(values[0])}, -({whole}))", kind)
+            return Text(f"({self.typed(values[0])} - {whole})", kind)
+        if all(map(nonnegative, x.args)):  # Triton divides towards zero, the language downwards
             return Text(f"({values[0].text} {'//' if name == 'floordiv' else '%'} {values[1].text})", "int")
         self.functions.add(name)
-        return Text(f"{name}_({self.argument(values[0])}, {self.argument(values[1])})", "int")
+        return self.held(f"{name}_({self.typed(values[0], dtype)}, {self.typed(values[1], dtype)})", dtype, "int")
 
     # --- captured tensors ---------------------------------------------------------------------------------------------
 
@@ -284,7 +332,8 @@ class TilePrinter:
             return f"({text} != 0)", "bool"
         if not spec.is_float:
             return f"{text}.to(tl.int64)", "int"
-        return f"{text}.to(REAL)", "real"
+        kind = self.kind(self.types(x))
+        return f"{text}.to({self.triton[kind]})", kind
 
     def inside(self, x: language.load) -> str:
         """The mask of its places in the tile; rows and keys beyond the last are not read."""
@@ -310,9 +359,19 @@ class TilePrinter:
             return value.text
         text = f"tl.full((), {bare(value.text)}, INDEX)" if value.constant else value.text
         if value.kind != "int":
-            text = f"{self.real(value).text}.to(INDEX)" if value.kind == "real" else f"{text}.to(INDEX)"
+            text = f"{self.tensor(value) if value.kind == 'real' else text}.to(INDEX)"
         self.functions.add("clamp_index")
         return f"clamp_index({text}, c{x.slot}_size{dim})"
+
+
+def _number_of(value: Text) -> float:
+    text = bare(value.text)
+    return float(text.replace('float("inf")', "inf").replace('float("nan")', "nan"))
+
+
+def _is_narrow(x: sympy.Expr) -> bool:
+    """Whether it is held in INDEX: coordinates and sizes; elements of tensors are 64 bits wide."""
+    return language.is_index(x) and not isinstance(x, sympy.Integer)
 
 
 def unsure_functions(x: sympy.Expr) -> list[str]:
@@ -334,7 +393,7 @@ def _magnitude(x: sympy.Expr) -> float:
     if isinstance(x, sympy.Add):
         return sum(_magnitude(y) for y in x.args)
     if isinstance(x, sympy.Mul):
-        return float(sympy.prod([max(_magnitude(y), 1) for y in x.args])) if not x.has(language.s, language.p) else 0.0
+        return float(sympy.prod([max(_magnitude(y), 1) for y in x.args]))
     if isinstance(x, sympy.Pow):
         return _magnitude(x.base) ** float(x.exp) if isinstance(x.exp, sympy.Integer) and x.exp > 0 else 0.0
     if isinstance(x, language.load):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import sympy
 
 from kvt_compile.kernels.language import score as language
+from kvt_compile.kernels.language.derivative import derivative
 from kvt_compile.kernels.op.spec import KernelSpec
 from kvt_compile.kernels.triton.scalar import Program, TilePrinter, axes_of
 
@@ -44,10 +45,10 @@ class Scatter:
 
 def slope(name: str, meaning: str, expression: sympy.Expr, printer: TilePrinter) -> Slope:
     """The function that multiplies a gradient with `expression`."""
-    constant = isinstance(expression, sympy.Number) and bool(expression.is_finite)
+    constant = isinstance(expression, sympy.Number)
     if constant:
         factor = printer.real(printer(expression)).text
-        program = Program((), "gradient" if expression == 1 else f"gradient * {factor}")
+        program = Program((), "gradient" if expression == language.one else f"gradient * {factor}")
     else:
         program = printer.program(expression)
     return Slope(name, f"{meaning} = gradient * ({language.to_text(expression)})", program, constant)
@@ -55,10 +56,10 @@ def slope(name: str, meaning: str, expression: sympy.Expr, printer: TilePrinter)
 
 def slopes(spec: KernelSpec, printer: TilePrinter) -> tuple[list[Slope], list[Scatter]]:
     """The functions a backward needs and the captured gradients it collects."""
-    by_s = language.derivative(spec.score_expression, language.s)
+    by_s = derivative(spec.score_expression, language.s)
     functions = [slope("through_score", "ds", by_s, printer)]
     if spec.weight != "p":
-        by_p = language.derivative(spec.weight_expression, language.p)
+        by_p = derivative(spec.weight_expression, language.p)
         functions.append(slope("through_weight", "dp", by_p, printer))
     scatters: list[Scatter] = []
     sources = (
@@ -71,7 +72,7 @@ def slopes(spec: KernelSpec, printer: TilePrinter) -> tuple[list[Slope], list[Sc
                 continue
             name = f"through_{role}_to_{len(scatters)}"
             text = language.to_text(load)
-            functions.append(slope(name, f"d{text}", language.derivative(expression, load), printer))
+            functions.append(slope(name, f"d{text}", derivative(expression, load), printer))
             value = f"{name}({gradient}, p, {symbol}, i, j, tile, INDEX)"
             axes: frozenset[str] = frozenset().union(*(axes_of(index) for index in load.index))
             printer.loaded = {}

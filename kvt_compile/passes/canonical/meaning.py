@@ -13,6 +13,7 @@ the value is then opaque, which is always safe.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,6 +23,7 @@ import sympy
 import torch
 from torch import fx
 
+from kvt_compile.kernels.language import score
 from kvt_compile.passes.canonical.values import Dim, Kind, Value, dim_of, meta_value
 
 Meaning = Callable[..., Value | None]
@@ -125,9 +127,11 @@ def is_bool(x: Any) -> bool:
 
 
 def number(x: Any) -> sympy.Expr:
-    """A Python scalar as a float of the score language (an int must not become an exact fraction)."""
+    """A Python scalar as a number of the score language that is no whole number, whatever it is written as."""
     if isinstance(x, sympy.Expr):
         return x
-    if isinstance(x, float) and x in (float("inf"), float("-inf")):
+    if math.isinf(x):
         return sympy.oo if x > 0 else -sympy.oo
+    if x == 0 and math.copysign(1.0, x) < 0:
+        return score.neg(score.zero)
     return sympy.Float(float(x))

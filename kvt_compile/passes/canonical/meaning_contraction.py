@@ -10,6 +10,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import sympy
+
+from kvt_compile.kernels.language import score
 from kvt_compile.passes.canonical.meaning import Builder, meaning
 from kvt_compile.passes.canonical.values import Dim, Value, same
 
@@ -57,7 +60,7 @@ def linear(b: Builder, input: Value, weight: Value, bias: Value | None = None) -
     product = _contraction(b, "linear", input, weight, (*outer, "k"), ("n", "k"), (*outer, "n"))
     if bias is None or product is None:
         return product
-    return b.pointwise("add", lambda x, y: x + y, product, bias)
+    return b.pointwise("biased", score.add, product, bias)
 
 
 @meaning("module_linear")
@@ -91,8 +94,12 @@ def _scaled_sum(b: Builder, input: Value, product: Value | None, beta: Any, alph
     if product is None:
         return None
     if beta == 0:  # torch ignores the added tensor altogether, NaNs included
-        return b.pointwise("mul", lambda x, y: x * y, product, alpha)
-    return b.pointwise("add", lambda x, y, c, a: c * x + a * y, input, product, beta, alpha)
+        return b.pointwise("mul", score.mul, product, alpha)
+    return b.pointwise("scaled_sum", _sum_of_scaled, input, product, beta, alpha)
+
+
+def _sum_of_scaled(x: sympy.Expr, y: sympy.Expr, of_x: sympy.Expr, of_y: sympy.Expr) -> sympy.Expr:
+    return score.add(x if of_x == score.one else score.mul(of_x, x), y if of_y == score.one else score.mul(of_y, y))
 
 
 @meaning("einsum")

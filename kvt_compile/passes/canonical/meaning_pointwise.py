@@ -5,6 +5,7 @@ masked_fill(x, m, v)  ->  where(m, v, x)        x.to(bfloat16)  ->  identity    
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,18 +14,18 @@ import torch
 from torch import fx
 
 from kvt_compile.kernels.language import score
-from kvt_compile.passes.canonical.meaning import MEANINGS, Builder, Meaning, is_bool, is_float, meaning, number
+from kvt_compile.passes.canonical.meaning import MEANINGS, Builder, Meaning, is_bool, is_float, meaning
 from kvt_compile.passes.canonical.meaning_softmax import softmax_by_hand
 from kvt_compile.passes.canonical.values import Value, meta_value
 
 _FLOAT_FUNCTIONS: dict[str, Callable[[sympy.Expr], sympy.Expr]] = {
-    "neg": lambda x: -x,
+    "neg": score.neg,
     "exp": score.exp,
     "log": score.log,
     "sqrt": score.sqrt,
-    "rsqrt": lambda x: 1 / score.sqrt(x),
-    "reciprocal": lambda x: 1 / x,
-    "square": lambda x: x**2,
+    "rsqrt": lambda x: score.div(score.one, score.sqrt(x)),
+    "reciprocal": lambda x: score.div(score.one, x),
+    "square": lambda x: score.power(x, sympy.Integer(2)),
     "sin": score.sin,
     "cos": score.cos,
     "tanh": score.tanh,
@@ -32,9 +33,8 @@ _FLOAT_FUNCTIONS: dict[str, Callable[[sympy.Expr], sympy.Expr]] = {
     "erf": score.erf,
     "abs": score.abs_,
     "relu": score.relu,
-    "silu": lambda x: x * score.sigmoid(x),
-    "exp2": lambda x: score.exp(0.6931471805599453 * x),
-    "relu6": lambda x: score.clamp(x, score.zero, sympy.Float(6.0)),
+    "silu": lambda x: score.mul(x, score.sigmoid(x)),
+    "exp2": lambda x: score.exp(score.mul(sympy.Float(0.6931471805599453), x)),
 }
 _COMPARISONS = {name: getattr(score, name) for name in ("lt", "le", "gt", "ge", "eq", "ne")}
 _LOGIC = {"logical_and": score.logical_and, "logical_or": score.logical_or}
@@ -50,7 +50,7 @@ def _two(name: str, fn: Callable[[sympy.Expr, sympy.Expr], sympy.Expr]) -> Meani
 
 MEANINGS.update({name: _one(name, fn) for name, fn in _FLOAT_FUNCTIONS.items()})
 MEANINGS.update({name: _two(name, fn) for name, fn in _COMPARISONS.items()})
-MEANINGS["mul"] = _two("mul", lambda x, y: x * y)
+MEANINGS["mul"] = _two("mul", score.mul)
 MEANINGS["maximum"] = _two("maximum", score.maximum)
 MEANINGS["minimum"] = _two("minimum", score.minimum)
 
@@ -69,14 +69,28 @@ def _logical_not(b: Builder, input: Value) -> Value | None:
 
 @meaning("add")
 def _add(b: Builder, input: Any, other: Any, alpha: Any = 1) -> Value | None:
-    if b.dtype is torch.bool:
-        return None
-    return b.pointwise("add", lambda x, y, a=1: x + a * y, input, other, *(() if alpha == 1 else (alpha,)))
+    return (
+        b.pointwise("add", score.add, input, other)
+        if alpha == 1
+        else b.pointwise("add_scaled", _add_scaled, input, other, alpha)
+    )
 
 
 @meaning("sub")
 def _sub(b: Builder, input: Any, other: Any, alpha: Any = 1) -> Value | None:
-    return b.pointwise("sub", lambda x, y, a=1: x - a * y, input, other, *(() if alpha == 1 else (alpha,)))
+    return (
+        b.pointwise("sub", score.sub, input, other)
+        if alpha == 1
+        else b.pointwise("sub_scaled", _sub_scaled, input, other, alpha)
+    )
+
+
+def _add_scaled(x: sympy.Expr, y: sympy.Expr, scale: sympy.Expr) -> sympy.Expr:
+    return score.add(x, score.mul(scale, y))
+
+
+def _sub_scaled(x: sympy.Expr, y: sympy.Expr, scale: sympy.Expr) -> sympy.Expr:
+    return score.sub(x, score.mul(scale, y))
 
 
 @meaning("rsub")
@@ -89,21 +103,38 @@ def _div(b: Builder, input: Any, other: Any, rounding_mode: str | None = None) -
     if rounding_mode is not None:
         return None
     by_hand = softmax_by_hand(b, input, other)
-    return by_hand or b.pointwise("div", lambda x, y: x / y, input, other)
+    return by_hand or b.pointwise("div", score.div, input, other)
 
 
 @meaning("pow")
 def _pow(b: Builder, input: Any, exponent: Any) -> Value | None:
     known = isinstance(exponent, int | float) and exponent in (2, 3, 0.5, -1, -0.5)
-    return b.pointwise("pow", lambda x, y: x**y, input, exponent) if known else None
+    whole = exponent in (2, 3)  # x * x and x * x * x, as torch computes them
+    return (
+        b.pointwise("pow", lambda x, y: score.power(x, sympy.Integer(int(y)) if whole else y), input, exponent)
+        if known
+        else None
+    )
 
 
 @meaning("clamp")
 def _clamp(b: Builder, input: Value, min: Any = None, max: Any = None) -> Value | None:
-    low, high = (-sympy.oo if min is None else min), (sympy.oo if max is None else max)
+    low, high = (-math.inf if min is None else min), (math.inf if max is None else max)
     if isinstance(low, Value | fx.Node) or isinstance(high, Value | fx.Node):
         return None
-    return b.pointwise("clamp", lambda x: score.clamp(x, number(low), number(high)), input)
+    return b.pointwise("clamp", score.clamp, input, low, high)
+
+
+@meaning("hardtanh")
+def _hardtanh(b: Builder, input: Value, min_val: Any = -1.0, max_val: Any = 1.0, inplace: bool = False) -> Value | None:
+    if not isinstance(min_val, int | float) or not isinstance(max_val, int | float):
+        return None
+    return b.pointwise("hardtanh", score.hardtanh, input, min_val, max_val)
+
+
+@meaning("relu6")
+def _relu6(b: Builder, input: Value) -> Value | None:
+    return _hardtanh(b, input, 0.0, 6.0)
 
 
 @meaning("clamp_min")
@@ -128,7 +159,7 @@ def _masked_fill(b: Builder, input: Value, mask: Value, value: Any) -> Value | N
 
 @meaning("lerp")
 def _lerp(b: Builder, input: Any, end: Any, weight: Any) -> Value | None:
-    return b.pointwise("lerp", lambda x, y, w: x + w * (y - x), input, end, weight)
+    return b.pointwise("lerp", lambda x, y, w: score.add(x, score.mul(w, score.sub(y, x))), input, end, weight)
 
 
 # ---- a number everywhere: what it is made like gives a shape and no element ------------------------------------------
@@ -173,12 +204,14 @@ def _item(b: Builder, input: Value) -> Value | None:
     return b.layout("reshape", input, ()) if constant and is_float(input) else None
 
 
-@meaning("to", "type", "float", "half", "bfloat16", "double", "type_as", "_autocast_to_full_precision")
+@meaning("to", "type", "float", "half", "bfloat16", "double", "type_as", "_autocast_to_full_precision", "long", "int")
 def _cast(b: Builder, input: Value, *ignored: Any, **more: Any) -> Value | None:
-    """A cast between floating types is rounding, which the kernel does without; a cast to int changes the value."""
+    """A cast of scores between floating types is rounding, which the kernel does without; one to whole numbers changes
+    them."""
     if b.dtype is None or input.dtype is None:
         return None
-    if b.dtype == input.dtype or b.dtype.is_floating_point:
+    whole = not (b.dtype.is_floating_point or b.dtype.is_complex or b.dtype is torch.bool)
+    if b.dtype == input.dtype or b.dtype.is_floating_point or (whole and not is_float(input)):
         return b.pointwise("identity", lambda x: x, input)
     return None
 

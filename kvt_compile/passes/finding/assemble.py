@@ -6,6 +6,9 @@ t = 0.125*L0 + L1,  w = L2*drop        L0 = product [b,h,i,j], L1 = bias [h,i,j]
 
 from __future__ import annotations
 
+import math
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -13,13 +16,14 @@ import torch
 
 from kvt_compile.kernels.language import score as language
 from kvt_compile.passes.canonical.coords import Atom, Axes, Coord, Coords, Space
+from kvt_compile.passes.canonical.meaning import number as as_number
 from kvt_compile.passes.canonical.meaning_layout import PULL, REARRANGES
 from kvt_compile.passes.canonical.values import Dim, Value, product, same
 from kvt_compile.passes.finding.miss import Miss
 from kvt_compile.passes.finding.sizes import size_sources
 from kvt_compile.passes.reading.facts import Facts
 from kvt_compile.passes.reading.provenance import kind_of_attention
-from kvt_compile.passes.reading.read import DROP, Leaf, Reader, aligned
+from kvt_compile.passes.reading.read import DROP, Leaf, Reader, accumulation, aligned, scaled
 from kvt_compile.passes.site import Axis, Groups, Operand
 
 
@@ -71,18 +75,21 @@ def assemble(reading: Reading, facts: Facts) -> Assembled:
     q_dtype, v_dtype = reading.score_dtype, reading.out_dtype
     if q_dtype is None or v_dtype is None or not q_dtype.is_floating_point or not v_dtype.is_floating_point:
         raise Miss("axes", reading.anchor, "queries, keys or values are not floating-point tensors")
-    factor: sympy.Expr = sympy.Integer(1)
+    factors: list[Factor] = []
     peeled: list[tuple[Value, Coords]] = []
-    reader = Reader(space, lambda v: False, facts.cost, leaves=list(reading.leaves), positions=reading.positions)
+    reader = Reader(
+        space, lambda v: False, facts.cost, leaves=list(reading.leaves), positions=reading.positions,
+        real=accumulation(q_dtype),
+    )  # fmt: skip
     for value, coords in (reading.query, reading.key):
-        base, at, scale = peel(reader, value, coords, scales=True)
-        factor = factor * scale
+        base, at, more = peel(reader, value, coords, scales=True)
+        factors += more
         peeled.append((base, at))
     peeled.append(peel(reader, *reading.value, scales=False)[:2])
     (q, q_at), (k, k_at), (v, v_at) = ((x, space.resolve_all(at)) for x, at in peeled)
     groups = _groups(reading, q_at, k_at, v_at)
     kind = kind_of_attention(space, reading.query, reading.key, reading.value, groups.queries, groups.keys)
-    scores = reading.scores.subs(language.s, factor * language.s) if factor != 1 else reading.scores
+    scores = with_factors(reading.scores, factors)
     printed = _Printed(space, groups, reader.leaves, reading.positions, reading.anchor)
     weights, has_dropout = _without_dropout(reading.weights, reading.anchor)
     score, weight = printed.expression(scores), printed.expression(weights)
@@ -96,31 +103,70 @@ def assemble(reading: Reading, facts: Facts) -> Assembled:
     )  # fmt: skip
 
 
-def peel(reader: Reader, value: Value, coords: Coords, *, scales: bool) -> tuple[Value, Coords, sympy.Expr]:
-    """Looks through rearrangements and scale factors to the tensor below: (base, its coordinates, factor)."""
+@dataclass(frozen=True)
+class Factor:
+    """A number that queries or keys were multiplied with or divided by."""
+
+    value: sympy.Expr
+    divides: bool
+
+
+def with_factors(scores: sympy.Expr, factors: Sequence[Factor]) -> sympy.Expr:
+    """The scores with what stood on the queries and keys moved onto s; all numbers become one."""
+    number = 1.0
+    product: sympy.Expr = language.s
+    for factor in factors:
+        if isinstance(factor.value, sympy.Float) and (factor.value != 0 or not factor.divides):
+            number = number / float(factor.value) if factor.divides else number * float(factor.value)
+        else:
+            product = (language.div if factor.divides else language.mul)(product, factor.value)
+    if number != 1.0:
+        product = scaled(language.mul(as_number(number), product))
+    return rescaled(scores, product)
+
+
+def rescaled(scores: sympy.Expr, product: sympy.Expr) -> sympy.Expr:
+    """The scores with a product in the place of s."""
+    if product == language.s:
+        return scores
+    known: dict[sympy.Expr, sympy.Expr] = {language.s: product}
+
+    def build(x: sympy.Expr) -> sympy.Expr:
+        if language.s not in x.free_symbols:
+            return x
+        if x not in known:
+            known[x] = scaled(x.func(*(build(y) for y in x.args)))
+        return known[x]
+
+    return build(scores)
+
+
+def peel(reader: Reader, value: Value, coords: Coords, *, scales: bool) -> tuple[Value, Coords, tuple[Factor, ...]]:
+    """Looks through rearrangements and scale factors to the tensor below: (base, its coordinates, factors)."""
     space = reader.space
-    factor: sympy.Expr = sympy.Integer(1)
-    best = (value, space.resolve_all(coords), factor)
+    factors: tuple[Factor, ...] = ()
+    best = (value, space.resolve_all(coords), factors)
     while True:
         step = _one_step(reader, value, coords, scales)
         if step is None:
             return best
         value, coords, more = step
-        factor = factor * more
+        factors += more
         coords = space.resolve_all(coords)
         if all(c.plain for c in coords) and value.holder is not None and value.expired is None:
-            best = (value, coords, factor)
+            best = (value, coords, factors)
 
 
-def _one_step(reader: Reader, value: Value, coords: Coords, scales: bool) -> tuple[Value, Coords, sympy.Expr] | None:
-    one = sympy.Integer(1)
+def _one_step(
+    reader: Reader, value: Value, coords: Coords, scales: bool
+) -> tuple[Value, Coords, tuple[Factor, ...]] | None:
     if value.kind == "layout" and value.name in REARRANGES:
         pulled = PULL[value.name](reader.space, value, coords)
-        return None if pulled is None else (value.inputs[0], pulled, one)
+        return None if pulled is None else (value.inputs[0], pulled, ())
     if value.kind != "pointwise":
         return None
     if value.name == "identity" and value.inputs[0].dtype == value.dtype:
-        return value.inputs[0], coords, one
+        return value.inputs[0], coords, ()
     if not scales or value.name not in ("mul", "div"):
         return None
     for position, x in enumerate(value.inputs):
@@ -131,14 +177,14 @@ def _one_step(reader: Reader, value: Value, coords: Coords, scales: bool) -> tup
             continue
         scale = _scale(reader, other, coords)
         if scale is not None:
-            return x, coords, scale if value.name == "mul" else 1 / scale
+            return x, coords, (Factor(scale, value.name == "div"),)
     return None
 
 
 def _scale(reader: Reader, other: object, coords: Coords) -> sympy.Expr | None:
     """The factor as an expression when it is one number (a scalar or a one-element tensor), else None."""
     if isinstance(other, int | float) and not isinstance(other, bool):
-        return sympy.Float(float(other))
+        return as_number(other)
     if isinstance(other, Value) and all(size == 1 for size in other.shape):
         return reader.read(other, aligned(coords, other))
     return None
@@ -228,7 +274,18 @@ class _Printed:
                 replaced[symbol] = self._load(known[symbol])
             elif symbol in self._positions:
                 replaced[symbol] = self._index(self._positions[symbol])
-        return expression.xreplace(replaced)
+        return self._checked(expression.xreplace(replaced))
+
+    def _checked(self, expression: sympy.Expr) -> sympy.Expr:
+        """What the kernels will read of its text, which has limits."""
+        if expression.has(sympy.nan):
+            raise Miss("scores", self._anchor, "NaN is one of the numbers the scores are computed with")
+        try:
+            if language.parse(language.to_text(expression)) == expression:
+                return expression
+        except language.ScoreSyntaxError:
+            pass
+        raise Miss("scores", self._anchor, "what is computed between the two products is too long for one kernel")
 
     def _load(self, leaf: Leaf) -> sympy.Expr:
         if leaf.value.dtype is None or leaf.value.dtype.is_complex:
@@ -269,26 +326,59 @@ def _runs(atoms: list[Atom]) -> list[tuple[Atom, ...]]:
 
 
 def _without_dropout(weights: sympy.Expr, anchor: Value) -> tuple[sympy.Expr, bool]:
-    if not weights.has(DROP):
+    if DROP not in weights.free_symbols:
         return weights, False
-    without = sympy.cancel(weights / DROP)
-    if without.has(DROP):
+    without = _without_factor(weights, DROP)
+    if without is None or DROP in without.free_symbols:
         raise Miss("weights", anchor, "dropout is not one factor of the attention weights")
     return without, True
 
 
+def _without_factor(x: sympy.Expr, factor: sympy.Symbol) -> sympy.Expr | None:
+    """The expression without one of its factors; None where it is not one of the whole."""
+    name = type(x).__name__
+    if name == "mul" and factor in x.args:
+        return x.args[1] if x.args[0] == factor else x.args[0]
+    if name in ("mul", "div", "neg"):
+        for position, y in enumerate(x.args):
+            inner = _without_factor(y, factor) if factor in y.free_symbols and (name, position) != ("div", 1) else None
+            if inner is not None:
+                return x.func(*x.args[:position], inner, *x.args[position + 1 :])
+    return None
+
+
 def _check_weight(weight: sympy.Expr, anchor: Value) -> None:
     """A key that is not kept must weigh nothing: w(p=0) = 0 for every row."""
-    nothing = weight.subs(language.p, sympy.Integer(0)).replace(
-        lambda x: isinstance(x, language.where) and all(_is_zero(branch) for branch in x.args[1:]),
-        lambda x: sympy.Integer(0),
-    )
-    if not _is_zero(nothing):
+    if _without_weight(weight) != 0.0:
         raise Miss("weights", anchor, "the weights are changed after the softmax in a way that revives dropped keys")
 
 
-def _is_zero(x: sympy.Expr) -> bool:
-    return bool(sympy.simplify(x).is_zero)
+_OF_NUMBERS: dict[str, Callable[..., float]] = {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "neg": operator.neg, "abs": abs,
+    "relu": lambda x: max(x, 0.0), "maximum": max, "minimum": min, "power": operator.pow,
+    "clamp": lambda x, low, high: min(max(x, low), high), "hardtanh": lambda x, low, high: min(max(x, low), high),
+    "exp": math.exp, "tanh": math.tanh, "sin": math.sin, "erf": math.erf,
+}  # fmt: skip
+
+
+def _without_weight(x: sympy.Expr) -> float | None:
+    """The value where p is 0; None where it depends on something else."""
+    if x == language.p:
+        return 0.0
+    if language.is_number(x):
+        return float(x)
+    name, values = type(x).__name__, [_without_weight(y) for y in x.args]
+    if (name == "mul" and 0.0 in values) or (name == "div" and values[0] == 0.0):
+        return 0.0
+    if name == "where":
+        return values[1] if values[1] == values[2] else None
+    known = [y for y in values if y is not None]
+    if name not in _OF_NUMBERS or len(known) < len(values):
+        return None
+    try:
+        return _OF_NUMBERS[name](*known)
+    except (ArithmeticError, ValueError):
+        return None
 
 
 def size_of(atoms: tuple[Atom, ...]) -> Dim:

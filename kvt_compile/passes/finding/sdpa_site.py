@@ -15,7 +15,7 @@ from kvt_compile.passes.finding.assemble import Reading, assemble
 from kvt_compile.passes.finding.describe import describe_fused
 from kvt_compile.passes.finding.miss import LEARNED, ONE_KEY, Miss
 from kvt_compile.passes.reading.facts import Facts
-from kvt_compile.passes.reading.read import OPAQUE, Reader
+from kvt_compile.passes.reading.read import Reader, accumulation
 from kvt_compile.passes.site import AttentionSite
 
 
@@ -79,15 +79,12 @@ def _scores(
     width = anchor.inputs[0].shape[-1]
     if scale is None and not isinstance(width, int):
         raise Miss("scores", anchor, "the head dimension is dynamic, so the default scale is not a number")
-    reader = Reader(space, lambda v: v in facts.carries, facts.cost)
+    reader = Reader(space, lambda v: False, facts.cost, real=accumulation(anchor.dtype))
     term = _mask(reader, mask, coords)
-    if term is not None and (term.has(OPAQUE) or reader.passed):
-        reader = Reader(space, lambda v: False, dict.fromkeys(facts.cost, float("inf")))
-        term = _mask(reader, mask, coords)
     factor = reader.read(scale, ()) if isinstance(scale, Value) else number(width**-0.5 if scale is None else scale)
-    scores = factor * language.s
+    scores = language.mul(factor, language.s)
     if term is not None:
-        scores = language.where(term, scores, -sympy.oo) if is_bool(mask) else scores + term
+        scores = language.where(term, scores, -sympy.oo) if is_bool(mask) else language.add(scores, term)
     if anchor.attrs["is_causal"]:
         i, j = reader.position(coords[-2]), reader.position(coords[-1])
         scores = language.where(language.le(j, i), scores, -sympy.oo)

@@ -22,7 +22,7 @@ from kvt_compile.passes.reading.facts import Facts, may_ask
 from kvt_compile.passes.reading.invariance import without_row_constants
 from kvt_compile.passes.reading.passing import contraction_inputs
 from kvt_compile.passes.reading.provenance import kind_of_attention
-from kvt_compile.passes.reading.read import Leaf, Reader
+from kvt_compile.passes.reading.read import Leaf, Reader, accumulation
 from kvt_compile.passes.site import AttentionSite, ScoresKept
 
 
@@ -112,7 +112,8 @@ class _Attempt:
         if self.value[0] is anchor or self.value[0] in after:
             raise Miss("values", product, "both operands of the product come from the same softmax")
         reader = Reader(space, lambda v: v in after, self.facts.cost, stops=frozenset({anchor}))
-        self.weights = reader.read(weights, weights_at)
+        self.weights_at = weights, weights_at
+        reader.read(weights, weights_at)
         self.weights_reader = reader
         self.dim = anchor.attrs["dim"]
         self.leaf = self._weights_leaf(reader, self._summed(operands))
@@ -151,9 +152,8 @@ class _Attempt:
     def _read_scores_through(self, coords: Coords, carries: set[Value], learned: bool) -> None:
         passes = (lambda v: v in carries and v.kind != "contraction") if learned else carries.__contains__
         self.scores_reader = Reader(self.space, passes, self.facts.cost)
-        self.scores = self.scores_reader.read(self.anchor.inputs[0], coords)
+        self.scores_reader.read(self.anchor.inputs[0], coords)
         self.coords = self.space.resolve_all(coords)
-        self.scores = without_row_constants(self.scores, self.scores_reader, self.coords[self.dim])
         self._find_product(learned)
 
     def _summed(self, operands: tuple[tuple[Value, Coords], tuple[Value, Coords]]) -> set[object]:
@@ -233,13 +233,13 @@ class _Attempt:
             raise Miss("axes", self.anchor, "queries and keys are multiplied without a sum over features")
         if self.scores_reader.dropouts:
             raise Miss("scores", self.anchor, "dropout is applied to the scores before the softmax")
+        scores = self._write_programs()
         reading = Reading(
             self.space, self.anchor,
             tuple(c for d, c in enumerate(self.coords) if d != self.dim), self.coords[self.dim],
             self.query, self.key, self.value, self.features, self.out,
             self.leaf_of_product.value.dtype, self.product.dtype,
-            self.scores.xreplace({self.leaf_of_product.symbol: language.s}),
-            *self._weights(),
+            scores, *self._weights(),
         )  # fmt: skip
         assembled = assemble(reading, self.facts)
         dropouts = self.weights_reader.dropouts
@@ -255,15 +255,39 @@ class _Attempt:
             str(dropouts[0].attrs["module"]) if dropouts else "",
         )  # fmt: skip
 
+    def _write_programs(self) -> sympy.Expr:
+        """Reads scores and weights again, now that the product is known: the scores as a program of `s`."""
+        product = self.leaf_of_product.value
+        made = _made_of(product, self.anchor)
+        real = accumulation(product.dtype)
+        reader = Reader(
+            self.space, made.__contains__, self.facts.cost, stops=frozenset({product}), real=real
+        )  # fmt: skip
+        scores = without_row_constants(reader.read(self.anchor.inputs[0], self.coords), reader, self.coords[self.dim])
+        at = [leaf for leaf in reader.leaves if leaf.value is product and leaf.symbol in scores.free_symbols]
+        if len(at) != 1:
+            raise Miss("scores", self.anchor, "the scores are read at several places at once")
+        self.scores_reader, self.leaf_of_product = reader, at[0]
+        after = _descendants(self.anchor, stop=self.product)
+        reader = Reader(
+            self.space, after.__contains__, self.facts.cost, stops=frozenset({self.anchor}), real=real
+        )  # fmt: skip
+        self.weights = reader.read(*self.weights_at)
+        self.weights_reader = reader
+        self.leaf = next(leaf for leaf in reader.leaves if leaf.value is self.anchor)
+        return scores.xreplace({at[0].symbol: language.s})
+
     def _weights(self) -> tuple[sympy.Expr, tuple[Leaf, ...], dict[sympy.Symbol, Coord]]:
         """Weight expression with its leaves renamed apart from the score expression's."""
         renamed = {leaf.symbol: sympy.Symbol(f"W{n}") for n, leaf in enumerate(self.weights_reader.leaves)}
-        positions = {symbol: sympy.Symbol(f"Y{n}") for n, symbol in enumerate(self.weights_reader.positions)}
+        positions = {
+            symbol: sympy.Symbol(f"Y{n}", integer=True) for n, symbol in enumerate(self.weights_reader.positions)
+        }
         weights = self.weights.xreplace({**renamed, **positions, self.leaf.symbol: language.p})
         leaves = [Leaf(x.value, x.coords, renamed[x.symbol]) for x in self.weights_reader.leaves if x is not self.leaf]
         leaves += [x for x in self.scores_reader.leaves if x is not self.leaf_of_product]
-        known = {positions[symbol]: coord for symbol, coord in self.weights_reader.positions.items()}
-        return weights, tuple(leaves), {**known, **self.scores_reader.positions}
+        at = {positions[symbol]: coord for symbol, coord in self.weights_reader.positions.items()}
+        return weights, tuple(leaves), {**at, **self.scores_reader.positions}
 
     def _interior(self, assembled: Assembled) -> frozenset[Value]:
         """What lies between the products; proved closed (nobody outside reads it) and fully read."""
@@ -290,6 +314,18 @@ def _between(value: Value) -> str:
     if value.kind == "border":
         return f"grad mode is switched off between the two products, after {value.node.name}"
     return f"{value.name} between the two products is not pointwise"
+
+
+def _made_of(product: Value, anchor: Value) -> set[Value]:
+    """What is computed of a product element by element, before the softmax."""
+    made: set[Value] = set()
+    queue = [product]
+    while queue:
+        for user in queue.pop().users:
+            if user not in made and user.kind in ("pointwise", "layout", "select_by") and user.index < anchor.index:
+                made.add(user)
+                queue.append(user)
+    return made
 
 
 def _descendants(anchor: Value, stop: Value) -> set[Value]:

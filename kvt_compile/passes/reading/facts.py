@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from kvt_compile.passes.canonical.canonicalise import CanonicalGraph
 from kvt_compile.passes.canonical.values import Value
+from kvt_compile.passes.reading.exact import is_exact
 from kvt_compile.passes.reading.read import numel
 
 _THROUGH = frozenset({"pointwise", "layout", "select_by"})
@@ -99,7 +100,7 @@ def _cost(value: Value, operands: list[Value], size: float, facts: Facts) -> flo
     if value.kind == "layout":
         facts.work[value] = facts.work[operands[0]]
         return min(size, facts.cost[operands[0]])
-    if value.kind == "pointwise" and value.name != "dropout":
+    if value.kind == "pointwise" and value.name != "dropout" and is_exact(value):
         work = sum(facts.work[x] for x in operands) + (value.name != "identity")
         cost = sum(facts.cost[x] for x in set(operands))
         if work <= _CHEAP and cost < size:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import sympy
 
+from kvt_compile.kernels.language import score as language
+from kvt_compile.kernels.language.derivative import derivative
 from kvt_compile.passes.canonical.coords import Coord
 from kvt_compile.passes.canonical.values import Value
 from kvt_compile.passes.reading.read import Reader
 
 
 def without_row_constants(scores: sympy.Expr, reader: Reader, keys: Coord) -> sympy.Expr:
-    """The scores without the maxima that enter them as one added number per row."""
+    """The scores without the maxima of the scores themselves that enter them as one added number per row."""
     space = reader.space
     along = set(space.resolve(keys).digits)
     varying = {
@@ -26,12 +28,35 @@ def without_row_constants(scores: sympy.Expr, reader: Reader, keys: Coord) -> sy
         maximum = _detached(leaf.value)
         if maximum[-1].kind != "reduce" or maximum[-1].name != "amax" or leaf.symbol in varying:
             continue
-        slope = sympy.diff(scores, leaf.symbol)
-        if slope.free_symbols & (varying | {leaf.symbol}):
+        of = _detached(maximum[-1].inputs[0])[-1]
+        if not reader.carries(of) and of not in reader.stops:
+            continue  # of something else: it need not be of the size of the scores, which rounds them
+        slope = derivative(scores, leaf.symbol)
+        if slope == language.zero or slope.free_symbols & (varying | {leaf.symbol}):
             continue
-        scores = scores.subs(leaf.symbol, 0)
+        scores = _without(scores, leaf.symbol)
         reader.visited.update(maximum)
     return scores
+
+
+def _without(x: sympy.Expr, symbol: sympy.Symbol) -> sympy.Expr:
+    """The expression with 0 in the place of a symbol that is added to it or taken from it."""
+    if x == symbol:
+        return language.zero
+    if symbol not in x.free_symbols:
+        return x
+    args = [_without(y, symbol) for y in x.args]
+    nothing = [y == language.zero and y is not old for y, old in zip(args, x.args, strict=True)]
+    match type(x).__name__, nothing:
+        case ("add" | "sub", [False, True]):
+            return args[0]
+        case "add", [True, False]:
+            return args[1]
+        case "sub", [True, False]:
+            return language.neg(args[1])
+        case (("mul" | "div" | "neg"), _) if any(nothing):
+            return language.zero
+    return x.func(*args)
 
 
 def _detached(value: Value) -> list[Value]:

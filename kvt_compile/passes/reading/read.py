@@ -3,6 +3,9 @@
     read(softmax input, [b, h, i, j])  ->  0.125*L0 + L1        L0 = the product q.k at [b, h, i, j]
                                                                 L1 = bias table at [h, i, j]
 
+A first reading looks for the product; a second one, which knows it, writes the program: what is made of the product is
+followed operation by operation, and of captured tensors alone only what a kernel repeats exactly (`exact.py`).
+
 The reader walks backwards through pointwise and layout operations.  It goes through whatever carries the scores, and
 through everything else only as far as that makes what must be kept smaller (a mask built by broadcasting two short
 vectors is read as the two vectors).  Operations that are not pointwise are passed with their inputs remembered, so that
@@ -11,16 +14,20 @@ vectors is read as the two vectors).  Operations that are not pointwise are pass
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import sympy
+import torch
 
 from kvt_compile.kernels.language import score
+from kvt_compile.kernels.language.types import Types
 from kvt_compile.passes.canonical.coords import ZERO, Coord, Coords, Space
 from kvt_compile.passes.canonical.meaning import number
 from kvt_compile.passes.canonical.meaning_layout import PULL
 from kvt_compile.passes.canonical.values import Value, as_dim, at_most, broadcasts, is_number
+from kvt_compile.passes.reading.exact import is_exact, meeting, number_in, written
 from kvt_compile.passes.reading.passing import passed_inputs
 
 OPAQUE = sympy.Function("opaque")
@@ -49,6 +56,8 @@ class Reader:
     carries: Callable[[Value], bool]
     cost: dict[Value, float]
     stops: frozenset[Value] = frozenset()
+    real: str = ""
+    """The accumulation type, where the reading is the program itself: `carries` then says what is made of the scores."""
     leaves: list[Leaf] = field(default_factory=list)
     positions: dict[sympy.Symbol, Coord] = field(default_factory=dict)
     """Symbols that stand for the value of a coordinate itself."""
@@ -57,6 +66,13 @@ class Reader:
     """Operations on the way that are not pointwise."""
     dropouts: list[Value] = field(default_factory=list)
     _memo: dict[tuple[Value, Coords], sympy.Expr] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._types = Types(self.real, self._dtype)
+
+    def _dtype(self, symbol: sympy.Expr) -> str | None:
+        leaf = next((leaf for leaf in self.leaves if leaf.symbol is symbol), None)
+        return None if leaf is None else str(leaf.value.dtype).removeprefix("torch.")
 
     def read(self, value: Value, coords: Coords) -> sympy.Expr:
         """The expression of the element of `value` at `coords`."""
@@ -77,11 +93,14 @@ class Reader:
                 return self.read(value.inputs[0], pulled)
         elif carries and value.kind == "select_by":
             return self._chosen(value, coords)
-        elif value.kind == "pointwise" and (carries or is_number(value) or self.cost[value] < numel(value)):
+        elif value.kind == "pointwise" and (carries or is_number(value) or self._is_worth_it(value)):
             return self._pointwise(value, coords)
         elif carries and (value.kind != "contraction" or value.attrs["mixing"]) and len(self.passed) < MOST_PASSED:
             return self._pass(value, coords)
         return self._leaf(value, coords)
+
+    def _is_worth_it(self, value: Value) -> bool:
+        return self.cost[value] < numel(value) and (not self.real or is_exact(value))
 
     def _leaf(self, value: Value, coords: Coords) -> sympy.Symbol:
         for leaf in self.leaves:
@@ -97,13 +116,24 @@ class Reader:
         if not all(broadcasts(x.shape, value.shape) for x in value.operands):
             return self._leaf(value, coords)  # where an operand is read depends on a size that is known at run time
         self.visited.add(value)
+        if self.real and not self.carries(value) and not is_number(value):
+            return self._repeated(value, coords)
         arguments = [
             self.read(x, aligned(coords, x)) if isinstance(x, Value) else number(x) for x in value.inputs
         ]  # fmt: skip
         if value.name == "dropout":
             self.dropouts.append(value)
-            return arguments[0] * DROP
-        return value.attrs["fn"](*arguments)
+            return score.mul(arguments[0], DROP)
+        return scaled(value.attrs["fn"](*arguments))
+
+    def _repeated(self, value: Value, coords: Coords) -> sympy.Expr:
+        """A value of captured tensors alone, as torch computes it; a leaf where that cannot be said."""
+        met = meeting(value)
+        arguments = [
+            self.read(x, aligned(coords, x)) if isinstance(x, Value) else number_in(x, met) for x in value.inputs
+        ]  # fmt: skip
+        expression = written(value, arguments, self._types)
+        return self._leaf(value, coords) if expression is None else expression
 
     def _pass(self, value: Value, coords: Coords) -> sympy.Expr:
         inputs = passed_inputs(self.space, value, coords)
@@ -183,9 +213,35 @@ class Reader:
         for symbol, known in self.positions.items():
             if self.space.resolve(known) == self.space.resolve(coord):
                 return symbol
-        symbol = sympy.Symbol(f"X{len(self.positions)}")
+        symbol = sympy.Symbol(f"X{len(self.positions)}", integer=True)
         self.positions[symbol] = coord
         return symbol
+
+
+def accumulation(dtype: torch.dtype | None) -> str:
+    """The type that scores of this dtype are computed in."""
+    return "float64" if dtype is torch.float64 else "float32"
+
+
+def scaled(x: sympy.Expr) -> sympy.Expr:
+    """Scores by a number: division as a product with the reciprocal, as torch does it on a GPU, and two factors as one
+    where that is exact.
+
+    s / 8.0  ->  0.125*s        2.0*(0.125*s)  ->  0.25*s
+    """
+    if isinstance(x, score.Div) and isinstance(x.args[1], sympy.Float) and _SMALLEST < abs(x.args[1]) < 1 / _SMALLEST:
+        return scaled(score.mul(sympy.Float(1.0 / float(x.args[1])), x.args[0]))
+    if isinstance(x, score.Mul) and isinstance(x.args[0], sympy.Float) and isinstance(x.args[1], score.Mul):
+        first, inner = float(x.args[0]), x.args[1].args[0]
+        if isinstance(inner, sympy.Float) and any(abs(math.frexp(y)[0]) == 0.5 for y in (first, float(inner))):
+            product = first * float(inner)
+            if _SMALLEST < abs(product) < 1 / _SMALLEST:
+                return score.mul(sympy.Float(product), x.args[1].args[1])
+    return x
+
+
+_SMALLEST = 2.0**-100
+"""Reciprocals and products between this and its inverse are normal numbers in every accumulation type."""
 
 
 def aligned(coords: Coords, x: Value) -> Coords:

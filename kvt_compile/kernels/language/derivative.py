@@ -1,0 +1,152 @@
+"""Derivatives of score expressions: torch's own rule for every operation, kinks included, and the chain rule.
+
+    d(50.0*tanh(0.02*s))/ds   ->   50.0*((1.0 - tanh(0.02*s)**2)*0.02)
+
+A rule of 1 or 0 is left out of products and sums; nothing else is simplified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import sympy
+
+from kvt_compile.kernels.language import score as language
+from kvt_compile.kernels.language.score import (
+    add,
+    cos,
+    div,
+    eq,
+    exp,
+    floordiv,
+    ge,
+    gt,
+    le,
+    log,
+    logical_and,
+    logical_or,
+    lt,
+    mul,
+    neg,
+    one,
+    power,
+    sigmoid,
+    sin,
+    sqrt,
+    sub,
+    tanh,
+    where,
+    zero,
+)  # fmt: skip
+
+Rule = Callable[..., sympy.Expr]
+_half, _two = sympy.Float(0.5), sympy.Float(2.0)
+_minus = sympy.Float(-1.0)
+
+
+def _chosen(condition: sympy.Expr) -> sympy.Expr:
+    return where(condition, one, zero)
+
+
+def _extremum(wins: Callable[[sympy.Expr, sympy.Expr], sympy.Expr]) -> tuple[Rule, Rule]:
+    """A tie is split in half."""
+    return (
+        lambda x, y: where(wins(x, y), one, where(eq(x, y), _half, zero)),
+        lambda x, y: where(wins(y, x), one, where(eq(x, y), _half, zero)),
+    )
+
+
+def _by_base(x: sympy.Expr, y: sympy.Expr) -> sympy.Expr:
+    if not language.is_number(y):
+        return where(eq(y, zero), zero, mul(y, power(x, sub(y, one))))
+    exponent = float(y)
+    if exponent in (0.0, 1.0):
+        return sympy.Float(exponent)
+    return mul(sympy.Float(exponent), x if exponent == 2.0 else power(x, sympy.Float(exponent - 1.0)))
+
+
+def _by_exponent(x: sympy.Expr, y: sympy.Expr) -> sympy.Expr:
+    """0 where 0 is raised to a power that is not negative."""
+    return where(logical_and(eq(x, zero), ge(y, zero)), zero, mul(power(x, y), log(x)))
+
+
+RULES: dict[str, tuple[Rule | None, ...]] = {
+    "add": (lambda x, y: one, lambda x, y: one),
+    "sub": (lambda x, y: one, lambda x, y: _minus),
+    "mul": (lambda x, y: y, lambda x, y: x),
+    "div": (lambda x, y: div(one, y), lambda x, y: neg(div(div(x, y), y))),
+    "neg": (lambda x: _minus,),
+    "power": (_by_base, _by_exponent),
+    "mod": (lambda x, y: one, lambda x, y: neg(floordiv(x, y))),
+    "where": (None, lambda c, x, y: _chosen(c), lambda c, x, y: where(c, zero, one)),
+    "exp": (lambda x: exp(x),),
+    "log": (lambda x: div(one, x),),
+    "sqrt": (lambda x: div(_half, sqrt(x)),),
+    "sin": (lambda x: cos(x),),
+    "cos": (lambda x: neg(sin(x)),),
+    "tanh": (lambda x: sub(one, power(tanh(x), _two)),),
+    "sigmoid": (lambda x: mul(sigmoid(x), sub(one, sigmoid(x))),),
+    "erf": (lambda x: mul(sympy.Float(1.1283791670955126), exp(neg(power(x, _two)))),),
+    "abs": (lambda x: where(gt(x, zero), one, where(lt(x, zero), _minus, zero)),),
+    "relu": (lambda x: _chosen(gt(x, zero)),),
+    "maximum": _extremum(gt),
+    "minimum": _extremum(lt),
+    "clamp": (
+        lambda x, low, high: _chosen(logical_and(ge(x, low), le(x, high))),
+        lambda x, low, high: _chosen(logical_and(lt(low, high), lt(x, low))),
+        lambda x, low, high: _chosen(logical_or(gt(x, high), lt(high, low))),
+    ),
+    "hardtanh": (lambda x, low, high: _chosen(logical_and(gt(x, low), lt(x, high))), None, None),
+    "float64": (lambda x: one,),
+    "float32": (lambda x: one,),
+}
+"""Operation -> its derivative by each argument; None, or no line at all, where no gradient flows."""
+
+
+def derivative(expression: sympy.Expr, by: sympy.Expr) -> sympy.Expr:
+    """d expression / d by, where `by` is a symbol (s, p) or one captured load; other loads count as constants."""
+    return _derivative(expression, by, {})
+
+
+def _derivative(x: sympy.Expr, by: sympy.Expr, known: dict[sympy.Expr, sympy.Expr]) -> sympy.Expr:
+    if x == by:
+        return one
+    if not isinstance(x, language.Operation):
+        return zero
+    if x not in known:
+        total = zero
+        for rule, argument in zip(RULES.get(type(x).__name__, ()), x.args, strict=False):
+            inner = _derivative(argument, by, known)
+            if rule is not None and inner != zero:
+                total = _sum(total, _product(rule(*x.args), inner))
+        known[x] = total
+    return known[x]
+
+
+def reaches(x: sympy.Expr, by: sympy.Expr) -> bool:
+    """Whether a gradient flows from the expression to `by`: not through comparisons, whole numbers and conditions."""
+    if x == by:
+        return True
+    rules = RULES.get(type(x).__name__, ()) if isinstance(x, language.Operation) else ()
+    return any(rule is not None and reaches(y, by) for rule, y in zip(rules, x.args, strict=False))
+
+
+def _product(x: sympy.Expr, y: sympy.Expr) -> sympy.Expr:
+    for factor, other in ((x, y), (y, x)):
+        if factor == one:
+            return other
+        if factor == _minus:
+            return neg(other)
+    if zero in (x, y):
+        return zero
+    if isinstance(x, sympy.Float) and isinstance(y, sympy.Float):
+        return sympy.Float(float(x) * float(y))
+    return mul(x, y)
+
+
+def _sum(x: sympy.Expr, y: sympy.Expr) -> sympy.Expr:
+    if zero in (x, y):
+        return y if x == zero else x
+    if isinstance(x, sympy.Float) and isinstance(y, sympy.Float):
+        return sympy.Float(float(x) + float(y))
+    return add(x, y)
