@@ -40,13 +40,13 @@ def baddbmm_of_nothing(m: Any, x: Tensor) -> Tensor:
     return (scores.softmax(-1) @ v).view(B, H, N, D)
 
 
-@spelling("fused", score="0.5*s + 0.7*c0[0, i, j]")
+@spelling("fused", score="0.7*c0[0, i, j] + 0.5*s")
 def baddbmm_of_a_bias(m: Any, x: Tensor) -> Tensor:
     q, k, v = (y.flatten(0, 1) for y in m.heads(x))
     return torch.baddbmm(m.p("bias", 1, N, N), q, k.mT, beta=0.7, alpha=0.5).softmax(-1) @ v
 
 
-@spelling("fused", score="0.5*s + 1.0*c0[0, 0, 0]")
+@spelling("fused", score="c0[0, 0, 0] + 0.5*s")
 def baddbmm_method(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     return torch.zeros(1, 1, 1, dtype=q.dtype).baddbmm(q, k.mT, alpha=0.5).softmax(-1) @ v

@@ -59,7 +59,7 @@ def scale_learned_on_q_with_a_bias(m: Any, q: Tensor, k: Tensor, v: Tensor) -> T
     return ((q * m.p("scale")) @ k.mT + table.permute(2, 0, 1)).softmax(-1) @ v
 
 
-@spelling("fused", score="s*c0*c2*c3 + c1[j]")
+@spelling("fused", score="s*c2*c3*c0 + c1[j]")
 def scale_learned_on_both_sides(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = (q * m.p("one")) @ (k * m.p("two")).mT * m.p("three") + m.p("bias", N)
     return scores.softmax(-1) @ v

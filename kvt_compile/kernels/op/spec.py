@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvt_compile.kernels.language import limits
 from kvt_compile.kernels.language import score as language
+from kvt_compile.kernels.language.derivative import reaches
 from kvt_compile.kernels.language.types import TypeMismatchError, Types, of_captured
 
 
@@ -151,6 +152,17 @@ class KernelSpec:
     def types(self) -> Types:
         """Which type every part of the expressions is computed in."""
         return Types(dtype_name(self.accumulate), of_captured([x.dtype for x in self.captured]))
+
+    @cached_property
+    def reached(self) -> tuple[bool, ...]:
+        """To which of (q, k, v, *captured) a gradient can flow at all: not through comparisons and whole numbers."""
+        score, weight = self.score_expression, self.weight_expression
+        through_softmax = reaches(weight, language.p)
+        to_s = through_softmax and reaches(score, language.s)
+        loads = [x for x in self.score_loads if through_softmax and reaches(score, x)]
+        loads += [x for x in self.weight_loads if reaches(weight, x)]
+        slots = {x.slot for x in loads}
+        return (to_s, to_s, True, *(n in slots for n in range(len(self.captured))))
 
     @cached_property
     def score_loads(self) -> tuple[language.load, ...]:

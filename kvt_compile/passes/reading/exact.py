@@ -120,7 +120,9 @@ def written(value: Value, arguments: Sequence[sympy.Expr], types: Types) -> symp
     """An exact value in the score language, with a cast wherever the language would let operands meet in another type
     than torch; None where that cannot be said.  `arguments`: one expression for each of its inputs."""
     if value.name in _LOGIC:
-        return value.attrs["fn"](*arguments)  # type: ignore[no-any-return]
+        return value.attrs["fn"](*arguments)
+    if (number_ := _folded(value, arguments)) is not None:
+        return number_
     met, skipped = meeting(value), 1 if value.name == "where" else 0
     condition, operands = list(arguments[:skipped]), list(arguments[skipped:])
     name = _name(met)
@@ -131,6 +133,20 @@ def written(value: Value, arguments: Sequence[sympy.Expr], types: Types) -> symp
         operands = [x if language.is_number(x) or types(x) == name else language.cast(name, x) for x in operands]
         expression = value.attrs["fn"](*condition, *operands)
     return expression if value.name in _COMPARISONS else _in_type(expression, value.dtype, types)
+
+
+_FOLDS = ("add", "sub", "mul", "div", "neg", "abs")
+
+
+def _folded(value: Value, arguments: Sequence[sympy.Expr]) -> sympy.Expr | None:
+    """Arithmetic of numbers alone, done by torch in the value's own type."""
+    if value.name not in _FOLDS or value.dtype not in (torch.float32, torch.float64):
+        return None
+    if not all(map(language.is_number, arguments)):
+        return None
+    numbers = (torch.tensor(float(x), dtype=value.dtype) for x in arguments)
+    result = float(getattr(torch, value.name)(*numbers))
+    return None if result != result else number(result)
 
 
 _AS_IT_IS = ("identity", "constant", "fill")

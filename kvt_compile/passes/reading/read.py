@@ -57,7 +57,7 @@ class Reader:
     cost: dict[Value, float]
     stops: frozenset[Value] = frozenset()
     real: str = ""
-    """The accumulation type, where the reading is the program itself: `carries` then says what is made of the scores."""
+    """The accumulation type, where the reading is the program: `carries` then says what is made of the scores."""
     leaves: list[Leaf] = field(default_factory=list)
     positions: dict[sympy.Symbol, Coord] = field(default_factory=dict)
     """Symbols that stand for the value of a coordinate itself."""
