@@ -133,7 +133,7 @@ def test_as_the_model(name: str, lowering: str) -> None:
     (out, gradients), (expected, wanted) = run(rewritten.module, tensors), run(module, tensors)
     close = {"rtol": 1e-4, "atol": 1e-5, "equal_nan": True}
     torch.testing.assert_close(out, expected, **close)
-    for gradient, want, x in zip(gradients, wanted, "q k v captured".split(), strict=True):
+    for gradient, want, x in zip(gradients, wanted, ["q", "k", "v", "captured"], strict=True):
         assert (gradient is None) == (want is None), x
         if gradient is not None and want is not None:
             torch.testing.assert_close(gradient, want, msg=lambda text, x=x: f"{x}: {text}", **close)

@@ -37,7 +37,7 @@ from kvt_compile.kernels.op.arguments import (
 from kvt_compile.kernels.op.call import AttentionCall
 from kvt_compile.kernels.op.check import check_attention, check_backward, check_softmax, check_softmax_backward
 from kvt_compile.kernels.op.function import no_second_derivative
-from kvt_compile.kernels.op.spec import SoftmaxSpec
+from kvt_compile.kernels.op.spec import SoftmaxSpec, reached
 
 _COMMON = "str score, str weight, SymInt topk, SymInt[]? sizes, float dropout_p, Tensor? seed"
 
@@ -107,8 +107,8 @@ def _attention_autograd(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple[
     score, weight, topk, sizes, dropout_p, lowering = ctx.rest
     need_q, need_k, need_v, need_captured, *_rest = ctx.needs_input_grad
     needs_grad = [need_q, need_k, need_v, *(() if ctx.nothing else need_captured)]
-    reached = KernelSpec.of(q, k, v, captured, score, weight, len(sizes or ()), dropout_p).reached
-    needs_grad = [need and there for need, there in zip(needs_grad, reached, strict=True)]
+    there = reached(score, weight, len(captured))
+    needs_grad = [need and reaches for need, reaches in zip(needs_grad, there, strict=True)]
     dq, dk, dv, dcaptured = torch.ops.kvt.attention_backward(
         grad_out, q, k, v, captured, out, logsumexp, threshold,
         score, weight, topk, sizes, dropout_p, seed, needs_grad, lowering,

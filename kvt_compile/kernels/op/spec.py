@@ -154,17 +154,6 @@ class KernelSpec:
         return Types(dtype_name(self.accumulate), of_captured([x.dtype for x in self.captured]))
 
     @cached_property
-    def reached(self) -> tuple[bool, ...]:
-        """To which of (q, k, v, *captured) a gradient can flow at all: not through comparisons and whole numbers."""
-        score, weight = self.score_expression, self.weight_expression
-        through_softmax = reaches(weight, language.p)
-        to_s = through_softmax and reaches(score, language.s)
-        loads = [x for x in self.score_loads if through_softmax and reaches(score, x)]
-        loads += [x for x in self.weight_loads if reaches(weight, x)]
-        slots = {x.slot for x in loads}
-        return (to_s, to_s, True, *(n in slots for n in range(len(self.captured))))
-
-    @cached_property
     def score_loads(self) -> tuple[language.load, ...]:
         """The distinct captured elements the score reads."""
         return language.loads(self.score_expression)
@@ -200,6 +189,17 @@ def _cached_spec(
         needs_grad=needs_grad,
         dropout=dropout,
     )
+
+
+@lru_cache(maxsize=4096)
+def reached(score: str, weight: str, captured: int) -> tuple[bool, ...]:
+    """To which of (q, k, v, *captured) a gradient can flow at all: not through comparisons and whole numbers."""
+    of_score, of_weight = language.parse(score), language.parse(weight)
+    through_softmax = reaches(of_weight, language.p)
+    to_s = through_softmax and reaches(of_score, language.s)
+    slots = {x.slot for x in language.loads(of_score) if through_softmax and reaches(of_score, x)}
+    slots |= {x.slot for x in language.loads(of_weight) if reaches(of_weight, x)}
+    return (to_s, to_s, True, *(n in slots for n in range(captured)))
 
 
 @lru_cache(maxsize=4096)
