@@ -112,7 +112,7 @@ def scores(texts: list[str], lowering: str, dtype: torch.dtype) -> Tensor:
 
 
 def check(lot: list[str], lowering: str, dtype: torch.dtype) -> None:
-    if dtype is torch.float64:  # a number that meets whole numbers makes them of the scores' type
+    if dtype is torch.float64 or lowering == "reference":  # a number makes whole numbers of the accumulation type
         lot = [text for text in lot if "0.1*" not in text]
     for text, found in zip(lot, scores(lot, lowering, dtype), strict=True):
         expected = PROGRAMS[text](CAPTURED).float().to(dtype)

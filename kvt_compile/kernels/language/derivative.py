@@ -62,7 +62,8 @@ def _by_base(x: sympy.Expr, y: sympy.Expr) -> sympy.Expr:
     exponent = float(y)
     if exponent in (0.0, 1.0):
         return sympy.Float(exponent)
-    return mul(sympy.Float(exponent), x if exponent == 2.0 else power(x, sympy.Float(exponent - 1.0)))
+    less = y - 1 if isinstance(y, sympy.Integer) else sympy.Float(exponent - 1.0)
+    return mul(sympy.Float(exponent), x if exponent == 2.0 else power(x, less))
 
 
 def _by_exponent(x: sympy.Expr, y: sympy.Expr) -> sympy.Expr:
