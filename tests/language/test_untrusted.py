@@ -72,6 +72,18 @@ def test_the_operator_refuses_it(attack: str, lowering: str) -> None:
         torch.ops.kvt.attention(q, q, q, [], "s", ATTACKS[attack].replace("s", "p"), 2, [], 0.0, None, lowering)
 
 
+@pytest.mark.parametrize("text", ["9**9**9*s", "s*9**9**9**9", "abs(9)**abs(9)**abs(9)*s", "s + 10**400"])
+def test_powers_of_numbers_end(text: str) -> None:
+    """Whole numbers wrap around as torch's do: Python's would grow until memory ends."""
+    q = torch.randn(1, 1, 3, 4)
+    found = {
+        lowering: torch.ops.kvt.attention(q, q, q, [], text, "p", 2, [], 0.0, None, lowering)[0]
+        for lowering in ("reference", "aten", "auto")
+    }
+    for lowering in ("aten", "auto"):
+        torch.testing.assert_close(found[lowering], found["reference"], rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
 HUGE = {
     "tower of powers": "c0[9**9**9]",
     "tower of float powers": "c0[9.0**9.0**9.0**9.0]",

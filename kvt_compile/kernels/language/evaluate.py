@@ -246,6 +246,8 @@ def _quotient(values: list[Value], env: Environment) -> Value:
 def _raised(values: list[Value], env: Environment) -> Value:
     x, y = values
     wholes = _is_whole(x) and isinstance(y, int) and y >= 0
+    if wholes and not isinstance(x, Tensor):  # Python's whole numbers grow without end, torch's wrap around
+        x = torch.full((), int(x), device=env.grid.device)
     if not wholes and (_is_whole(x) or not any(isinstance(z, Tensor) for z in values)):
         x = _real(x, env)
     return cast(Value, x * x if isinstance(y, int | float) and y == 2 else x**y)
