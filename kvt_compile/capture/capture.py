@@ -69,7 +69,10 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         self.watch.note()
-        return super().create_node(*args, **kwargs)
+        node = super().create_node(*args, **kwargs)
+        frames = (node.stack_trace or "").split(_FRAME)
+        node.stack_trace = _FRAME.join(frame for frame in frames if not frame.startswith(__file__)) or None
+        return node
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if threading.get_ident() != self._thread:
@@ -86,6 +89,8 @@ class _Tracer(fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, _OPENED)
 
 
+_FRAME = '  File "'
+"""How a frame begins in the text of a stack; ours is none of the model's."""
 _ADVICE = "torch.compile(model, backend='kvt') does not need one graph."
 _SCALARS = (bool, int, float, str, type(None))
 _OPENED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)

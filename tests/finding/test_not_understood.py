@@ -275,3 +275,22 @@ class Normed(nn.Module):
 def test_layers_that_keep_axes(norm: nn.Module) -> None:
     assert outcome(Normed(norm, turned=True))[0] == "channel"
     assert outcome(Normed(norm, turned=False))[:2] == ("token", True)
+
+
+@pytest.mark.parametrize(("pixels", "expected"), [(True, ("token", True)), (False, ("channel", False))])
+def test_the_pixels_of_a_column_are_not_its_channels(pixels: bool, expected: tuple[str, bool]) -> None:
+    """F.unfold writes [B, channels*pixels, columns]: attention over the pixels of a patch (TNT), or its channels."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, width = nn.Conv2d(3, 8, 3, padding=1), 8 if pixels else 4
+            self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+
+        def forward(self, image: Tensor) -> Tensor:
+            columns = F.unfold(self.conv(image), 2, stride=2).transpose(1, 2)
+            x = columns.reshape(-1, 8, 4)
+            x = x.transpose(1, 2) if pixels else x
+            return (self.q(x) @ self.k(x).mT).softmax(-1) @ self.v(x)
+
+    assert outcome(Model(), torch.randn(2, 3, 6, 6))[:2] == expected

@@ -83,11 +83,27 @@ def _unbound(value: Value, call: Call, x: Value) -> Became | None:
 
 
 def _unfolded(value: Value, call: Call, x: Value) -> Became | None:
-    """`x.unfold(dim, size, step)`: windows of an axis, their insides last; `F.unfold`: columns of a map."""
+    """`x.unfold(dim, size, step)`: windows of an axis, their insides last; `F.unfold`: columns of a map, whose insides
+    stand within the channels (`_inside_of_columns` makes them an axis of their own, the fourth)."""
     if len(value.shape) == len(x.shape) + 1:
         dim = axis(call.kwargs.get("dimension", call.args[1] if len(call.args) > 1 else None), len(x.shape))
         return [{d, len(x.shape)} if d == dim else {d} for d in range(len(x.shape))] if dim is not None else None
-    return [{0}, {1}, {2}, {2}] if (len(x.shape), len(value.shape)) == (4, 3) else None
+    return [{0}, {1}, {2, 3}, {2, 3}] if _makes_columns(value, x) else None
+
+
+def _makes_columns(value: Value, x: Value) -> bool:
+    return (len(x.shape), len(value.shape)) == (4, 3)
+
+
+def _inside_of_columns(space: Space, value: Value, x: Value, coords: Coords, wanted: set[Atom]) -> Coords | None:
+    """[B, C*kernel, L] -> [B, C, L, kernel]"""
+    parts = space.cut(coords[1], value.shape[1] // x.shape[1])
+    if parts is None:
+        return None
+    now = space.resolve(Coord(tuple(wanted))).digits  # what was wanted may just have been cut
+    wanted.clear()
+    wanted.update(now)
+    return coords[0], parts[0], coords[2], parts[1]
 
 
 def _folded(value: Value, call: Call, x: Value) -> Became | None:
@@ -166,7 +182,14 @@ def behind(space: Space, value: Value, coords: Coords, wanted: set[Atom]) -> tup
     x = _the_one(call.name, inputs)
     became = _BECAME.get(call.name, _at_their_places if _is_pointwise(call.name) else None)
     found = became(value, call, x) if became is not None else None
-    return None if found is None else (x, tuple(_coordinates(space, x, found, coords, wanted)))
+    if found is None:
+        return None
+    if call.name in ("unfold", "im2col") and _makes_columns(value, x):
+        columns = _inside_of_columns(space, value, x, coords, wanted)
+        if columns is None:
+            return None
+        coords = columns
+    return x, tuple(_coordinates(space, x, found, coords, wanted))
 
 
 def _the_one(name: str, inputs: list[Value]) -> Value:
