@@ -11,7 +11,7 @@ or bfloat16 element is real as soon as it is read, which is exact.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -134,9 +134,9 @@ def is_whole_power(x: sympy.Expr) -> bool:
 
 
 def of_captured(dtypes: Sequence[str]) -> Callable[[sympy.Expr], str | None]:
-    """The dtypes of captured tensors as `Types` asks for them; it can be pickled, as what is compiled elsewhere is."""
-    return partial(_of_load, tuple(dtypes))
+    """The dtypes of captured tensors as `Types` asks for them."""
 
+    def of_leaf(x: Any) -> str | None:
+        return dtypes[x.slot] if isinstance(x, language.load) else None
 
-def _of_load(dtypes: tuple[str, ...], x: Any) -> str | None:
-    return dtypes[x.slot] if isinstance(x, language.load) else None
+    return of_leaf

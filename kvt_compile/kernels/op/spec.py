@@ -140,6 +140,10 @@ class KernelSpec:
         """The type of s, t and p: float64 for float64 inputs, float32 for every other."""
         return torch.float64 if self.dtype == "float64" else torch.float32
 
+    def __getstate__(self) -> dict[str, object]:
+        """What another process is sent: the texts, which it parses itself, and not what was made of them here."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
     @cached_property
     def score_expression(self) -> sympy.Expr:
         return language.parse(self.score)
