@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from faults import (
+from faults import (  # noqa: F401 - fresh_lowering serves every test here
     BODIES,
     COUNTS,
     REAL,
@@ -20,6 +19,7 @@ from faults import (
     compiler,
     everybodys_folder,
     fresh,
+    fresh_lowering,
     mode,
     needs_root,
     runs,
@@ -34,16 +34,6 @@ from kvt_compile.kernels.c.toolchain import BuildError, find_compiler
 from kvt_compile.kernels.op.spec import SoftmaxSpec
 
 NO_OPENMP = 'for a in "$@"; do [ "$a" = -fopenmp ] && { echo "library not found" >&2; exit 1; }; done; ' + REAL
-
-
-@pytest.fixture(autouse=True)
-def fresh_lowering(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
-    monkeypatch.setattr("tempfile.tempdir", None)
-    (tmp_path / "tmp").mkdir()
-    fresh()
-    yield
-    fresh()
 
 
 @pytest.mark.parametrize("fault", BODIES)

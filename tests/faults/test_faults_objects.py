@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faults import (
+from faults import (  # noqa: F401 - fresh_lowering serves every test here
     COUNTS,
     OTHER_USER,
     SPEC,
     become,
     everybodys_folder,
-    fresh,
+    fresh_lowering,
     in_fork,
     mode,
     needs_root,
@@ -26,16 +26,6 @@ from faults import (
 from kvt_compile.kernels.c import CLowering, Settings, objects, source
 from kvt_compile.kernels.c.toolchain import Compiler, find_compiler
 from kvt_compile.kernels.disk.trust import UntrustedError, own_folder, read_own
-
-
-@pytest.fixture(autouse=True)
-def fresh_lowering(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
-    monkeypatch.setattr("tempfile.tempdir", None)
-    (tmp_path / "tmp").mkdir()
-    fresh()
-    yield
-    fresh()
 
 
 @pytest.fixture

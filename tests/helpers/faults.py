@@ -66,6 +66,17 @@ def fresh() -> None:
     toolchain.forget()
 
 
+@pytest.fixture(autouse=True)
+def fresh_lowering(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A temporary folder and a memory of the lowering of its own, for every test of a file that imports this."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    (tmp_path / "tmp").mkdir()
+    fresh()
+    yield
+    fresh()
+
+
 def compiler(folder: Path, body: str) -> Path:
     """A C compiler that does as `body` says and counts its runs in `runs` beside it."""
     folder.mkdir(parents=True, exist_ok=True)
