@@ -64,6 +64,23 @@ def test_the_text_says_what_it_computes() -> None:
     assert "vtanh" not in source(SPECS["plain"])
 
 
+DERIVED = [
+    "where(lt(i, 2), 2.0*s, s)",
+    "2.0*s*c0[j] + s",
+    "s*(c0[j] - 2.0*c0[i])",
+    "where(lt(i, 2), s, -s*3.0) - 1.0",
+]
+
+
+@pytest.mark.parametrize("score", [*DERIVED, "abs(c0[i]) + clamp(c0[j], -1.0, 1.0)*s", "maximum(s, relu(c0[i]))"])
+def test_every_function_that_is_called_is_there(score: str, tmp_path: Path) -> None:
+    """A score that is linear in s is computed from a factor and a summand, which are texts of their own."""
+    captured = (CapturedSpec("float64", 1),) if "c0" in score else ()
+    for dtype in ("float32", "float64"):
+        text = source(KernelSpec(dtype, dtype, 4, 4, score=score, captured=captured))
+        compile_text(text, tmp_path, "-Werror=implicit-function-declaration", "-Wl,-z,defs")
+
+
 @pytest.mark.parametrize(("dim", "keys"), [(1, 192), (64, 96), (256, 24), (1000, 24)])
 def test_a_block_of_keys_fits_in_the_first_level_cache(dim: int, keys: int) -> None:
     assert block_size(KernelSpec("float32", "float32", dim, 1)) == keys

@@ -325,9 +325,8 @@ def stub() -> Iterator[Any]:
 
 @pytest.fixture
 def triton_cache(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    import triton
-
-    return lambda path: monkeypatch.setattr(triton.knobs.cache, "dir", str(path))
+    # not the knob: put back, it would be set in this process and hide the variable from then on
+    return lambda path: monkeypatch.setenv("TRITON_CACHE_DIR", str(path))
 
 
 def launched(launcher: Any) -> Any:

@@ -13,7 +13,6 @@ from statistics import NormalDist
 from typing import Any
 
 import jinja2
-import sympy
 
 from kvt_compile.kernels.c.gradients import score_gradient, weight_gradient
 from kvt_compile.kernels.c.layout import SOFTMAX_FIELDS, fields
@@ -60,7 +59,8 @@ def _attention(spec: KernelSpec) -> str:
         matrix_types=(spec.dtype, spec.value_dtype),
         wide=scalar.wide,
         other=scalar.ctypes["other"],
-        functions=_functions(programs, spec),
+        functions=sorted(set().union(*(x.functions for x in programs))),
+        helpers=scalar.helpers,
         fields=fields(spec),
         block=block_size(spec),
         product_widths=sorted({spec.head_dim, spec.value_dim}),
@@ -121,14 +121,6 @@ def block_size(spec: KernelSpec) -> int:
     size = 8 if spec.dtype == "float64" else 4
     keys = 24 * 1024 // (size * max(spec.head_dim, spec.value_dim))
     return max(24, min(192, keys // 12 * 12))
-
-
-def _functions(programs: list[Program], spec: KernelSpec) -> tuple[str, ...]:
-    # scalar parts call min, max and clamp of their own
-    expressions = (spec.score_expression, spec.weight_expression)
-    named = {type(x).__name__ for e in expressions for x in e.atoms(sympy.Function)}
-    scalar = {f"scalar_{'clamp' if name == 'hardtanh' else name}" for name in named}
-    return tuple(sorted(set().union(*(x.functions for x in programs)) | scalar))
 
 
 def _interleave(lanes: int, start: int) -> str:

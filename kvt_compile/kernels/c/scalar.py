@@ -79,6 +79,8 @@ class ScalarPrinter:
         self.wide = spec.dtype == "float64"
         self.ctypes = {"real": "real", "other": "float" if self.wide else "double", "int": "int64_t", "bool": "int"}
         self.guarded = guarded_loads(spec.score_expression) | guarded_loads(spec.weight_expression)
+        self.helpers: set[str] = set()
+        """What the printed texts call of the functions that the templates define."""
 
     def __call__(self, x: sympy.Expr) -> Text:
         match x:
@@ -179,6 +181,7 @@ class ScalarPrinter:
         if name in ("floordiv", "mod"):
             return self.division(name, x, kind, texts)
         if name in _CALLED:
+            self.helpers.add(_CALLED[name])
             called = Text(f"{kind}_{_CALLED[name]}({', '.join(texts)})", kind)
             return self.narrowed(called.text, dtype) if kind == "int" else called
         return self.arithmetic(x, dtype, kind, texts)
@@ -191,6 +194,7 @@ class ScalarPrinter:
         if isinstance(x, language.Neg):
             return Text(f"(-{texts[0]})", kind)
         if isinstance(x, language.Add | language.Sub):  # a product, rounded before it is added
+            self.helpers.add("exactly")
             texts = [f"{kind}_exactly({y})" if _is_product(z) else y for y, z in zip(texts, x.args, strict=True)]
         return Text(f"({f' {language.ARITHMETIC[type(x)]} '.join(texts)})", kind)
 
