@@ -422,8 +422,11 @@ def gate(w: Writer, a: Labelled) -> Labelled:
 
 def weight_write(w: Writer, a: Labelled) -> Labelled:
     w.tag("weight_write", plain=False)
-    w.run(w.pick(f"{a.name}.mul_(0.5)", f"{a.name} *= 0.7", f"{a.name}[..., 0] = 0.0", f"{a.name} /= {a.name}.sum(-1, keepdim=True)",
-                 f"{a.name}.clamp_(max=0.4)"))  # fmt: skip
+    choice = w.pick(f"{a.name}.mul_(0.5)", f"{a.name} *= 0.7", f"{a.name}[..., 0] = 0.0", f"{a.name} /= {a.name}.sum(-1, keepdim=True)",
+                    f"{a.name}.clamp_(max=0.4)")  # fmt: skip
+    if ".sum(" in choice:
+        w.tag("renormalised", plain=False)
+    w.run(choice)
     return a
 
 
@@ -431,10 +434,13 @@ def revived(w: Writer, a: Labelled) -> Labelled:
     """Weights that do not vanish with the softmax, and renormalised ones."""
     w.tag("revived", plain=False)
     y = w.broadcastable(subset(w, a), a, origin="parameter")
-    return w.let(w.pick(f"{a.name} + 0.01", f"{a.name} + {y.name}", f"{a.name} / {a.name}.sum(-1, keepdim=True)",
-                        f"{a.name} - {y.name} * {a.name}", f"{a.name}.clamp(min=0.05)", f"{a.name} ** 2",
-                        f"(1 - torch.sigmoid({y.name})) * {a.name} + torch.sigmoid({y.name}) * 0.3",
-                        f"torch.where({a.name} > 0.2, {a.name}, 0.0)", f"1.0 - {a.name}"), a.dims)  # fmt: skip
+    choice = w.pick(f"{a.name} + 0.01", f"{a.name} + {y.name}", f"{a.name} / {a.name}.sum(-1, keepdim=True)",
+                    f"{a.name} - {y.name} * {a.name}", f"{a.name}.clamp(min=0.05)", f"{a.name} ** 2",
+                    f"(1 - torch.sigmoid({y.name})) * {a.name} + torch.sigmoid({y.name}) * 0.3",
+                    f"torch.where({a.name} > 0.2, {a.name}, 0.0)", f"1.0 - {a.name}")  # fmt: skip
+    if ".sum(" in choice:
+        w.tag("renormalised", plain=False)
+    return w.let(choice, a.dims)
 
 
 WEIGHTS: tuple[Step, ...] = (layout, dropout, gate)

@@ -321,7 +321,7 @@ def convolution_on_the_scores(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor
     return m.layer("conv", lambda: nn.Conv2d(H, H, 3, padding=1))(q @ k.mT).softmax(-1) @ v
 
 
-@spelling("scores-kept", reason="computed from the scores")
+@spelling("fused", score="s")
 def centred_scores(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = q @ k.mT
     return (scores - scores.mean((-2, -1), keepdim=True)).softmax(-1) @ v

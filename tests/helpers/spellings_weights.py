@@ -173,12 +173,6 @@ def one_product_two_softmaxes(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor
     return scores.softmax(-1) @ v + scores.mT.softmax(-1) @ torch.sin(v)
 
 
-@spelling("scores-kept")
-def renormalised(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    weights = (q @ k.mT).softmax(-1) * m.p("gain", N).exp()
-    return (weights / weights.sum(-1, keepdim=True)) @ v
-
-
 @spelling("scores-kept", reason="revives")
 def weights_plus_a_constant(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q @ k.mT).softmax(-1) + 0.01) @ v

@@ -343,14 +343,6 @@ def weights_filled_in_place(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @spelling("scores-kept", trainable=False)
-def weights_renormalised_in_place(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """ConViT: `attn /= attn.sum(-1)`."""
-    weights = (q @ k.mT).softmax(-1) * m.p("gain", N).exp()
-    weights /= weights.sum(-1, keepdim=True)
-    return weights @ v
-
-
-@spelling("scores-kept", trainable=False)
 def weights_revived_in_place(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = (q @ k.mT).softmax(-1)
     weights[..., 0] = 0.5

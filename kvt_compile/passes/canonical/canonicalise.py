@@ -21,6 +21,7 @@ from kvt_compile.passes.canonical import (  # noqa: F401 - they fill the table o
     meaning_pointwise,
     meaning_softmax,
 )
+from kvt_compile.passes.canonical.algebra.recognise import Recogniser
 from kvt_compile.passes.canonical.meaning import Builder, integer
 from kvt_compile.passes.canonical.meaning_layout import index, select_of, slice_of
 from kvt_compile.passes.canonical.modes import Mode, modes_of
@@ -50,6 +51,7 @@ def canonicalise(
         entry: the mode the graph starts in, where it is not the usual one.
     """
     state = State(gm, dict(gm.named_modules()), origins or {})
+    recogniser = Recogniser()
     modes = modes_of(gm.graph, entry or Mode())
     outputs: list[Value] = []
     for node in gm.graph.nodes:
@@ -57,7 +59,7 @@ def canonicalise(
         if node.op == "output":
             outputs = [state.env[n] for n in node.all_input_nodes if n in state.env]
         else:
-            _read_node(state, node)
+            _read_node(state, node, recogniser)
     for value, border in state.borders.items():  # whoever holds a tensor can hand it on detached
         border.holder, border.expired = value.holder, value.expired
     graph = CanonicalGraph(state.values, [*outputs, *state.escaping], modes)
@@ -74,7 +76,7 @@ def _forget_unused(graph: CanonicalGraph) -> None:
             kept.add(id(value))
 
 
-def _read_node(state: State, node: fx.Node) -> None:
+def _read_node(state: State, node: fx.Node, recogniser: Recogniser) -> None:
     fake = meta_value(node)
     if node.op in ("placeholder", "get_attr"):
         if isinstance(fake, torch.Tensor):
@@ -95,6 +97,7 @@ def _read_node(state: State, node: fx.Node) -> None:
             _opaque(state, node, fake)
         return
     value = _meaning_of(state, node, call, fake) or opaque_value(state, node, fake)
+    value = recogniser.look(Builder(node, shape_of(fake), fake.dtype, state.modules), value)
     if (call is not None and call.inplace) or mutates(node):
         write(state, node, value, call)
     else:

@@ -108,6 +108,8 @@ def einsum(b: Builder, equation: Any, *operands: Any, **ignored: Any) -> Value |
     if not isinstance(equation, str) or not all(isinstance(x, Value) for x in tensors):
         return None
     equation = equation.replace(" ", "")
+    if len(tensors) == 1:
+        return _einsum_of_one(b, equation, tensors[0])
     inputs, arrow, output = equation.partition("->")
     terms = inputs.split(",")
     if len(terms) != 2 or len(tensors) != 2:
@@ -133,6 +135,26 @@ def einsum(b: Builder, equation: Any, *operands: Any, **ignored: Any) -> Value |
         for mine, x, other, other_x in ((lhs, tensors[0], rhs, tensors[1]), (rhs, tensors[1], lhs, tensors[0]))
     ]  # fmt: skip
     return _contraction(b, "einsum", tensors[0], tensors[1], marked[0], marked[1], tuple(out))
+
+
+def _einsum_of_one(b: Builder, equation: str, x: Value) -> Value | None:
+    """einsum("bhij->bhi", x): a sum, and the rest in another order."""
+    term, arrow, output = equation.partition("->")
+    labels = _expand_ellipsis(term, x)
+    out = [y for label in output.replace("...", ".") for y in (_ellipsis_of([labels]) if label == "." else [label])]
+    if not arrow or len(set(labels)) != len(labels) or not set(out) <= set(labels):
+        return None
+    if len(set(out)) != len(out) or len(labels) != len(x.shape):
+        return None
+    summed = tuple(d for d, label in enumerate(labels) if label not in out)
+    kept = [label for label in labels if label in out]
+    if summed:
+        shape = tuple(size for d, size in enumerate(x.shape) if d not in summed)
+        x = b.value("reduce", "sum", (x,), shape, dims=summed, keepdim=False)
+    dims = tuple(kept.index(label) for label in out)
+    if dims != tuple(range(len(dims))):
+        return b.layout("permute", x, tuple(x.shape[d] for d in dims), dims=dims)
+    return x if summed else b.pointwise("identity", lambda y: y, x)
 
 
 def _size_in(label: Any, labels: list[Any], x: Value) -> Dim | None:

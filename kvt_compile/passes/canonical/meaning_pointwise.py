@@ -15,7 +15,6 @@ from torch import fx
 
 from kvt_compile.kernels.language import score
 from kvt_compile.passes.canonical.meaning import MEANINGS, Builder, Meaning, is_bool, is_float, meaning
-from kvt_compile.passes.canonical.meaning_softmax import softmax_by_hand
 from kvt_compile.passes.canonical.values import Value, meta_value
 
 _FLOAT_FUNCTIONS: dict[str, Callable[[sympy.Expr], sympy.Expr]] = {
@@ -102,12 +101,13 @@ def _rsub(b: Builder, input: Any, other: Any, alpha: Any = 1) -> Value | None:
 def _div(b: Builder, input: Any, other: Any, rounding_mode: str | None = None) -> Value | None:
     if rounding_mode is not None:
         return None
-    by_hand = softmax_by_hand(b, input, other)
-    return by_hand or b.pointwise("div", score.div, input, other)
+    return b.pointwise("div", score.div, input, other)
 
 
-@meaning("pow")
+@meaning("pow", "float_power")
 def _pow(b: Builder, input: Any, exponent: Any) -> Value | None:
+    if isinstance(exponent, Value):
+        return _power_of_number(b, input, exponent)
     known = isinstance(exponent, int | float) and exponent in (2, 3, 0.5, -1, -0.5)
     whole = exponent in (2, 3)  # x * x and x * x * x, as torch computes them
     return (
@@ -115,6 +115,15 @@ def _pow(b: Builder, input: Any, exponent: Any) -> Value | None:
         if known
         else None
     )
+
+
+@meaning("rpow")
+def _power_of_number(b: Builder, base: Any, exponent: Value) -> Value | None:
+    """2**x is exp(log(2)*x)."""
+    if not isinstance(base, int | float) or isinstance(base, bool) or not 0 < base < math.inf or not is_float(exponent):
+        return None
+    factor = sympy.Float(math.log(base))
+    return b.pointwise("power_of_number", lambda x, y: score.exp(score.mul(factor, y)), base, exponent)
 
 
 @meaning("clamp")

@@ -1,27 +1,77 @@
-"""Reductions, and what computes a softmax: by name, by hand, or inside scaled_dot_product_attention.
+"""Reductions, and what computes a softmax by name, or inside scaled_dot_product_attention.
 
-exp(y) / exp(y).sum(dim, keepdim=True)  ->  softmax(y, dim)        softmax(y - max(y))  ->  softmax(y)
+softmax(y - max(y))  ->  softmax(y)        softmin(y)  ->  softmax(-y)        log_softmax(y)  ->  y - logsumexp(y)
+
+What computes one by other operations is read by algebra (`algebra/`).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import fx
 
+from kvt_compile.kernels.language import score
+from kvt_compile.passes.canonical.made import made
 from kvt_compile.passes.canonical.meaning import MEANINGS, Builder, Meaning, axis, is_float, meaning
 from kvt_compile.passes.canonical.values import Value
 
 
+def _axis(dim: Any, rank: int) -> int | None:
+    """The axis of a softmax; without one what torch takes then, with a warning that it is deprecated."""
+    return axis((0 if rank in (0, 1, 3) else 1) if dim is None else dim, rank)
+
+
 @meaning("softmax")
 def _softmax(b: Builder, input: Value, dim: Any = None, dtype: Any = None, **ignored: Any) -> Value | None:
-    rank = len(input.shape)
-    if dim is None:  # what torch takes then, with a warning that it is deprecated
-        dim = 0 if rank in (0, 1, 3) else 1
-    number_ = axis(dim, rank)
-    if number_ is None:
+    along = _axis(dim, len(input.shape))
+    if along is None:
         return None
-    return b.value("softmax", "softmax", (_without_row_maximum(input, (number_,)),), dim=number_)
+    return b.value("softmax", "softmax", (_without_row_maximum(input, (along,)),), dim=along)
+
+
+@meaning("softmin")
+def _softmin(b: Builder, input: Value, dim: Any = None, dtype: Any = None, **ignored: Any) -> Value | None:
+    if input.kind == "pointwise" and input.name == "neg":
+        return _softmax(b, input.inputs[0], dim)
+    negative = b.pointwise("neg", score.neg, input)
+    return None if negative is None else _softmax(b, made(negative), dim)
+
+
+@meaning("log_softmax")
+def _log_softmax(b: Builder, input: Value, dim: Any = None, dtype: Any = None, **ignored: Any) -> Value | None:
+    along = _axis(dim, len(input.shape))
+    if along is None:
+        return None
+    shape = tuple(1 if d == along else size for d, size in enumerate(b.shape))
+    total = b.value("reduce", "logsumexp", (input,), shape, dims=(along,), keepdim=True)
+    return b.pointwise("sub", score.sub, input, total)
+
+
+@meaning("normalize")
+def _normalize(b: Builder, input: Value, p: Any = 2.0, dim: Any = 1, eps: Any = 1e-12, **ignored: Any) -> Value | None:
+    """F.normalize(x, p=1): x over the sum of its sizes, which torch keeps above `eps`."""
+    total = _norm(b, input, p, dim, True)
+    if total is None or not isinstance(eps, int | float):
+        return None
+    guarded = b.value("pointwise", "clamp", (total, eps, math.inf), total.shape, fn=score.clamp, guard=True)
+    return b.pointwise("div", score.div, input, guarded)
+
+
+@meaning("norm", "vector_norm", "linalg_vector_norm", "linalg_norm")
+def _norm(b: Builder, input: Value, p: Any = 2.0, dim: Any = None, keepdim: bool = False, dtype: Any = None,
+          ord: Any = None) -> Value | None:  # fmt: skip
+    """Of the first order along one dimension: the sum of the sizes.  Others stay what they are."""
+    listed = dim if isinstance(dim, list | tuple) else [dim]
+    along = axis(listed[0], len(input.shape)) if len(listed) == 1 and listed[0] is not None else None
+    order = p if ord is None else ord
+    if along is None or isinstance(order, bool | str | Value | fx.Node) or order != 1 or not is_float(input):
+        return None
+    kept = [size for d, size in enumerate(input.shape) if d != along]
+    shape = (*kept[:along], 1, *kept[along:]) if keepdim else tuple(kept)
+    sizes = b.value("pointwise", "abs", (input,), input.shape, fn=score.abs_)
+    return b.value("reduce", "sum", (sizes,), shape, dims=(along,), keepdim=keepdim)
 
 
 def _reduce(name: str) -> Meaning:
@@ -64,25 +114,6 @@ def _sum_of_product(b: Builder, x: Value, dims: list[int]) -> Value | None:
         return None
     out = tuple(d for d in range(rank) if d not in dims)
     return b.value("contraction", "mul_sum", x.inputs, lhs=left, rhs=right, out=out)
-
-
-def softmax_by_hand(b: Builder, x: Any, total: Any) -> Value | None:
-    """exp(y) / exp(y).sum(dim, keepdim=True) -> softmax(y), and y - max(y) -> y inside it."""
-    while isinstance(total, Value) and total.kind == "pointwise" and total.name == "identity":
-        total = total.inputs[0]
-    reshaped = isinstance(total, Value) and total.kind == "layout" and total.name == "reshape"
-    rows = total.inputs[0] if reshaped else total
-    if not (
-        isinstance(rows, Value) and rows.kind == "reduce" and rows.name == "sum" and rows.attrs["keepdim"] != reshaped
-    ):
-        return None
-    dims = rows.attrs["dims"]
-    if not isinstance(x, Value) or total.shape != tuple(1 if d in dims else n for d, n in enumerate(x.shape)):
-        return None
-    total = rows
-    if total.inputs[0] is not x or len(dims) != 1 or not (x.kind == "pointwise" and x.name == "exp"):
-        return None
-    return b.value("softmax", "softmax", (_without_row_maximum(x.inputs[0], dims),), dim=dims[0])
 
 
 def _without_row_maximum(y: Value, dims: tuple[int, ...]) -> Value:

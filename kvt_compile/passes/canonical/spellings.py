@@ -31,7 +31,8 @@ ALIASES: dict[str, str] = {
     # contractions
     "__matmul__": "matmul", "mv": "matmul", "bmm": "matmul", "dot": "matmul",
     # softmax and attention
-    "_softmax": "softmax", "_safe_softmax": "softmax",
+    "_softmax": "softmax", "_safe_softmax": "softmax", "_log_softmax": "log_softmax",
+    "__rpow__": "rpow",
     "_scaled_dot_product_attention_math": "scaled_dot_product_attention",
     # layout
     "_unsafe_view": "view", "_reshape_alias": "reshape", "swapaxes": "transpose", "swapdims": "transpose",
@@ -46,6 +47,8 @@ ALIASES: dict[str, str] = {
 # module -> (canonical name, attributes passed by keyword)
 MODULES: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
     nn.Softmax: ("softmax", ("dim",)),
+    nn.Softmin: ("softmin", ("dim",)),
+    nn.LogSoftmax: ("log_softmax", ("dim",)),
     nn.Identity: ("identity", ()),
     nn.Sigmoid: ("sigmoid", ()),
     nn.Tanh: ("tanh", ()),

@@ -16,6 +16,7 @@ import torch
 
 from kvt_compile.kernels.language import score as language
 from kvt_compile.passes.canonical.coords import Atom, Axes, Coord, Coords, Space
+from kvt_compile.passes.canonical.made import can_be_read
 from kvt_compile.passes.canonical.meaning import number as as_number
 from kvt_compile.passes.canonical.meaning_layout import PULL, REARRANGES
 from kvt_compile.passes.canonical.values import Dim, Value, product, same
@@ -290,7 +291,7 @@ class _Printed:
     def _load(self, leaf: Leaf) -> sympy.Expr:
         if leaf.value.dtype is None or leaf.value.dtype.is_complex:
             raise Miss("scores", leaf.value, f"{leaf.value.node.name}, which takes part in the scores, is not real")
-        if leaf.value.holder is None:
+        if not can_be_read(leaf.value):
             raise Miss("scores", leaf.value, f"an inner part of {leaf.value.node.name} takes part in the scores")
         values = [captured.value for captured in self.captured]
         if leaf.value not in values:

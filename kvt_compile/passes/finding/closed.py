@@ -5,8 +5,10 @@ from __future__ import annotations
 import networkx as nx
 
 from kvt_compile.passes.canonical.canonicalise import CanonicalGraph
+from kvt_compile.passes.canonical.made import held
 from kvt_compile.passes.canonical.values import Value
 from kvt_compile.passes.finding.miss import Miss
+from kvt_compile.passes.reading.axes import is_pointwise
 
 
 def closed_interior(
@@ -29,7 +31,7 @@ def closed_interior(
             reader = outside[0].node.name if outside else "the model's output"
             raise Miss("closed", value, f"{value.node.name} is also read by {reader}")
     erased = {value.node for value in interior}
-    for leaf in leaves:
+    for leaf in (x for captured in leaves for x in held(captured)):
         if (
             leaf in interior
         ):  # N x N numbers beside the kernel, and in-place writes they need would be erased with the rest
@@ -38,4 +40,14 @@ def closed_interior(
             raise Miss("closed", leaf, f"{leaf.node.name} is overwritten before the product with the values")
         if leaf.holder is not leaf.node and leaf.node in erased:  # held by what a write of the region wrote to
             raise Miss("closed", leaf, f"{leaf.node.name} writes to the scores what the scores are made of")
-    return frozenset(interior)
+    return frozenset(interior | _left_over(graph, first, last))
+
+
+def _left_over(graph: CanonicalGraph, first: Value, last: Value) -> set[Value]:
+    """What was computed of the scores as well and is read by nobody any more: a sum that became part of a softmax."""
+    made: set[Value] = {first}
+    for value in graph.values[first.index + 1 : last.index + 1]:
+        known = value.kind not in ("opaque", "source") or value.name == "detach" or is_pointwise(value.name)
+        if known and any(x in made for x in value.operands):
+            made.add(value)
+    return {value for value in made if not value.users and value is not last and value not in graph.outputs}

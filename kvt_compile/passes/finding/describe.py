@@ -12,6 +12,7 @@ from torch import fx
 
 from kvt_compile.kernels.language import score as language
 from kvt_compile.passes.canonical.coords import Atom, Coords, Space
+from kvt_compile.passes.canonical.made import name_of
 from kvt_compile.passes.canonical.values import Dim, Value, meta_value
 from kvt_compile.passes.finding.assemble import Assembled, size_of
 from kvt_compile.passes.finding.miss import Miss
@@ -79,7 +80,7 @@ def describe_fused(
     dropout_module: str,
 ) -> AttentionSite:
     groups = assembled.groups
-    names = _unique([(leaf.value.holder or leaf.value.node).name for leaf in assembled.captured])
+    names = _unique([name_of(leaf.value) for leaf in assembled.captured])
     captured = []
     for slot, leaf in enumerate(assembled.captured):
         reads = [x for e in (assembled.score, assembled.weight) for x in language.loads(e) if x.slot == slot]

@@ -13,6 +13,7 @@ import sympy
 from kvt_compile.kernels.language import score as language
 from kvt_compile.passes.canonical.canonicalise import CanonicalGraph
 from kvt_compile.passes.canonical.coords import Coord, Coords, Space
+from kvt_compile.passes.canonical.made import can_be_read, held
 from kvt_compile.passes.canonical.values import Value
 from kvt_compile.passes.finding.assemble import Assembled, Reading, assemble
 from kvt_compile.passes.finding.closed import closed_interior
@@ -38,6 +39,9 @@ def read_softmax(graph: CanonicalGraph, facts: Facts, anchor: Value) -> tuple[li
     if anchor.shape[anchor.attrs["dim"]] == 1:
         return [], Miss("values", anchor, ONE_KEY)
     if not anchor.users and anchor not in graph.outputs:
+        whole = anchor.attrs.get("within")
+        if isinstance(whole, Value) and (whole.users or whole in graph.outputs):
+            return [], None  # a part of another softmax, which is an anchor of its own
         return [], Miss("values", anchor, "nobody reads what is computed of it")
     consumers, others = _consumers(graph, anchor)
     if not consumers:
@@ -299,8 +303,11 @@ class _Attempt:
 
     def kept(self, miss: Miss) -> AttentionSite | None:
         """The site as `topk_softmax`: the map stays, the selection and the softmax become one row kernel."""
-        if self.anchor.holder is None or self.anchor.inputs[0].holder is None:
+        scores = self.anchor.inputs[0]
+        if self.anchor.holder is None or not can_be_read(scores):
             return None
+        if any(x.expired is not None and x.expired <= self.anchor.index for x in held(scores)):
+            return None  # the exponential was written over what it is taken of
         keys = tuple(self.space.resolve(self.coords[self.dim]).digits)
         in_query, in_key = (self.space.atoms_of(at) for _, at in (self.query, self.key))
         queries = (in_query - in_key) & self.space.atoms_of(self.coords)

@@ -180,7 +180,7 @@ def behind(space: Space, value: Value, coords: Coords, wanted: set[Atom]) -> tup
     if not isinstance(call, Call) or not inputs:
         return None
     x = _the_one(call.name, inputs)
-    became = _BECAME.get(call.name, _at_their_places if _is_pointwise(call.name) else None)
+    became = _BECAME.get(call.name, _at_their_places if is_pointwise(call.name) else None)
     found = became(value, call, x) if became is not None else None
     if found is None:
         return None
@@ -198,7 +198,7 @@ def _the_one(name: str, inputs: list[Value]) -> Value:
         return next((x for x in inputs if x.dtype is not None and not x.dtype.is_floating_point), inputs[0])
     if name in ("cat", "stack"):
         return next((x for x in inputs if x.kind != "source"), inputs[0])
-    if _is_pointwise(name):
+    if is_pointwise(name):
         return max(inputs, key=lambda x: len(x.shape))
     return inputs[0]
 
@@ -216,7 +216,7 @@ def _coordinates(space: Space, x: Value, became: Became, coords: Coords, wanted:
 
 
 @lru_cache(maxsize=512)
-def _is_pointwise(name: str) -> bool:
+def is_pointwise(name: str) -> bool:
     """Whether torch itself says so of its own operation of this name."""
     return _tagged(name) or _tagged(f"{name}_")
 

@@ -1,8 +1,9 @@
 """softmax(t + c) = softmax(t) for any c that is the same along the row; so is which keys are the k largest.
 
-    alpha * (x - max(x))   ->   alpha * x
+    alpha * (x - max(x))   ->   alpha * x        x - logsumexp(x)   ->   x
 
-Models subtract a row maximum (or the maximum of everything) for numerical safety, which the kernel does by itself.
+Models subtract a row maximum (or the maximum of everything) for numerical safety, which the kernel does by itself, and
+logarithms of softmaxes have a sum of the row subtracted.  No gradient comes through such a number.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from kvt_compile.passes.reading.read import Reader
 
 
 def without_row_constants(scores: sympy.Expr, reader: Reader, keys: Coord) -> sympy.Expr:
-    """The scores without the maxima of the scores themselves that enter them as one added number per row."""
+    """The scores without what is taken of the scores themselves along a row and enters them as one added number."""
     space = reader.space
     along = set(space.resolve(keys).digits)
     varying = {
@@ -26,7 +27,7 @@ def without_row_constants(scores: sympy.Expr, reader: Reader, keys: Coord) -> sy
     varying |= {symbol for symbol, at in reader.positions.items() if along & set(space.resolve(at).digits)}
     for leaf in reader.leaves:
         maximum = _detached(leaf.value)
-        if maximum[-1].kind != "reduce" or maximum[-1].name != "amax" or leaf.symbol in varying:
+        if maximum[-1].kind != "reduce" or leaf.symbol in varying:
             continue
         of = _detached(maximum[-1].inputs[0])[-1]
         if not reader.carries(of) and of not in reader.stops:

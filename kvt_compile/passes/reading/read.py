@@ -235,6 +235,8 @@ def scaled(x: sympy.Expr) -> sympy.Expr:
         first, inner = float(x.args[0]), x.args[1].args[0]
         if isinstance(inner, sympy.Float) and any(abs(math.frexp(y)[0]) == 0.5 for y in (first, float(inner))):
             product = first * float(inner)
+            if product == 1.0:
+                return x.args[1].args[1]
             if _SMALLEST < abs(product) < 1 / _SMALLEST:
                 return score.mul(sympy.Float(product), x.args[1].args[1])
     return x

@@ -18,6 +18,7 @@ from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 from kvt_compile.passes.canonical.coords import Atom, Coord
+from kvt_compile.passes.canonical.made import is_made
 from kvt_compile.passes.canonical.values import Value, meta_value, product
 from kvt_compile.passes.finding.sizes import SizeSource, is_part, size_sources
 from kvt_compile.passes.site import Operand
@@ -42,9 +43,28 @@ class Emitter:
 
     def value(self, value: Value) -> fx.Node:
         """The node that now holds a value; behind a border it is detached."""
+        if is_made(value):
+            return self._made(value)
         assert value.holder is not None
         node = self.node(value.holder)
         return self.call(aten.detach.default, node) if value.kind == "border" else node
+
+    def _made(self, value: Value) -> fx.Node:
+        """What no node of the model holds, written down as it was read (`canonical/made.py`)."""
+        inputs: list[Any] = [self.value(x) if isinstance(x, Value) else x for x in value.inputs]
+        match value.name:
+            case "permute":
+                return self.call(aten.permute.default, *inputs, list(value.attrs["dims"]))
+            case "reshape":
+                return self.call(aten.reshape.default, *inputs, list(value.shape))
+            case "where":
+                first, second = (isinstance(x, fx.Node) for x in inputs[1:])
+                target = aten.where.ScalarOther if first and not second else aten.where.ScalarSelf
+                return self.call(aten.where.self if first and second else target, *inputs)
+            case "mul" | "add":
+                packet = getattr(aten, value.name)
+                return self.call(packet.Tensor if isinstance(inputs[1], fx.Node) else packet.Scalar, *inputs)
+        return self.call(getattr(aten, value.name).default, *inputs)
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A call_function node with the fake value of its result and the origin of the node it stands for."""

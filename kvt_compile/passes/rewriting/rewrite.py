@@ -136,7 +136,7 @@ def _remove(graph: fx.Graph, plan: Fused) -> None:
     for values in (plan.interior, _pure_feeders(plan.sources)):
         last_first = sorted(values, key=lambda value: value.index, reverse=True)
         for node in dict.fromkeys(value.node for value in last_first):
-            if not node.users:
+            if not node.users and node is not plan.node:
                 graph.erase_node(node)
 
 
