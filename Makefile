@@ -1,6 +1,6 @@
 # Every target sets up its environment first (tools/python) and is quick about it when there is nothing to do.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-versions test-gpu gpu gpu-cache golden texts resources check format docs bench zoo fuzz faults clean
+.PHONY: help demo test test-distributed test-versions test-gpu gpu gpu-cache golden texts resources check format docs bench zoo fuzz faults clean
 
 ARGS ?=
 
@@ -12,7 +12,10 @@ demo:  ## set up, then run a real vision transformer on photographs with k-NN at
 
 test:  ## set up, then run the tests (ARGS="-k name" and the like)
 	@# tests run side by side, one thread each: torch's own threads would only fight over the cores
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} ./tools/python test -m pytest -n auto --maxprocesses 8 $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} ./tools/python test -m pytest -n auto --maxprocesses 8 --dist loadgroup $(ARGS)
+
+test-distributed:  ## set up, then run the tests of torch.distributed: 2 and 4 processes of gloo (`make test` has them too)
+	@OMP_NUM_THREADS=1 ./tools/python test -m pytest tests/parallel $(ARGS)
 
 test-versions:  ## the suite on the oldest and the newest torch, 5 GB each (ARGS="newest", "oldest -k name", "--changing")
 	@for python in $(or $(PYTHON),python3 python3.11 python3.12 python3.13); do \

@@ -4,6 +4,7 @@ Every softmax(Q Kᵀ) V of a model is found, however it is spelled, and rewritte
 highest-scoring keys (KVT, arXiv 2106.00515).
 """
 
+import kvt_compile.parallel.registration  # noqa: F401 - rules for DTensors
 from kvt_compile.adjust import options, set_topk
 from kvt_compile.backend import RefusalError
 from kvt_compile.backends import inductor_pass, passes_for

@@ -284,6 +284,7 @@ def _attention_hook(callback: Callback, number: int, where: Where, row: SiteRepo
     def observed_attention(
         q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor] | None, score: str, weight: str, topk: int,
         sizes: Sequence[int] | None, dropout_p: float, seed: Tensor | None, lowering: str, tolerance: float = 0.0,
+        draw: Sequence[int] | None = None,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         kept = min(topk, k.shape[2])
         call = AttentionCall(number, where, row, kept, lowering, q, k, v, captured or (), score, weight, sizes or ())
@@ -291,7 +292,7 @@ def _attention_hook(callback: Callback, number: int, where: Where, row: SiteRepo
         if instead is not None:
             return instead, None, None  # a rewritten graph reads the output alone
         out: tuple[Tensor, ...] = KVT.attention(
-            q, k, v, captured, score, weight, topk, sizes, dropout_p, seed, lowering, tolerance
+            q, k, v, captured, score, weight, topk, sizes, dropout_p, seed, lowering, tolerance, draw
         )
         return out
 

@@ -1,12 +1,17 @@
 """(seed, b, h, i, j) -> keep or drop: Philox4x32-10, so that every lowering draws the same mask and can draw it again.
 
-    counter = (lo32(o), hi32(o), 0, 0),  o = ((b*Hq + h)*Nq + i)*Nk + j,  key = (lo32(seed), hi32(seed))
+    counter = (lo32(o), hi32(o), 0, 0),  o = first + b*per_b + h*per_h + i*per_i + j,  key = (lo32(seed), hi32(seed))
     dropped  <=>  first output word < floor(dropout_p * 2**32)
+
+A call that is all there is has first = 0, per_b = Hq*Nq*Nk, per_h = Nq*Nk, per_i = Nk.  One that is a part of a larger
+call (some of its batch, heads or queries, with all keys) has those four numbers of the larger one, and so its mask.
 
 Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +19,15 @@ from torch import Tensor
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
+
+
+def place_of_draws(rows: Sequence[int], keys: int, part: Sequence[int] | None = None) -> tuple[int, int, int, int]:
+    """(first, per_b, per_h, per_i) of a call with `[B, Hq, Nq]` rows; `part` itself where it is given."""
+    if part is not None:
+        first, per_b, per_h, per_i = part
+        return first, per_b, per_h, per_i
+    _, heads, queries = rows
+    return 0, heads * queries * keys, queries * keys, keys
 
 
 def philox_first_word(offset: Tensor, seed: Tensor) -> Tensor:

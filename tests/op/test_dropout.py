@@ -108,3 +108,35 @@ def test_gradcheck_with_a_fixed_seed() -> None:
     case = Case("float64", dtype=torch.float64, dropout_p=0.4, queries=5, keys=6, topk=3, head_dim=3, value_dim=2)
     q, k, v, _ = case.tensors()
     assert torch.autograd.gradcheck(lambda *x: call(case, "aten", x)[0], (q, k, v))
+
+
+@pytest.mark.parametrize("lowering", ["aten", "reference", "auto"])
+@pytest.mark.parametrize(
+    ("rows", "first"),
+    [((slice(1, 2), slice(None), slice(None)), 165), ((slice(None), slice(1, 3), slice(2, 5)), 55 + 22)],
+    ids=["batch", "heads and rows"],
+)
+def test_a_part_of_a_call_draws_the_mask_of_the_whole(lowering: str, rows: tuple[slice, ...], first: int) -> None:
+    q, k, v = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 11, 4), torch.randn(2, 3, 11, 6)
+    grad = torch.randn(2, 3, 5, 6)
+
+    def run(rows: tuple[slice, ...], draw: list[int] | None) -> tuple[Tensor, Tensor]:
+        mine = [q[rows], k[rows[:2]], v[rows[:2]]]
+        leaves = [x.clone().requires_grad_() for x in mine]
+        out = torch.ops.kvt.attention(
+            *leaves, [], "0.5*s", "p", 6, [], 0.4, torch.tensor([9]), lowering, 0.0, draw
+        )[0]  # fmt: skip
+        out.backward(grad[rows])
+        assert leaves[0].grad is not None
+        return out.detach(), leaves[0].grad
+
+    whole = run((slice(None),) * 3, None)
+    for part, expected in zip(run(rows, [first, 165, 55, 11]), whole, strict=True):
+        torch.testing.assert_close(part, expected[rows])
+    assert not torch.equal(run(rows, None)[0], whole[0][rows])
+
+
+def test_a_part_is_four_numbers() -> None:
+    q = torch.randn(1, 1, 3, 4)
+    with pytest.raises(ValueError, match=r"draw is .*expected four numbers"):
+        torch.ops.kvt.attention(q, q, q, [], "s", "p", 2, [], 0.5, torch.tensor([1]), "aten", 0.0, [0, -1, 3, 3])

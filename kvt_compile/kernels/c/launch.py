@@ -19,7 +19,7 @@ from torch import Tensor
 from kvt_compile.kernels.c import cache
 from kvt_compile.kernels.c.generate import source
 from kvt_compile.kernels.c.gradients import separated_axes
-from kvt_compile.kernels.c.layout import MATRICES, SOFTMAX_FIELDS, call_fields, shape_fields
+from kvt_compile.kernels.c.layout import DRAW, MATRICES, SOFTMAX_FIELDS, call_fields, shape_fields
 from kvt_compile.kernels.c.settings import Settings
 from kvt_compile.kernels.c.toolchain import BuildError
 from kvt_compile.kernels.dropout import keep_scale
@@ -161,6 +161,7 @@ def _arguments(call: AttentionCall) -> Arguments:
     arguments["threads"] = torch.get_num_threads()
     if call.seed is not None:
         arguments["seed"] = int(call.seed.item())
+        arguments |= zip(DRAW, call.draw, strict=True)
         arguments["drop_below"] = int(call.dropout_p * 2**32)
         arguments["keep_scale"] = keep_scale(call.dropout_p)
     return arguments

@@ -8,6 +8,8 @@ from kvt_compile.kernels.c.scalar import ELEMENTS
 from kvt_compile.kernels.op.spec import KernelSpec
 
 MATRICES = ("q", "k", "v", "grad_out")
+DRAW = ("draw_first", "draw_b", "draw_h", "draw_i")
+"""Where dropout draws: `AttentionCall.draw`."""
 
 
 SOFTMAX_FIELDS = (
@@ -40,7 +42,7 @@ def call_fields(spec: KernelSpec) -> tuple[tuple[str, str], ...]:
         (f"{q} *", "dq"),
         (f"{q} *", "dk"),
         (f"{v} *", "dv"),
-        *(("int64_t", x) for x in ("threads", "seed", "drop_below")),
+        *(("int64_t", x) for x in ("threads", "seed", "drop_below", *DRAW)),
         ("double", "keep_scale"),
     ]
     for number, captured in enumerate(spec.captured):

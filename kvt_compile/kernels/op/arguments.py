@@ -35,6 +35,7 @@ class AttentionArguments:
     seed: Tensor | None
     lowering: str
     tolerance: float = 0.0
+    draw: Sequence[int] | None = None
 
 
 @dataclass(slots=True, kw_only=True)

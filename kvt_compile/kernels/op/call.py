@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvt_compile.kernels.dropout import place_of_draws
 from kvt_compile.kernels.op.arguments import AttentionArguments
 from kvt_compile.kernels.op.spec import KernelSpec
 
@@ -34,13 +35,15 @@ class AttentionCall:
     tolerance: float = 0.0
     """Allows, and does not ask for, another number of keys in every row: any in `topk.kept_range(topk, tolerance)`.  A
     lowering that selects exactly may ignore it.  A backward needs none: the thresholds say what was kept."""
+    part: Sequence[int] | None = None
+    """What the operators call `draw`; None where the call is no part of a larger one."""
 
     @classmethod
     def of(cls, a: AttentionArguments, *, topk: int, needs_grad: Sequence[bool] = ()) -> AttentionCall:
         """`topk`: how many keys are kept, at most as many as there are.  Raises SpecError."""
         captured, sizes = a.captured or (), a.sizes or ()
         spec = KernelSpec.of(a.q, a.k, a.v, captured, a.score, a.weight, len(sizes), a.dropout_p, needs_grad)
-        return cls(spec, a.q, a.k, a.v, captured, topk, sizes, a.dropout_p, a.seed, a.tolerance)
+        return cls(spec, a.q, a.k, a.v, captured, topk, sizes, a.dropout_p, a.seed, a.tolerance, a.draw)
 
     @property
     def rows(self) -> torch.Size:
@@ -51,3 +54,8 @@ class AttentionCall:
     def keys(self) -> int:
         """Nk"""
         return self.k.shape[2]
+
+    @property
+    def draw(self) -> tuple[int, int, int, int]:
+        """(first, per_b, per_h, per_i): dropout of (b, h, i, j) is draw first + b*per_b + h*per_h + i*per_i + j."""
+        return place_of_draws(self.rows, self.keys, self.part)

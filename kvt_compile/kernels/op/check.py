@@ -84,6 +84,8 @@ def check_attention(a: AttentionArguments) -> None:
         if a.seed.dtype != torch.int64 or a.seed.layout is not torch.strided or a.seed.numel() != 1:
             _fail("attention", f"seed is {a.seed.dtype} of shape {tuple(a.seed.shape)}, expected one int64 element")
         _check_memory("attention", "seed", a.seed, device)
+    if a.draw is not None and (len(a.draw) != 4 or any(isinstance(x, int) and x < 0 for x in a.draw)):
+        _fail("attention", f"draw is {list(a.draw)}, expected four numbers of at least 0: first, per_b, per_h, per_i")
     for n, size in enumerate(a.sizes or ()):
         # it may be divided by; a call without rows or keys divides nothing, and a symbolic size is asked when it runs
         if isinstance(size, int) and size < 1 and 0 not in (batch, heads, q.shape[2], keys):

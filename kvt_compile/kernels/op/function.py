@@ -22,11 +22,11 @@ from kvt_compile.kernels.op.arguments import (
     SoftmaxBackwardArguments,
 )
 
-_ARGUMENTS = 11  # before the captured tensors
+_ARGUMENTS = 12  # before the captured tensors
 
 
 class _Attention(torch.autograd.Function):
-    """apply(q, k, v, score, weight, topk, sizes, dropout_p, seed, lowering, tolerance, *captured) ->
+    """apply(q, k, v, score, weight, topk, sizes, dropout_p, seed, lowering, tolerance, draw, *captured) ->
     out, logsumexp, threshold."""
 
     @staticmethod
@@ -36,10 +36,10 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        q, k, v, score, weight, topk, sizes, dropout_p, seed, lowering, _tolerance, *captured = inputs
+        q, k, v, score, weight, topk, sizes, dropout_p, seed, lowering, _tolerance, draw, *captured = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(q, k, v, seed, *output, *captured)
-        ctx.rest = (score, weight, topk, sizes, dropout_p, lowering)
+        ctx.rest = (score, weight, topk, sizes, dropout_p, lowering, draw)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -92,11 +92,11 @@ class _AttentionBackward(torch.autograd.Function):
 
 def _backward_arguments(rest: Sequence[Any], needs_grad: Any, *tensors: Any) -> tuple[Any, ...]:
     """The order of the operator."""
-    score, weight, topk, sizes, dropout_p, lowering = rest
+    score, weight, topk, sizes, dropout_p, lowering, draw = rest
     grad_out, q, k, v, seed, out, logsumexp, threshold, *captured = tensors
     return (
         grad_out, q, k, v, captured, out, logsumexp, threshold,
-        score, weight, topk, sizes, dropout_p, seed, needs_grad, lowering,
+        score, weight, topk, sizes, dropout_p, seed, needs_grad, lowering, draw,
     )  # fmt: skip
 
 
@@ -169,12 +169,12 @@ def no_forward_mode(ctx: Any) -> None:
 
 
 def _attention(a: AttentionArguments) -> Any:
-    rest = (a.score, a.weight, a.topk, list(a.sizes or ()), a.dropout_p, a.seed, a.lowering, a.tolerance)
+    rest = (a.score, a.weight, a.topk, list(a.sizes or ()), a.dropout_p, a.seed, a.lowering, a.tolerance, a.draw)
     return _Attention.apply(a.q, a.k, a.v, *rest, *(a.captured or ()))  # type: ignore[no-untyped-call]
 
 
 def _attention_backward(a: BackwardArguments) -> Any:
-    rest = (a.score, a.weight, a.topk, list(a.sizes or ()), a.dropout_p, a.lowering)
+    rest = (a.score, a.weight, a.topk, list(a.sizes or ()), a.dropout_p, a.lowering, a.draw)
     tensors = (a.grad_out, a.q, a.k, a.v, a.seed, a.out, a.logsumexp, a.threshold, *(a.captured or ()))
     dq, dk, dv, *dcaptured = _AttentionBackward.apply(rest, list(a.needs_grad), *tensors)  # type: ignore[no-untyped-call]
     return dq, dk, dv, dcaptured

@@ -9,9 +9,10 @@ q `[B, Hq, Nq, D]`, k `[B, Hk, Nk, D]`, v `[B, Hk, Nk, Dv]` with any strides; ou
 logsumexp and threshold `[B, Hq, Nq]` in float32 (float64 when q is float64), not differentiable.  All results are
 contiguous.  Everything that changes a result is an argument, so compile caches key on it by themselves.  `tolerance`
 lets a row keep another number of keys than topk (`kvt_compile.topk.kept_range`) and has a default, so that programs
-saved without it still load; the backward reads what was kept from the thresholds.  `captured` and `sizes` may be None,
-which means empty: AOTInductor's proxy executor hands an empty list on as None, and a schema without `?` would refuse
-it.
+saved without it still load; the backward reads what was kept from the thresholds.  `draw` (`kernels/dropout.py`) has
+one too: it is given where a call is a part of a larger one, whose dropout it draws.  `captured` and `sizes` may be
+None, which means empty: AOTInductor's proxy executor hands an empty list on as None, and a schema without `?` would
+refuse it.
 
 Raw `Library.define`/`impl` and not `custom_op`: the schema stands here as text that a reader and a saved program can be
 checked against, and a call costs 2 to 5 microseconds less (measured: 12 against 14, 19 against 24 with a gradient).
@@ -46,13 +47,13 @@ LIBRARY = torch.library.Library("kvt", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 LIBRARY.define(
     f"attention(Tensor q, Tensor k, Tensor v, Tensor[]? captured, {_COMMON}, str lowering,"
-    " float tolerance=0.0) -> (Tensor out, Tensor logsumexp, Tensor threshold)",
+    " float tolerance=0.0, SymInt[]? draw=None) -> (Tensor out, Tensor logsumexp, Tensor threshold)",
     tags=_TAGS,
 )
 LIBRARY.define(
     "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor[]? captured, Tensor out, Tensor"
-    f" logsumexp, Tensor threshold, {_COMMON}, bool[] needs_grad, str lowering)"
-    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor[] dcaptured)",
+    f" logsumexp, Tensor threshold, {_COMMON}, bool[] needs_grad, str lowering,"
+    " SymInt[]? draw=None) -> (Tensor dq, Tensor dk, Tensor dv, Tensor[] dcaptured)",
     tags=_TAGS,
 )
 LIBRARY.define(
@@ -98,20 +99,20 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     out, logsumexp, threshold = output
     ctx.mark_non_differentiable(logsumexp, threshold)
     ctx.save_for_backward(a.q, a.k, a.v, *(a.captured or ()), out, logsumexp, threshold, a.seed)
-    ctx.rest = (a.score, a.weight, a.topk, a.sizes, a.dropout_p, a.lowering)
+    ctx.rest = (a.score, a.weight, a.topk, a.sizes, a.dropout_p, a.lowering, a.draw)
     ctx.nothing = a.captured is None
 
 
 def _attention_autograd(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
     q, k, v, *captured, out, logsumexp, threshold, seed = ctx.saved_tensors
-    score, weight, topk, sizes, dropout_p, lowering = ctx.rest
+    score, weight, topk, sizes, dropout_p, lowering, draw = ctx.rest
     need_q, need_k, need_v, need_captured, *_rest = ctx.needs_input_grad
     needs_grad = [need_q, need_k, need_v, *(() if ctx.nothing else need_captured)]
     there = reached(score, weight, len(captured))
     needs_grad = [need and reaches for need, reaches in zip(needs_grad, there, strict=True)]
     dq, dk, dv, dcaptured = torch.ops.kvt.attention_backward(
         grad_out, q, k, v, captured, out, logsumexp, threshold,
-        score, weight, topk, sizes, dropout_p, seed, needs_grad, lowering,
+        score, weight, topk, sizes, dropout_p, seed, needs_grad, lowering, draw,
     )  # fmt: skip
     dq, dk, dv, *dcaptured = (x if need else None for x, need in zip((dq, dk, dv, *dcaptured), needs_grad, strict=True))
     # register_autograd takes None or a list of numbers for one value, and an empty list for a list of tensors; it wants

@@ -76,9 +76,9 @@ class _Algorithm:
         probability, seed = self.call.dropout_p, self.call.seed
         if seed is None or probability == 0.0:
             return x
-        _, heads, queries = self.call.rows
+        first, per_b, per_h, per_i = self.call.draw
         b, h, i, j = (env.grid.coordinate(axis) for axis in "bhij")
-        offset = ((b * heads + h) * queries + i) * self.call.keys + j
+        offset = first + b * per_b + h * per_h + i * per_i + j
         return torch.where(dropout.dropped(offset, seed, probability), 0.0, x * dropout.keep_scale(probability))
 
 

@@ -49,12 +49,13 @@ def reference_attention(
     sizes: Sequence[int] = (),
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    draw: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Reference:
     """k-NN attention computed in `dtype` throughout; `out` stays in `dtype`.
 
     q `[B, Hq, Nq, D]`, k `[B, Hk, Nk, D]`, v `[B, Hk, Nk, Dv]`, Hq a multiple of Hk; captured, score, weight, sizes,
-    dropout_p and seed as for `kvt::attention`.
+    dropout_p, seed and draw as for `kvt::attention`.
     """
     heads, keys = q.shape[1], k.shape[2]
     v = v.to(dtype).repeat_interleave(heads // max(v.shape[1], 1), dim=1)
@@ -64,7 +65,8 @@ def reference_attention(
     w = _evaluate(language.parse(weight), names | {"p": p}, captured, dtype).to(dtype).expand(t.shape)
     if dropout_p > 0.0 and seed is not None:
         b, h, i, j = (names[x] for x in "bhij")
-        offset = ((b * heads + h) * q.shape[2] + i) * keys + j
+        first, per_b, per_h, per_i = dropout.place_of_draws(q.shape[:3], keys, draw)
+        offset = first + b * per_b + h * per_h + i * per_i + j
         w = torch.where(dropout.dropped(offset, seed, dropout_p), 0.0, w * dropout.keep_scale(dropout_p))
     return Reference(w @ v, logsumexp, threshold, kept)
 

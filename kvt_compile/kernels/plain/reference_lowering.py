@@ -71,7 +71,7 @@ def _run(call: AttentionCall, tensors: Sequence[Tensor]) -> Reference:
     q, k, v, *captured = tensors
     return reference_attention(
         q, k, v, captured, topk=call.topk, score=call.spec.score, weight=call.spec.weight,
-        sizes=call.sizes, dropout_p=call.dropout_p, seed=call.seed,
+        sizes=call.sizes, dropout_p=call.dropout_p, seed=call.seed, draw=call.draw,
     )  # fmt: skip
 
 

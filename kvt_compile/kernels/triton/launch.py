@@ -162,7 +162,7 @@ def _arguments(call: AttentionCall) -> Arguments:
     arguments = _matrix("q", call.q) | _matrix("k", call.k) | _matrix("v", call.v)
     arguments |= {"heads": heads, "group": heads // kv_heads, "nq": queries, "nk": keys}
     arguments |= {"seed_ptr": call.seed, "drop_below": int(call.dropout_p * 2**32)}
-    arguments |= {"keep_scale": keep_scale(call.dropout_p)}
+    arguments |= {"keep_scale": keep_scale(call.dropout_p)} | dict(zip(layout.DRAW, call.draw, strict=True))
     arguments |= {f"n{n}": size for n, size in enumerate(call.sizes)}
     for n, c in enumerate(call.captured):
         arguments[f"c{n}_ptr"] = c

@@ -8,6 +8,8 @@ from functools import lru_cache
 from kvt_compile.kernels.op.spec import KernelSpec
 
 SMALLEST = 16
+DRAW = ("draw_first", "draw_b", "draw_h", "draw_i")
+"""Where dropout draws: `AttentionCall.draw`."""
 KEPT = ("topk", "fewest", "most")
 """Features of the narrowest part: a matrix instruction takes no fewer."""
 
@@ -69,7 +71,7 @@ def draw_names(spec: KernelSpec) -> tuple[str, ...]:
 
 
 def _dropout_names(spec: KernelSpec) -> tuple[str, ...]:
-    return ("seed_ptr", "drop_below", "keep_scale") if spec.dropout else ()
+    return ("seed_ptr", "drop_below", "keep_scale", *DRAW) if spec.dropout else ()
 
 
 def matrix_names(*matrices: str) -> tuple[str, ...]:
