@@ -1,6 +1,6 @@
 """KernelSpec -> the C source of its kernel, forward and backward; SoftmaxSpec -> the row kernel.
 
-    vector  element  args  transpose  product  math  score  select  [dropout]  forward  backward
+    vector  element  args  transpose  product  [pairs]  math  score  select  [dropout]  forward  backward
 
 The text depends on the spec alone, not on the machine: what differs between CPUs is decided by the preprocessor and the
 compiler's flags.  Templates are the parts in `templates/`; each is plain C with few holes.
@@ -57,6 +57,7 @@ def _attention(spec: KernelSpec) -> str:
         spec=spec,
         types=(spec.dtype, spec.value_dtype, *(c.dtype for c in spec.captured)),
         matrix_types=(spec.dtype, spec.value_dtype),
+        paired=_paired(spec),
         wide=scalar.wide,
         other=scalar.ctypes["other"],
         functions=sorted(set().union(*(x.functions for x in programs))),
@@ -111,9 +112,14 @@ def _render(template: str, *, types: tuple[str, ...], matrix_types: tuple[str, .
 
 def _check_stack(spec: KernelSpec, programs: list[Program], scatters: int) -> None:
     """Values of every score of a block stand on a thread's stack, at most 128 bytes (M lanes) a key."""
-    values = sum(len(x.tiles) for x in programs) + scatters
-    if values * 128 * block_size(spec) > STACK:
-        raise NotGenerated(f"{values} values of every score, {STACK // (128 * block_size(spec))} at most,")
+    values, keys = sum(len(x.tiles) for x in programs) + scatters, block_size(spec) * (2 if _paired(spec) else 1)
+    if values * 128 * keys > STACK:
+        raise NotGenerated(f"{values} values of every score, {STACK // (128 * keys)} at most,")
+
+
+def _paired(spec: KernelSpec) -> bool:
+    """Whether a CPU that multiplies bfloat16 computes products of pairs (`templates/pairs.c.jinja`)."""
+    return "bfloat16" in (spec.dtype, spec.value_dtype) and spec.dtype != "float64"
 
 
 def block_size(spec: KernelSpec) -> int:

@@ -31,6 +31,8 @@ FLAGS = (
 TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "native": ("-march=native",),
+        "amx": ("-march=sapphirerapids",),
+        "avx512bf16": ("-march=cooperlake",),
         "avx512": ("-march=skylake-avx512",),
         "avx2": ("-march=haswell",),
         "portable": ("-march=x86-64",),
@@ -38,6 +40,13 @@ TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
     "aarch64": {"native": ("-mcpu=native",), "portable": ()},
 }
 """Machine -> name of an instruction set -> flags.  The source is the same for all."""
+NEEDED = {
+    "amx": ("amx_tile", "amx_bf16", "avx512_bf16"),
+    "avx512bf16": ("avx512_bf16",),
+    "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    "avx2": ("avx2", "fma", "bmi2"),
+}
+"""What a CPU must say it has, in Linux's words, before code for an instruction set is run on it."""
 INSTALL_HINT = "install one (Debian, Ubuntu: apt install gcc; Fedora: dnf install gcc; conda: conda install c-compiler)"
 
 
@@ -171,6 +180,11 @@ def find_compiler(command: str | None, target: str) -> Compiler:
     flags = TARGETS.get(machine, {"native": (), "portable": ()})
     if target not in flags:
         raise BuildError(f"unknown instruction set {target!r} on {machine}, expected one of {', '.join(flags)}")
+    if missing := [x for x in NEEDED.get(target, ()) if cpu_flags() and x not in cpu_flags()]:
+        there = ", ".join(x for x in flags if not cpu_flags() or cpu_flags().issuperset(NEEDED.get(x, ())))
+        raise BuildError(
+            f"instruction set {target!r} needs {', '.join(missing)}, which this CPU has not; it has {there}"
+        )
     try:
         candidates = [tuple(shlex.split(command))] if command else [(x,) for x in ("cc", "gcc", "clang")]
     except ValueError as error:
@@ -180,6 +194,17 @@ def find_compiler(command: str | None, target: str) -> Compiler:
             return Compiler(candidate, target, flags[target])
     wanted = command or "cc, gcc or clang"
     raise BuildError(f"no C compiler ({wanted}) on the PATH: {INSTALL_HINT}")
+
+
+@lru_cache(maxsize=1)
+def cpu_flags() -> frozenset[str]:
+    """What the CPU says it can do; empty where it does not say."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n", 1)[0]
+    except OSError:
+        return frozenset()
+    lines = (line.partition(":") for line in text.splitlines())
+    return frozenset(x for name, _, value in lines if name.strip() == "flags" for x in value.split())
 
 
 @lru_cache(maxsize=1)
