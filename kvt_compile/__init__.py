@@ -16,6 +16,7 @@ from kvt_compile.functional import topk_attention
 from kvt_compile.look import visualize
 from kvt_compile.report.report import Report
 from kvt_compile.rewrite import RewriteResult, rewrite
+from kvt_compile.verification import Verification, VerificationError, verify
 
 __all__ = [
     "CalibratedPolicy",
@@ -26,6 +27,8 @@ __all__ = [
     "RefusalError",
     "Report",
     "RewriteResult",
+    "Verification",
+    "VerificationError",
     "calibrate",
     "explain",
     "inductor_pass",
@@ -34,5 +37,6 @@ __all__ = [
     "rewrite",
     "set_topk",
     "topk_attention",
+    "verify",
     "visualize",
 ]

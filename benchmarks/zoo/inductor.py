@@ -12,7 +12,6 @@ from typing import Any
 from torch import fx
 
 from benchmarks.zoo.catalogue import Entry
-from benchmarks.zoo.compare import run
 from benchmarks.zoo.models import build
 
 
@@ -32,7 +31,8 @@ def matched(entry: Entry) -> int:
         torch._functorch.config.patch(enable_autograd_cache=False),
     )
     with caches[0], caches[1], torch.no_grad():
-        run(torch.compile(build(entry)[0], backend=backend), *build(entry)[1:])
+        model, args, kwargs = build(entry)
+        torch.compile(model, backend=backend)(*args, **kwargs)
     return int(counters["inductor"]["fuse_attention"])
 
 

@@ -1,29 +1,34 @@
 """Entry -> `Verdict`: what the finder made of every attention of the model, and whether the meaning was kept.
 
 k = N        the rewritten model against the dense one: outputs in float32
-gradients    the same for every parameter's gradient, in training mode without dropout        (one model per family)
+gradients    `kvt_compile.verify`: every gradient too, in training mode without dropout       (one model per family)
 k < N        half of the keys, in float64: every site beside the reference                        (one model per family)
 bite         how far the output moves when a single key is kept: what these checks are able to notice
 """
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
-from torch import nn
 
-from benchmarks.zoo.beside import beside_the_reference
+import kvt_compile
 from benchmarks.zoo.catalogue import Entry
-from benchmarks.zoo.compare import FLOAT64, Check, compare, distance, doubled, gradients, quiet, run, settled
 from benchmarks.zoo.models import Built, build
 from benchmarks.zoo.tally import tally
-from benchmarks.zoo.variants import Rewrites, Way
+from kvt_compile.verification.beside import NAME, beside_the_reference
+from kvt_compile.verification.compare import FLOAT64, compare, distance, settled
+from kvt_compile.verification.copies import doubled
+from kvt_compile.verification.facts import Difference
+from kvt_compile.verification.outcome import Run
+from kvt_compile.verification.ways import Rewrites, Way
+
+Check = dict[str, float]
+"""error and budget, both relative to the largest value of the tensor that comes closest to its budget; and bits, 64
+where only float64 could say: float32 rounding had sent the model another way"""
 
 
 @dataclass
@@ -80,60 +85,56 @@ def judge(
     started = time.perf_counter()
     verdict = verdict or Verdict(entry.id)
     model, args, kwargs = make(entry)
-    rewrites = Rewrites({"all": Way(1.0), "one": Way(1)})
+    rewrites = Rewrites()
     with many_graphs(), torch.no_grad():
-        dense = run(model, args, kwargs)
+        run = Run(model, args, kwargs, backward=False)
+        dense = run()
         compiled = torch.compile(model, backend=rewrites)
-        everything = run(compiled, args, kwargs)
+        everything = run(compiled)
         vars(verdict).update(asdict(tally(entry, rewrites, tuple(rewrites.runs))))
         verdict.graphs, verdict.pass_seconds = len(rewrites.results), round(rewrites.seconds, 2)
         if not entry.count and not any(result.changed for result in rewrites.results):
             verdict.seconds = round(time.perf_counter() - started, 1)
             return verdict  # nothing was rewritten: there is nothing to compare
-        with rewrites.use("one"):
-            single = run(compiled, args, kwargs)
-        wide = doubled(model, args, kwargs)
-        exact = run(*wide)
+        with rewrites.use(Way(1)):
+            single = run(compiled)
+        wide = Run(*doubled(model, args, kwargs), backward=False)
+        exact = wide()
         check = compare(everything, dense, exact)
         if not settled(check):
-            again = run(torch.compile(wide[0], backend=Rewrites({"all": Way(1.0)})), *wide[1:])
-            check = compare(again, dense, exact, unit=FLOAT64) | {"bits": 64}
-        verdict.checks["k = N"] = check
+            again = wide(torch.compile(wide.model, backend=Rewrites()))
+            check = replace(compare(again, dense, exact, unit=FLOAT64), bits=64)
+        verdict.checks["k = N"] = _plain(check)
         if entry.count:
             verdict.bite = distance(single, exact)
         if deep and entry.gradients:
-            verdict.checks["k < N"] = half(*wide)
+            verdict.checks["k < N"] = half(wide)
     if deep and entry.gradients:
-        del model, compiled, wide
+        del model, compiled, wide, run
         verdict.checks["gradients"] = trained(entry, make)
     verdict.seconds = round(time.perf_counter() - started, 1)
     return verdict
 
 
-def half(model: nn.Module, args: Any, kwargs: Any) -> Check:
+def half(wide: Run) -> Check:
     """Half of the keys, in float64: every site beside the reference on the same inputs."""
-    with beside_the_reference() as sites:
-        run(torch.compile(model, backend=Rewrites({"half": Way(0.5, sites.name)})), args, kwargs)
-    return sites.worst if sites.calls else {"error": float("inf"), "budget": 0.0}
+    rewrites = Rewrites()
+    with beside_the_reference() as sites, rewrites.use(Way(0.5, NAME)):
+        wide(torch.compile(wide.model, backend=rewrites))
+    return _plain(sites.worst) if sites.calls else {"error": float("inf"), "budget": 0.0}
 
 
 def trained(entry: Entry, make: Callable[..., Built] = build) -> Check:
     """Every gradient at k = N."""
     model, args, kwargs = make(entry, **entry.small)
-    quiet(model.train())
-    dense = gradients(copy.deepcopy(model), args, kwargs)
-    exact = gradients(*doubled(model, args, kwargs))
+    axes = {"channel_attention": "rewrite", "batch_attention": "rewrite"}
+    found = kvt_compile.verify(model.train(), *args, **kwargs, **axes, one_by_one=False, reproduce_in=False)
+    wrong = found.first.worst if found.first else found.together
+    return _plain(wrong) if wrong else {"error": float("inf"), "budget": 0.0}
 
-    def check(model: nn.Module, args: Any, kwargs: Any, unit: float) -> Check:
-        with many_graphs():
-            rewritten = gradients(model, args, kwargs, torch.compile(model, backend=Rewrites({"all": Way(1.0)})))
-        if not dense.keys() == rewritten.keys() == exact.keys():
-            return {"error": float("inf"), "budget": 0.0}
-        return compare(*([g[name] for name in exact] for g in (rewritten, dense, exact)), unit=unit)
 
-    wide = doubled(model, args, kwargs)
-    said = check(model, args, kwargs, 1.0)
-    return said if settled(said) else check(*wide, FLOAT64) | {"bits": 64}
+def _plain(check: Difference) -> Check:
+    return {"error": check.error, "budget": check.budget} | ({"bits": 64} if check.bits == 64 else {})
 
 
 @contextmanager

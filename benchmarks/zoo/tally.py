@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from benchmarks.zoo.catalogue import Entry
-from benchmarks.zoo.variants import Rewrites
+from kvt_compile.verification.ways import Rewrites
 
 Place = tuple[str, str]
 """axis, module path"""

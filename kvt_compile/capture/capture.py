@@ -12,7 +12,8 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -247,6 +248,13 @@ def run_through_dynamo(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, an fx.GraphModule or an ExportedProgram, got {type(model).__name__}")
+    with unchanged(model), through_dynamo(model, backend) as call:
+        return call(*args, **kwargs)
+
+
+@contextmanager
+def through_dynamo(model: nn.Module, backend: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """What runs the model as torch.compile would, while this is open; at the end Dynamo forgets it."""
 
     def named(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         note_paths(gm)
@@ -258,5 +266,6 @@ def run_through_dynamo(
     limits = torch._dynamo.config.patch(
         recompile_limit=1 << 16, accumulated_recompile_limit=1 << 20, automatic_dynamic_shapes=False
     )
-    with LOCK, unchanged(model), limits, passing(named) as mine:
-        return torch.compile(call_of_its_own(), backend=mine)(model, tuple(args), dict(kwargs))
+    with LOCK, limits, passing(named) as mine:
+        compiled = torch.compile(call_of_its_own(), backend=mine)
+        yield lambda *args, **kwargs: compiled(model, args, kwargs)

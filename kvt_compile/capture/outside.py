@@ -1,7 +1,7 @@
 """Softmax and SDPA calls that no captured graph has: what a graph break hides from torch.compile.
 
-The model runs eagerly under a function mode that notes the line of each call; a line that no graph has a softmax of is
-outside.
+The model runs eagerly under a function mode that notes the line and the module of each call; a line that no graph has a
+softmax of, for that module, is outside.
 """
 
 from __future__ import annotations
@@ -27,21 +27,29 @@ _ATTENTION = ("softmax", "scaled_dot_product_attention")
 def calls_outside(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], results: Iterable[PassResult]
 ) -> list[tuple[str, Where]]:
-    """(function, place) of every softmax and SDPA call the model makes on a line that no graph has one of.
+    """(function, place) of every softmax and SDPA call the model makes on a line that no graph has one of, for the
+    module it is called in.
 
     Args:
         results: what the passes said about each graph of the model.
     """
-    seen = {where for result in results for where in _places(result)}
+    seen = [where for result in results for where in _places(result)]
     calls = _Calls(model)
     with unchanged(model), torch.no_grad(), calls:
         model(*args, **kwargs)
-    return [(name, where) for (name, where) in calls.made if (where.file, where.line) not in seen]
+    return [(name, where) for (name, where) in calls.made if not any(_same(where, other) for other in seen)]
 
 
-def _places(result: PassResult) -> Iterable[tuple[str, int]]:
-    places = [decision.site.where for decision in result.decisions] + [refusal.where for refusal in result.refusals]
-    return ((where.file, where.line) for where in places)
+def _places(result: PassResult) -> list[Where]:
+    return [decision.site.where for decision in result.decisions] + [refusal.where for refusal in result.refusals]
+
+
+def _same(call: Where, seen: Where) -> bool:
+    """Whether a call is one that a graph has: a softmax may be a module of its own in the module that calls it."""
+    paths = ((f"{a}.", f"{b}.") for a in call.names for b in seen.names if a and b)
+    return (call.file, call.line) == (seen.file, seen.line) and (
+        not (call.module and seen.module) or any(a.startswith(b) or b.startswith(a) for a, b in paths)
+    )
 
 
 class _Calls(TorchFunctionMode):
@@ -50,7 +58,9 @@ class _Calls(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.made: dict[tuple[str, Where], None] = {}
-        self._names = {module: name for name, module in model.named_modules()}
+        self._names: dict[nn.Module, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            self._names.setdefault(module, []).append(name)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -71,4 +81,5 @@ class _Calls(TorchFunctionMode):
             if module is None and not inner and isinstance(owner, nn.Module):
                 module = self._names.get(owner)
             frame = frame.f_back
-        return Where(module or "", file, line)
+        first, *others = module or [""]
+        return Where(first, file, line, tuple(others))

@@ -18,6 +18,7 @@ from kvt_compile.cli.errors import UserError
 from kvt_compile.cli.explain import explain
 from kvt_compile.cli.look import look
 from kvt_compile.cli.tune import tune
+from kvt_compile.cli.verify import verify
 from kvt_compile.kernels.disk.text import shown
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ app = typer.Typer(
 app.command()(explain)
 app.command()(calibrate)
 app.command()(look)
+app.command()(verify)
 app.command()(tune)
 app.command()(doctor)
 app.add_typer(cache, name="cache")
