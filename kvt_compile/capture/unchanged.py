@@ -11,14 +11,21 @@ from torch import nn
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Buffers (running statistics) and random state as they were, after the model ran."""
-    kept = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    """Buffers (running statistics, tables made at the first call) and random state as before, after the model ran."""
+    kept = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     with torch.random.fork_rng():
         try:
             yield
         finally:
             with torch.no_grad():
-                for name, buffer in model.named_buffers():
+                for module, name, buffer, before in kept:
                     # one that did not change may be impossible to write to: an expanded table, say
-                    if name in kept and not torch.equal(buffer, kept[name]):
-                        buffer.copy_(kept[name])
+                    if not torch.equal(buffer, before):
+                        buffer.copy_(before)
+                    # a model may put another in its place, of another size
+                    if module._buffers.get(name) is not buffer:
+                        module._buffers[name] = buffer
