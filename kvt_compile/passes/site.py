@@ -121,7 +121,17 @@ class ScoresKept:
     """Whether the model writes to the weights afterwards: the op keeps its own result for the backward."""
 
 
-Plan = Fused | ScoresKept
+@dataclass(frozen=True)
+class Thinned:
+    """How to leave out of the weights that `node` computes all but the k largest of a row.  The model normalises them
+    later, and not as a softmax does."""
+
+    node: fx.Node
+    scores: Value
+    dim: int
+
+
+Plan = Fused | ScoresKept | Thinned
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from kvt_compile.passes.decide import Policy
 from kvt_compile.passes.pipeline import run_passes
-from kvt_compile.passes.site import Fused
+from kvt_compile.passes.site import Fused, Thinned
 
 ALL = Policy(topk=1 << 20, force_rewrite=True)
 EXACT = [x for x in TABLE.values() if x.of is not None]
@@ -68,13 +68,25 @@ def test_every_softmax_is_fused(case: Normaliser) -> None:
 
 
 @pytest.mark.parametrize("case", OTHER, ids=lambda case: case.id)
-def test_neighbours_are_none(case: Normaliser) -> None:
+def test_neighbours_are_none_and_are_named(case: Normaliser) -> None:
+    """The formula is in the report; what is normalised by its own numerator keeps the k largest of that."""
     module = Normalised(case.function).double()
     graph = traced(module, inputs())
     result = run_passes(graph, ALL, lowering="aten")
-    assert not any(isinstance(decision.site.plan, Fused) for decision in result.decisions)
-    assert all(case.says in refusal.reason for refusal in result.refusals)
+    reasons = [decision.site.tier_reason for decision in result.decisions]
+    (reason,) = reasons + [refusal.reason for refusal in result.refusals]
+    assert case.says in reason
+    assert len(reasons) == case.thinned
     assert_same(run(fx.Interpreter(graph).run, module), run(module, module))
+    if not case.thinned:
+        assert not result.changed
+        return
+    assert isinstance(result.decisions[0].site.plan, Thinned)
+    set_arguments(graph, topk=2)
+    thin = run(fx.Interpreter(graph).run, module)
+    assert not torch.allclose(thin[0], run(module, module)[0]), "no key was left out"  # type: ignore[arg-type]
+    module.topk = 2
+    assert_same(thin, run(module, module))
 
 
 _BY_DYNAMO = (

@@ -205,6 +205,8 @@ def fates_of(graph: fx.GraphModule, result: PassResult, order: dict[fx.Node, int
         found[site.softmax] = Fate(decision.topk is not None, site.tier, decision.reason or site.tier_reason)
     for refusal in result.refusals:
         assert refusal.reason, f"{refusal.node} is refused without a reason"
+        if refusal.reason.startswith("between the products"):
+            continue  # no softmax
         assert refusal.node not in found, f"{refusal.node} is a site and a refusal"
         found[refusal.node] = Fate(False, "", refusal.reason)
     return [found[node] for node in sorted(found, key=lambda node: order[node])]

@@ -30,7 +30,9 @@ class Normaliser:
     """The text of the score program, captured tensors as c0, c1, ...; None where it is not stable."""
     factor: float = 1.0
     says: str = ""
-    """A part of the reason that one that is none is left alone for."""
+    """Of what is no softmax: a part of the reason, which has the formula in it."""
+    thinned: bool = False
+    """Of what is no softmax: whether its numerator keeps the k largest of a row."""
 
 
 TABLE: dict[str, Normaliser] = {}
@@ -44,9 +46,9 @@ def softmax(of: Scores = lambda m, s: s, score: str | None = "s", factor: float 
     return register
 
 
-def none(says: str = "") -> Callable[[Function], Any]:
+def none(says: str = "", thinned: bool = False) -> Callable[[Function], Any]:
     def register(function: Function) -> Function:
-        TABLE[function.__name__] = Normaliser(function.__name__, function, says=says)
+        TABLE[function.__name__] = Normaliser(function.__name__, function, says=says, thinned=thinned)
         return function
 
     return register
@@ -64,6 +66,13 @@ class Normalised(nn.Module):
         self.gain = nn.Parameter(torch.randn(N))
         self.register_buffer("mask", (torch.rand(N, N) < 0.6) | torch.eye(N).bool())
         self.register_buffer("weights", torch.rand(N, N))
+        self.topk = N
+
+    def pick(self, e: Tensor) -> Tensor:
+        """The numerator; for the oracle, 0 but for its k largest of each row."""
+        if self.topk == N:
+            return e
+        return e.masked_fill(e < e.detach().topk(self.topk, -1).values[..., -1:], 0.0)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.function(self, q @ k.mT, v)
@@ -356,91 +365,122 @@ def heads_behind_tokens(m: Any, s: Tensor, v: Tensor) -> Tensor:
 # ---- no softmax ------------------------------------------------------------------------------------------------------
 
 
-@none()
+@none("exp(s) / (1 + sum(exp(s)))", thinned=True)
 def one_more(m: Any, s: Tensor, v: Tensor) -> Tensor:
-    e = s.exp()
+    e = m.pick(s.exp())
     return e / (1 + e.sum(-1, True)) @ v
 
 
-@none()
+@none("/ (exp(-amax(s)) + sum(", thinned=True)
+def one_more_with_the_largest_subtracted(m: Any, s: Tensor, v: Tensor) -> Tensor:
+    largest = s.amax(-1, True)
+    e = m.pick((s - largest).exp())
+    return e / ((-largest).exp() + e.sum(-1, True)) @ v
+
+
+@none("exp(s) / (sum(exp(s)) + 1e-06)", thinned=True)
 def a_little_more(m: Any, s: Tensor, v: Tensor) -> Tensor:
-    e = s.exp()
+    e = m.pick(s.exp())
     return e / (e.sum(-1, True) + 1e-6) @ v
 
 
-@none()
+@none("(exp(s) @ v) / (sum(exp(s)) + 1e-06)", thinned=True)
 def a_little_more_afterwards(m: Any, s: Tensor, v: Tensor) -> Tensor:
-    e = s.exp()
+    e = m.pick(s.exp())
     return e @ v / (e.sum(-1, True) + 1e-6)
 
 
-@none()
+@none("relu(s) / (sum(relu(s)) + 1e-06)", thinned=True)
+def rectified_and_a_little_more(m: Any, s: Tensor, v: Tensor) -> Tensor:
+    e = m.pick(s.relu())
+    return e / (e.sum(-1, True) + 1e-6) @ v
+
+
+@none("square(relu(s))", thinned=True)
+def squares_over_their_mean_and_more(m: Any, s: Tensor, v: Tensor) -> Tensor:
+    e = m.pick(s.relu().square())
+    return (e @ v) / (e.mean(-1, True) + 0.1)
+
+
+@none("exp(s) / clamp(sum(exp(s)), 0.001, inf)", thinned=True)
 def a_sum_with_a_floor(m: Any, s: Tensor, v: Tensor) -> Tensor:
-    e = s.exp()
+    e = m.pick(s.exp())
     return e / e.sum(-1, True).clamp(min=1e-3) @ v
 
 
-@none()
+@none("1.5, inf", thinned=True)
 def a_floor_above_the_smallest_sum(m: Any, s: Tensor, v: Tensor) -> Tensor:
-    e = (s - s.amax(-1, True)).exp()
+    e = m.pick((s - s.amax(-1, True)).exp())
     return e / e.sum(-1, True).clamp(min=1.5) @ v
 
 
-@none()
+@none("exp(s) / detach(sum(exp(s)))", thinned=True)
 def the_sum_is_detached(m: Any, s: Tensor, v: Tensor) -> Tensor:
-    e = s.exp()
+    e = m.pick(s.exp())
     return e / e.sum(-1, True).detach() @ v
 
 
-@none()
+@none("exp(s) / sqrt(sum(square(exp(s))))", thinned=True)
+def over_the_root_of_squares(m: Any, s: Tensor, v: Tensor) -> Tensor:
+    e = m.pick(s.exp())
+    return e / e.square().sum(-1, True).sqrt() @ v
+
+
+@none("exp(s - detach(logsumexp(s)))")
 def the_log_sum_is_detached(m: Any, s: Tensor, v: Tensor) -> Tensor:
     return (s - s.logsumexp(-1, True).detach()).exp() @ v
 
 
-@none()
+@none("exp(s) / sum(exp(2 * s))")
 def the_sum_of_something_else(m: Any, s: Tensor, v: Tensor) -> Tensor:
     return s.exp() / (2 * s).exp().sum(-1, True) @ v
 
 
-@none()
+@none("over 2 axes")
 def the_sum_of_all(m: Any, s: Tensor, v: Tensor) -> Tensor:
     e = s.exp()
     return e / e.sum((-1, -2), True) @ v
 
 
-@none()
+@none("exp(s + 1e+09 - 1e+09) / sum(exp(s))")
 def rounded_away(m: Any, s: Tensor, v: Tensor) -> Tensor:
     return ((s + 1e9) - 1e9).exp() / s.exp().sum(-1, True) @ v
 
 
-@none()
+@none("exp(s) / norm(exp(s))")
 def over_another_norm(m: Any, s: Tensor, v: Tensor) -> Tensor:
     e = s.exp()
     return e / e.norm(dim=-1, keepdim=True) @ v
 
 
-@none()
+@none("(exp(s) @ v) / sum(exp(s))")
 def half_of_the_keys(m: Any, s: Tensor, v: Tensor) -> Tensor:
     e = s.exp()
     return e[..., :3] @ v[:, :, :3] / e.sum(-1, True)
 
 
-@none()
+@none("exp(s) * weights / sum(exp(s) * weights)")
 def times_weights_that_may_be_negative(m: Any, s: Tensor, v: Tensor) -> Tensor:
     e = s.exp() * m.weights
     return e / e.sum(-1, True) @ v
 
 
-@none()
+@none("exp(s) / (1 + sum(exp(s)))")
+def one_more_and_the_scores_again(m: Any, s: Tensor, v: Tensor) -> Tensor:
+    e = s.exp()
+    return (e / (1 + e.sum(-1, True)) * s.tanh()) @ v
+
+
+@none("nothing normalises its rows")
 def not_normalised(m: Any, s: Tensor, v: Tensor) -> Tensor:
     return s.sigmoid() @ v
 
 
-@none()
+@none("relu(s) / 5")
 def divided_by_the_count(m: Any, s: Tensor, v: Tensor) -> Tensor:
-    return s.relu() / s.shape[-1] @ v
+    return s.relu() / N @ v
 
 
-@none()
+@none("stands s:")
 def as_it_is(m: Any, s: Tensor, v: Tensor) -> Tensor:
     return s @ v

@@ -220,40 +220,27 @@ def map_through_a_layer(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # ---- no softmax at all -----------------------------------------------------------------------------------------------
 
 
-@spelling()
+@spelling("refused", reason="stands sigmoid(s)")
 def sigmoid_attention(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).sigmoid() @ v
 
 
-@spelling()
+@spelling("refused", reason="stands s / 5")
 def product_attention(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT) / N @ v
 
 
-@spelling()
-def relu_attention(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    weights = F.relu(q @ k.mT)
-    return (weights / (weights.sum(-1, keepdim=True) + 1e-6)) @ v
-
-
-@spelling()
+@spelling("refused", reason="stands s:")
 def relu_linear_attention(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.relu(q) @ (F.relu(k).mT @ v)
 
 
-@spelling()
+@spelling("refused", reason="s - logsumexp(s)")
 def log_softmax(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.log_softmax(q @ k.mT, -1) @ v
 
 
-@spelling()
-def softmax_with_one_more(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """exp(s) / (1 + sum exp(s)) is not a softmax over the keys."""
-    e = torch.exp(q @ k.mT)
-    return (e / (1 + e.sum(-1, keepdim=True))) @ v
-
-
-@spelling()
+@spelling("refused", reason="/ sum(exp(")
 def exponentials_over_another_sum(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     e = torch.exp(q @ k.mT)
     return (e / torch.exp(k @ q.mT).sum(-1, keepdim=True)) @ v

@@ -16,7 +16,7 @@ from kvt_compile.passes.canonical.made import name_of
 from kvt_compile.passes.canonical.values import Dim, Value, meta_value
 from kvt_compile.passes.finding.assemble import Assembled, size_of
 from kvt_compile.passes.finding.miss import Miss
-from kvt_compile.passes.site import AttentionSite, Axis, Captured, Fused, Operand, ScoresKept, Size, Where
+from kvt_compile.passes.site import AttentionSite, Axis, Captured, Fused, Operand, ScoresKept, Size, Thinned, Where
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
@@ -128,7 +128,7 @@ def _unique(names: list[str]) -> list[str]:
 
 def describe_kept(
     anchor: Value,
-    plan: ScoresKept,
+    plan: ScoresKept | Thinned,
     kind: tuple[Axis, str],
     head_dim: Dim,
     value_dim: Dim,
@@ -145,6 +145,6 @@ def describe_kept(
         batch = batch * size if isinstance(batch, int) and isinstance(size, int) else f"{batch}*{size}"
     return AttentionSite(
         place(anchor.node), anchor.node, "scores-kept", axis, batch, heads, heads, queries, keys,
-        size_text(head_dim), size_text(value_dim), str(anchor.inputs[0].dtype).removeprefix("torch."),
-        anchor.inputs[0].node.name, "p", (), plan, miss.reason, anchor, lost_behind,
+        size_text(head_dim), size_text(value_dim), str(plan.scores.dtype).removeprefix("torch."),
+        plan.scores.node.name, "p", (), plan, miss.reason, anchor, lost_behind,
     )  # fmt: skip

@@ -13,9 +13,11 @@ from kvt_compile.passes.canonical.canonicalise import CanonicalGraph
 from kvt_compile.passes.canonical.modes import Mode
 from kvt_compile.passes.canonical.values import Value
 from kvt_compile.passes.finding.describe import place
+from kvt_compile.passes.finding.maps import find_maps, refusal_of
 from kvt_compile.passes.finding.miss import Miss
 from kvt_compile.passes.finding.sdpa_site import read_sdpa
 from kvt_compile.passes.finding.softmax_site import read_softmax
+from kvt_compile.passes.finding.thinned import thinned
 from kvt_compile.passes.reading.facts import Facts, gather_facts
 from kvt_compile.passes.site import AttentionSite, Refusal
 
@@ -27,7 +29,7 @@ class Found:
 
 
 def find(graph: CanonicalGraph) -> Found:
-    """Every site of the graph in program order, and a refusal for every other softmax."""
+    """Every site of the graph in program order, and a refusal for every other softmax, and for every other map."""
     facts = gather_facts(graph)
     sites: list[AttentionSite] = []
     refusals: list[Refusal] = []
@@ -46,6 +48,12 @@ def find(graph: CanonicalGraph) -> Found:
         sites += found
         if miss is not None:
             refusals.append(Refusal(value.node, place(value.node), miss.reason, miss.step, miss.value.node, value))
+    for found_map in find_maps(graph, facts, frozenset(_SOFTMAX_LIKE)):
+        site = None if _stays_dense(graph.modes[found_map.product.node]) else thinned(graph, facts, found_map)
+        if site is not None:
+            sites.append(site)
+        else:
+            refusals.append(refusal_of(found_map))
     return Found(tuple(sites), tuple(refusals))
 
 

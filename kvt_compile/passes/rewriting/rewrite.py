@@ -16,7 +16,7 @@ from kvt_compile.kernels.op import ops as _ops  # noqa: F401 - registers torch.o
 from kvt_compile.passes.canonical.values import Value, meta_value
 from kvt_compile.passes.decide import Decision, share_of
 from kvt_compile.passes.rewriting.emit import Emitter
-from kvt_compile.passes.site import Fused, ScoresKept
+from kvt_compile.passes.site import Fused, ScoresKept, Thinned
 from kvt_compile.topk import TopK
 
 aten = torch.ops.aten
@@ -48,6 +48,8 @@ def rewrite(gm: fx.GraphModule, decisions: Iterable[Decision], lowering: str = "
         plan = decision.site.plan
         if isinstance(plan, Fused):
             _fuse(gm, plan, decision.topk, (lowering, tolerance), renamed)
+        elif isinstance(plan, Thinned):
+            _thin(gm.graph, plan, decision.topk, (lowering, tolerance), renamed)
         else:
             _keep_scores(gm.graph, plan, decision.topk, (lowering, tolerance), renamed)
     if not renamed:
@@ -118,6 +120,24 @@ def _keep_scores(graph: fx.Graph, plan: ScoresKept, topk: TopK, how: How, rename
     new = emit.like(new, plan.node)
     _replace(graph, plan.node, new, renamed)
     graph.erase_node(plan.node)
+
+
+def _thin(graph: fx.Graph, plan: Thinned, topk: TopK, how: How, renamed: dict[fx.Node, fx.Node]) -> None:
+    """w -> w where k-NN softmax of log w is not 0: the k largest of each row, and 0 elsewhere."""
+    emit = Emitter(graph, plan.node.next, plan.node, renamed)
+    weights = emit.node(plan.node)
+    users = list(weights.users)
+    size = plan.scores.shape[plan.dim]
+    keys = size if isinstance(size, int) else emit.call(aten.sym_size.int, weights, plan.dim)
+    dtype = torch.promote_types(meta_value(plan.node).dtype, torch.float32)  # half would make small weights 0
+    logs = emit.call(aten.log.default, emit.call(aten.to.dtype, emit.call(aten.detach.default, weights), dtype))
+    kept = emit.call(
+        torch.ops.kvt.topk_softmax.default, logs, plan.dim, _keys_to_keep(emit, topk, keys), dtype, *how
+    )  # fmt: skip
+    new = emit.call(aten.masked_fill.Scalar, weights, emit.call(aten.eq.Scalar, kept, 0.0), 0.0)
+    for user in users:
+        user.replace_input_with(weights, new)
+    renamed[weights] = new
 
 
 def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node, renamed: dict[fx.Node, fx.Node]) -> None:
