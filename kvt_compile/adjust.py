@@ -22,6 +22,7 @@ from kvt_compile.kernels.op import ops as _ops  # noqa: F401 - registers torch.o
 from kvt_compile.passes.canonical.values import meta_value
 from kvt_compile.passes.finding.describe import place
 from kvt_compile.passes.pipeline import nested_graphs
+from kvt_compile.passes.rewriting.rewrite import OWN_K
 from kvt_compile.topk import TopK, resolve, validate
 
 Choice = TopK | None
@@ -37,6 +38,8 @@ class Adjustable:
 
     path: str
     set: Callable[[Choice], None]
+    own: bool = False
+    """Whether its k is the model's own, which only a pattern that names it changes."""
 
 
 FINDERS: list[Callable[[nn.Module], Iterator[Adjustable]]] = []
@@ -46,10 +49,11 @@ FINDERS: list[Callable[[nn.Module], Iterator[Adjustable]]] = []
 class KeysToKeep(nn.Module):
     """k of one site, computed when the module runs: (keys, k of the capture) -> k."""
 
-    def __init__(self, path: str, dim: int) -> None:
+    def __init__(self, path: str, dim: int, own: bool = False) -> None:
         super().__init__()
         self.path = path
         self.dim = dim
+        self.own = own
         self.topk: Choice = None
         self.adjusted = False
 
@@ -58,7 +62,7 @@ class KeysToKeep(nn.Module):
 
     def forward(self, keys: Tensor, captured: int) -> int:
         count = keys.shape[self.dim]
-        if not self.adjusted and not _forced:
+        if not self.adjusted and (self.own or not _forced):
             return captured
         return keep(self.topk, count)
 
@@ -80,7 +84,7 @@ def set_topk(module: nn.Module, topk: Choice | Mapping[str, Choice]) -> None:
             transformers model with `attn_implementation="kvt"`, or a module that contains such modules.
         topk: an int >= 1, a share in (0, 1], None (all keys), or a mapping from module-path pattern to one of these
             (first match wins; sites that no pattern matches keep the k they have).  A calibrated policy is such a
-            mapping.
+            mapping.  A site whose k is the model's own is changed by a pattern that matches it alone.
 
     Sites that were left dense when the module was rewritten are not there to be changed: a schedule that begins at all
     keys rewrites with `force_rewrite=True`.  Under `torch.compile(result.module)` each new k is a guard that fails, so
@@ -102,6 +106,8 @@ def set_topk(module: nn.Module, topk: Choice | Mapping[str, Choice]) -> None:
             known = ", ".join(dict.fromkeys(site.path or "(top level)" for site in sites))
             raise OptionError(f"topk pattern {pattern!r} matches no attention site; the sites are: {known}")
     for site in sites:
+        if site.own and not isinstance(topk, Mapping):
+            continue
         for pattern, value in rules.items():
             if fnmatch.fnmatchcase(site.path, pattern):
                 site.set(value)
@@ -126,7 +132,8 @@ def options(*, topk: Choice) -> Iterator[None]:
     """While this is open, every rewritten module and every transformers attention "kvt" keeps `topk` keys per query.
 
     Args:
-        topk: an int >= 1, a share in (0, 1], or None (all keys).  For another k per site see `set_topk`.
+        topk: an int >= 1, a share in (0, 1], or None (all keys).  For another k per site see `set_topk`.  Sites that
+            keep the model's own k keep it.
 
     It holds for the whole process, not for one thread, and not for what `torch.compile(backend="kvt")` compiled, which
     has k in its code.  A backward pass keeps the keys its forward kept, wherever it runs.
@@ -151,7 +158,7 @@ def adjustable(module: nn.Module) -> Iterator[Adjustable]:
             make_adjustable(part)
     for part in module.modules():
         if isinstance(part, KeysToKeep):
-            yield Adjustable(part.path, part.set)
+            yield Adjustable(part.path, part.set, part.own)
     for find in FINDERS:
         yield from find(module)
 
@@ -183,7 +190,8 @@ def _insert(graph: fx.GraphModule, node: fx.Node) -> bool:
     number = sum(isinstance(child, KeysToKeep) for child in graph.children())
     name = f"kvt_topk_{number}"
     assert not hasattr(graph, name)
-    graph.add_submodule(name, KeysToKeep(place(node).module, node.args[tensor + 1] if dim is None else dim))  # type: ignore[arg-type]
+    own = OWN_K in node.meta.get("custom", {})
+    graph.add_submodule(name, KeysToKeep(place(node).module, node.args[tensor + 1] if dim is None else dim, own))  # type: ignore[arg-type]
     with graph.graph.inserting_before(node):
         new = graph.graph.call_module(name, (node.args[tensor], captured))
     for key in ("nn_module_stack", "stack_trace"):

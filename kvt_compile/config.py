@@ -33,7 +33,8 @@ class Options:
     topk: Rule = DEFAULT_TOPK
     """Keys kept per query: int >= 1 (clamped to the number of keys), float in (0, 1] (share of the keys), None (leave
     dense), a mapping from module-path pattern to any of these (first match wins, no match leaves dense), or a callable
-    that takes an `AttentionSite` and returns one of them."""
+    that takes an `AttentionSite` and returns one of them.  A site that selects keys by itself keeps its own k, unless a
+    pattern of a mapping matches it."""
     include: tuple[str, ...] = ()
     """Only rewrite sites whose module path matches one of these patterns (`fnmatch` style); empty means all."""
     exclude: tuple[str, ...] = ()

@@ -83,14 +83,17 @@ def build_report(results: Iterable[PassResult], options: Options, graphs: tuple[
     for number, result in enumerate(results):
         for decision in result.decisions:
             topk = decision.topk
-            if topk is not None and isinstance(decision.site.keys, int):
+            if isinstance(topk, int | float) and isinstance(decision.site.keys, int):
                 topk = keys_kept(topk, decision.site.keys)
-            shown = topk if topk is None or isinstance(topk, int) else f"{topk:g} of {decision.site.keys}"
+            shown = f"{topk:g} of {decision.site.keys}" if isinstance(topk, float) else topk
+            if shown is not None and not isinstance(shown, int):
+                shown = str(shown)
             sites.append(
                 SiteReport.of(
                     decision.site,
                     topk=shown,
                     reason=decision.reason,
+                    own=decision.own,
                     lowering="" if topk is None else lowering_of(decision.site, options.lowering),
                     spec=None if topk is None else spec_of(decision.site),
                     graph=number,

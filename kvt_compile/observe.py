@@ -61,6 +61,11 @@ class SiteCall:
     lowering: str
 
     @property
+    def keeps_own(self) -> bool:
+        """Whether the model selects keys by itself here, and topk is its own k."""
+        return self.report is not None and self.report.keeps_own
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
         """(B, H, Nq, Nk) of the scores."""
         raise NotImplementedError

@@ -122,6 +122,8 @@ def measure(run: Runner, batches: Sequence[Batch], grid: Sequence[TopK], step: S
         def look(call: SiteCall, batch: Batch = batch, counts: defaultdict[str, int] = counts) -> None:
             name = (call.where.module, counts[call.where.module])
             counts[call.where.module] += 1
+            if call.keeps_own:
+                return  # the model has chosen already
             keys[name] = max(keys[name], call.shape[3])
             mass[name].append(per_example(masses(call, grid), batch.size))
             error[name].append(errors(call, grid, batch.size))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvt_compile.cli.errors import UserError
+from kvt_compile.passes.decide import Rest
 from kvt_compile.topk import validate
 
 Topk = int | float | None
@@ -21,7 +22,7 @@ def parse_topk(texts: Sequence[str]) -> Topk | dict[str, Topk]:
         raise UserError(f"--topk has {len(plain)} plain values ({', '.join(plain)}); give one, others as PATTERN=K")
     if not rules:
         return _value(plain[0])
-    return rules | ({"*": _value(plain[0])} if plain else {})
+    return rules | ({Rest("*"): _value(plain[0])} if plain else {})
 
 
 def _value(text: str) -> Topk:

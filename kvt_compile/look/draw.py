@@ -43,7 +43,7 @@ def kept_figure(sites: Sequence[SiteMeasures], asked: str, image: Any, most_head
     figure = new_figure(1.3 + cell[0] * heads, 0.8 + (cell[1] + 0.12) * len(sites))
     axes = figure.subplots(len(sites), heads, squeeze=False)
     for row, site in zip(axes, sites, strict=True):
-        label = f"{_short(site.name)}\nk = {site.topk} of {site.keys.count}"
+        label = f"{_short(site.name)}\n{'own ' if site.own else ''}k = {site.topk} of {site.keys.count}"
         label += f"\n1st of {site.windows} windows" if site.windows > 1 else ""
         if line:
             row[0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")

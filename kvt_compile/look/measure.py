@@ -44,6 +44,8 @@ class SiteMeasures:
     """[H]: mean distance of the kept keys from their query in patches; NaN where tokens have no common place."""
     distance_of_all: float
     """The same for all keys."""
+    own: bool
+    """Whether k is the model's own."""
     kept: dict[str, Kept]
     """What was asked for (`center`) -> what that query keeps here."""
 
@@ -85,6 +87,7 @@ def measure(
         (mass / rows.clamp_min(1.0).unsqueeze(-1)).float(),
         (near / pairs).float(),
         float("nan") if where is None else float(where.mean()),
+        call.keeps_own,
         kept,
     )  # fmt: skip
 

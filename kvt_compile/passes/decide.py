@@ -3,6 +3,9 @@
 topk = 0.5                                  every site keeps half of its keys
 topk = {"blocks.*": 64, "*": None}          by module path, first match wins; None leaves the site dense
 topk = lambda site: 32 if site.keys > 64 else None
+
+A site that selects by itself (`site.own`) keeps its own k unless a pattern of a mapping names it: a number, a share and
+a function are about the sites that do not.
 """
 
 from __future__ import annotations
@@ -13,11 +16,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from kvt_compile.passes.site import AttentionSite, Axis
+from kvt_compile.passes.site import AttentionSite, Axis, OwnK
 from kvt_compile.topk import TopK, as_fraction, validate
 
 Rule = TopK | None | Mapping[str, TopK | None] | Callable[[AttentionSite], TopK | None]
 DEFAULT_TOPK = 0.5
+
+
+class Rest(str):
+    """The pattern `*` as a plain value among patterns means it: it is for the rest, and names no site."""
 
 
 class PolicyError(ValueError):
@@ -40,8 +47,10 @@ class Decision:
     """`topk` keys per query for this site, or None with the reason it stays dense."""
 
     site: AttentionSite
-    topk: TopK | None
+    topk: TopK | OwnK | None
     reason: str = ""
+    own: bool = False
+    """Whether it is the model's own k that stays."""
 
 
 def validate_rule(rule: Rule) -> Rule:
@@ -71,12 +80,30 @@ def decide(site: AttentionSite, policy: Policy) -> Decision:
         return Decision(site, None, "in `exclude`")
     if site.axis not in policy.axes:
         return Decision(site, None, _left_dense(site))
+    if site.own is not None and not _names(policy.topk, site):
+        return _keeps_its_own(site, site.own, policy)
     topk = _apply(policy.topk, site)
     if topk is None:
         return Decision(site, None, "topk is None for this site")
     if not policy.force_rewrite and isinstance(site.keys, int) and keys_kept(topk, site.keys) >= site.keys:
         return Decision(site, None, f"k = {keys_kept(topk, site.keys)} keeps all {site.keys} keys")
     return Decision(site, topk)
+
+
+def _keeps_its_own(site: AttentionSite, own: OwnK, policy: Policy) -> Decision:
+    topk = own if own.known is None else own.known
+    if isinstance(topk, int):
+        if topk < 1:
+            return Decision(site, None, f"its own k is {topk}, which keeps no key")
+        if not policy.force_rewrite and isinstance(site.keys, int) and topk >= site.keys:
+            return Decision(site, None, f"its own k = {topk} keeps all {site.keys} keys")
+    return Decision(site, topk, own=True)
+
+
+def _names(rule: Rule, site: AttentionSite) -> bool:
+    return isinstance(rule, Mapping) and any(
+        _matches(site, pattern) for pattern in rule if not isinstance(pattern, Rest)
+    )
 
 
 def _matches(site: AttentionSite, pattern: str) -> bool:

@@ -21,7 +21,7 @@ from kvt_compile.passes.canonical.packets import resolve_packets
 from kvt_compile.passes.decide import Decision, Policy, decide
 from kvt_compile.passes.finding.find import find
 from kvt_compile.passes.rewriting.rewrite import rewrite
-from kvt_compile.passes.site import Refusal
+from kvt_compile.passes.site import OwnK, Refusal
 
 log = logging.getLogger("kvt_compile.passes")
 
@@ -101,7 +101,9 @@ def _tell(decided: Sequence[Decision], refusals: Sequence[Refusal]) -> None:
         facts = {
             "event": "left dense" if decision.topk is None else site.tier, "module": site.where.module,
             "file": site.where.file, "line": site.where.line, "queries": site.queries, "keys": site.keys,
-            "topk": decision.topk, "score": site.score, "reason": decision.reason or site.tier_reason,
+            "topk": str(decision.topk) if isinstance(decision.topk, OwnK) else decision.topk,
+            "own_k": str(site.own or ""), "score": site.score,
+            "reason": decision.reason or site.tier_reason,
         }  # fmt: skip
         kept = decision.reason if decision.topk is None else f"k = {decision.topk} of {site.keys}, score {site.score}"
         log.debug("%s: %s: %s", facts["event"], site.where, kept, extra={"kvt": facts})

@@ -5,7 +5,7 @@ not, or cannot be proved to be, and here is why).  Facts travel from stop to sto
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -107,7 +107,7 @@ class Fused:
     sources: tuple[Value, ...]
     """q, k and v as the model passed them to the products: dead too, unless somebody else reads them."""
     interior: frozenset[Value]
-    """What lies between the two products: dead once the node is replaced."""
+    """What lies between the two products: dead once the node is replaced.  The model's own selection is part of it."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,8 @@ class ScoresKept:
     dim: int
     written: bool
     """Whether the model writes to the weights afterwards: the op keeps its own result for the backward."""
+    selection: frozenset[Value] = frozenset()
+    """The model's own selection: dead once the node is replaced."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,28 @@ class Thinned:
 
 
 Plan = Fused | ScoresKept | Thinned
+
+
+@dataclass(frozen=True)
+class OwnK:
+    """How many keys a model keeps by itself: a number, or what a node holds (`number + node`), or, counted from the
+    number of keys (`Nk + number`, `Nk + number - node`)."""
+
+    text: str
+    """As a person reads it: `100`, `s0//2`."""
+    number: int = 0
+    node: fx.Node | None = None
+    from_keys: bool = False
+    minus: bool = False
+    size: Any = field(default=None, compare=False)
+    """The symbolic expression, where it is no number."""
+
+    @property
+    def known(self) -> int | None:
+        return self.number if self.node is None and not self.from_keys else None
+
+    def __str__(self) -> str:
+        return self.text
 
 
 @dataclass(frozen=True)
@@ -165,6 +189,8 @@ class AttentionSite:
     """The softmax (or SDPA call) in the canonical graph, from which all that was read can be reached."""
     lost_behind: str = ""
     """For an unknown axis: the operation that is not understood."""
+    own: OwnK | None = None
+    """How many keys the model keeps by itself, where it selects them."""
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ def diff_text(report: Findings) -> str:
             site = report.sites[nodes.site]
             if not nodes.after:
                 continue
-            head = f"@@ {site.module or '(top level)'}  {site.location}  {site.outcome}, k = {site.topk} @@"
+            k = f"{'own ' if site.keeps_own else ''}k = {site.topk}"
+            head = f"@@ {site.module or '(top level)'}  {site.location}  {site.outcome}, {k} @@"
             blocks.append("\n".join([head, *(str(line) for line in site_diff(graph, nodes))]))
     return "\n\n".join(blocks)

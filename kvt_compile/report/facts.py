@@ -65,6 +65,10 @@ class SiteReport:
     """What the generated code depends on; None where it is left dense, or known only at run time."""
     graph: int = 0
     """Which captured graph it is in: a model that breaks into several graphs has several."""
+    own_k: str = ""
+    """The model's own k, where it selects keys by itself: `100`, `s0//2`.  It stays unless `topk` names the site."""
+    keeps_own: bool = False
+    """Whether it stays."""
     canonical: str = field(default="", compare=False, repr=False)
     """What the finder read, as text: the values around its softmax, one a line (`Report.canonical`)."""
 
@@ -78,6 +82,7 @@ class SiteReport:
         lowering: str = "",
         spec: KernelSpec | SoftmaxSpec | None = None,
         graph: int = 0,
+        own: bool = False,
     ) -> SiteReport:
         """The row of a site for which `topk` was decided; `reason` says why where that is None (left dense)."""
         dense = topk is None
@@ -103,6 +108,8 @@ class SiteReport:
             lowering="" if dense else lowering,
             spec=None if dense else spec,
             graph=graph,
+            own_k=str(site.own or ""),
+            keeps_own=own,
             canonical="" if site.anchor is None else renamed_sources(seen_text(site.anchor)),
         )
 

@@ -103,6 +103,8 @@ def _algebra(site: SiteReport) -> list[str | tuple[str, str]]:
     for tensor in site.captured:
         size = "×".join(str(n) for n in tensor.shape) or "scalar"
         lines.append((f"{tensor.name}: {size}{', trained' if tensor.requires_grad else ''}", "dim"))
+    if site.own_k:
+        lines.append((f"own k = {site.own_k}{'' if site.keeps_own or site.topk is None else ', replaced'}", "dim"))
     if site.reason:
         lines.append((f"{site.outcome}: {site.reason}", COLORS[site.outcome]))
     return lines

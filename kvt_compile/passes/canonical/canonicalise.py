@@ -63,17 +63,25 @@ def canonicalise(
     for value, border in state.borders.items():  # whoever holds a tensor can hand it on detached
         border.holder, border.expired = value.holder, value.expired
     graph = CanonicalGraph(state.values, [*outputs, *state.escaping], modes)
-    _forget_unused(graph)
+    forget_unused(graph)
     return graph
 
 
-def _forget_unused(graph: CanonicalGraph) -> None:
+def forget_unused(graph: CanonicalGraph) -> None:
     """Drops users nobody reads, so that "who reads this value" means somebody really does."""
     kept = set(map(id, graph.outputs))
     for value in reversed(graph.values):
         value.users = [user for user in value.users if id(user) in kept]
-        if value.users or (value.kind == "opaque" and value.name != FORGOTTEN and value.node.is_impure()):
+        if value.users or _has_effects(value):
             kept.add(id(value))
+
+
+def _has_effects(value: Value) -> bool:
+    """Whether something happens that no value tells of.  What torch's own in-place operations write is a value."""
+    if value.kind != "opaque" or value.name == FORGOTTEN or not value.node.is_impure():
+        return False
+    call = value.attrs.get("call")
+    return not (isinstance(call, Call) and call.inplace)
 
 
 def _read_node(state: State, node: fx.Node, recogniser: Recogniser) -> None:

@@ -62,8 +62,8 @@ def builtin_call(node: fx.Node) -> Call | None:
     if node.op == "call_function" and node.target is operator.getitem:
         return Call("getitem", tuple(node.args), {})
     if node.op == "call_function" and node.target is getattr and len(node.args) >= 2:
-        if node.args[1] == "values" and isinstance(node.args[0], fx.Node):  # of torch.max(x, dim), say
-            return Call("getitem", (node.args[0], 0), {})
+        if node.args[1] in ("values", "indices") and isinstance(node.args[0], fx.Node):  # of torch.max(x, dim), say
+            return Call("getitem", (node.args[0], int(node.args[1] == "indices")), {})
         return Call(str(node.args[1]), node.args[:1], {})
     return None
 
@@ -89,14 +89,21 @@ def lookup(state: State, argument: Any) -> Any:
 
 
 def opaque_value(state: State, node: fx.Node, fake: Any) -> Value:
+    given: dict[fx.Node, Value] = {}
     inputs: list[Value] = []
-    fx.map_arg((node.args, node.kwargs), lambda n: inputs.append(state.seen(state.env[n])) if n in state.env else None)
+
+    def note(n: fx.Node) -> None:
+        if n in state.env:
+            given[n] = state.seen(state.env[n])
+            inputs.append(given[n])
+
+    fx.map_arg((node.args, node.kwargs), note)
     shape = shape_of(fake) if isinstance(fake, torch.Tensor) else ()
     name = getattr(node.target, "__name__", str(node.target))
     call = builtin_call(node) or read_call(node, state.modules)
     return Value(
         "opaque", call.name if call else name, node, shape, getattr(fake, "dtype", None), tuple(inputs),
-        {"call": call},
+        {"call": call, "given": given},
     )  # fmt: skip
 
 

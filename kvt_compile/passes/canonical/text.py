@@ -22,7 +22,7 @@ import torch
 from kvt_compile.passes.canonical.values import Value
 
 _SHORT = {"float": "f", "int": "i", "uint": "u", "complex": "c", "bfloat": "bf", "bool": "bool"}
-_NOT_SHOWN = ("fn", "call")
+_NOT_SHOWN = ("fn", "call", "given", "selection", "unread", "absorbed")
 """What a person cannot read."""
 
 

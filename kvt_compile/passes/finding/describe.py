@@ -96,7 +96,7 @@ def describe_fused(
         tuple(c.digits for c in space.resolve_all(out)),
         language.to_text(assembled.score), language.to_text(assembled.weight),
         tuple(leaf.value for leaf in assembled.captured), assembled.sizes, dropout, dropout_module,
-        assembled.sources, interior,
+        assembled.sources, interior | anchor.attrs.get("selection", frozenset()),
     )  # fmt: skip
     batch, heads, kv_heads, queries, keys, head_dim, value_dim = _sizes(
         groups.batch, (*groups.kv_heads, *groups.group), groups.kv_heads, groups.queries, groups.keys,
@@ -108,6 +108,7 @@ def describe_fused(
         head_dim, value_dim, _dtype_name(assembled.q), _named(assembled.score, names), weight, tuple(captured), plan,
         anchor=anchor,
         lost_behind=assembled.lost_behind,
+        own=anchor.attrs.get("own"),
     )  # fmt: skip
 
 
@@ -145,6 +146,12 @@ def describe_kept(
         batch = batch * size if isinstance(batch, int) and isinstance(size, int) else f"{batch}*{size}"
     return AttentionSite(
         place(anchor.node), anchor.node, "scores-kept", axis, batch, heads, heads, queries, keys,
+<<<<<<< HEAD
         size_text(head_dim), size_text(value_dim), str(plan.scores.dtype).removeprefix("torch."),
         plan.scores.node.name, "p", (), plan, miss.reason, anchor, lost_behind,
+=======
+        size_text(head_dim), size_text(value_dim), str(anchor.inputs[0].dtype).removeprefix("torch."),
+        anchor.inputs[0].node.name, "p", (), plan, miss.reason, anchor, lost_behind,
+        anchor.attrs.get("own"),
+>>>>>>> 90ce73f (Models that select keys by themselves are k-NN attention with their own k; nothing selects on top of them)
     )  # fmt: skip

@@ -15,6 +15,7 @@ from kvt_compile.passes.canonical.values import Value
 from kvt_compile.passes.finding.describe import place
 from kvt_compile.passes.finding.maps import find_maps, refusal_of
 from kvt_compile.passes.finding.miss import Miss
+from kvt_compile.passes.finding.own.absorb import absorb_selections
 from kvt_compile.passes.finding.sdpa_site import read_sdpa
 from kvt_compile.passes.finding.softmax_site import read_softmax
 from kvt_compile.passes.finding.thinned import thinned
@@ -29,11 +30,18 @@ class Found:
 
 
 def find(graph: CanonicalGraph) -> Found:
+<<<<<<< HEAD
     """Every site of the graph in program order, and a refusal for every other softmax, and for every other map."""
+=======
+    """Every site of the graph in program order, and a refusal for every other softmax."""
+    absorb_selections(graph)
+>>>>>>> 90ce73f (Models that select keys by themselves are k-NN attention with their own k; nothing selects on top of them)
     facts = gather_facts(graph)
     sites: list[AttentionSite] = []
     refusals: list[Refusal] = []
     for value in graph.values:
+        if value.attrs.get("absorbed"):
+            continue  # the model selected by these weights, and read them for nothing else
         if _is_anchor(value) and (reason := _stays_dense(graph.modes[value.node])):
             refusals.append(Refusal(value.node, place(value.node), reason, "modes", value.node))
             continue

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from kvt_compile.passes.canonical.values import Value
 
-NEAR = ("values", "scores", "axes", "provenance", "weights", "closed")
+NEAR = ("values", "scores", "axes", "provenance", "weights", "closed", "selection")
 """Steps in the order they are tried; the nearest miss is the one that got furthest."""
 
 ONE_KEY = "there is a single key, so there is nothing to select"
+OWN_SELECTION = "it selects keys by itself, and not as k-NN attention: {}"
 LEARNED = "the {} are a learned table that no layer was applied to, not tokens"
 
 

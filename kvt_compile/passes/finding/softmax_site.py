@@ -18,7 +18,8 @@ from kvt_compile.passes.canonical.values import Value
 from kvt_compile.passes.finding.assemble import Assembled, Reading, assemble
 from kvt_compile.passes.finding.closed import closed_interior
 from kvt_compile.passes.finding.describe import describe_fused, describe_kept
-from kvt_compile.passes.finding.miss import LEARNED, NEAR, ONE_KEY, Miss
+from kvt_compile.passes.finding.miss import LEARNED, NEAR, ONE_KEY, OWN_SELECTION, Miss
+from kvt_compile.passes.finding.own.absorb import selection_between
 from kvt_compile.passes.reading.facts import Facts, may_ask
 from kvt_compile.passes.reading.invariance import without_row_constants
 from kvt_compile.passes.reading.passing import contraction_inputs
@@ -68,7 +69,10 @@ def read_softmax(graph: CanonicalGraph, facts: Facts, anchor: Value) -> tuple[li
         return [kept], None
     if sites and len(sites) == len(consumers):
         return sites, None
-    return [], max(misses, key=lambda miss: NEAR.index(miss.step))
+    nearest = max(misses, key=lambda miss: NEAR.index(miss.step))
+    if nearest.step == "scores" and "unread" in anchor.attrs:
+        nearest = Miss("selection", anchor, OWN_SELECTION.format(anchor.attrs["unread"]))
+    return [], nearest
 
 
 def _consumers(graph: CanonicalGraph, anchor: Value) -> tuple[list[_Consumer], list[Value]]:
@@ -122,6 +126,14 @@ class _Attempt:
         self.dim = anchor.attrs["dim"]
         self.leaf = self._weights_leaf(reader, self._summed(operands))
         self._read_scores(space.resolve_all(self.leaf.coords))
+        self._refuse_selections()
+
+    def _refuse_selections(self) -> None:
+        """What the model selects by itself is k-NN attention and was read as that, or nothing is selected on top."""
+        for first, last in ((self.leaf_of_product.value, self.anchor), (self.anchor, self.product)):
+            if (ranking := selection_between(first, last)) is not None:
+                why = self.anchor.attrs.get("unread") or f"{ranking.name} of its weights decides about them"
+                raise Miss("selection", ranking, OWN_SELECTION.format(why))
 
     def _weights_leaf(self, reader: Reader, summed: set[object]) -> Leaf:
         """The softmax, read where its axis is the one the product sums over."""
@@ -312,7 +324,10 @@ class _Attempt:
         in_query, in_key = (self.space.atoms_of(at) for _, at in (self.query, self.key))
         queries = (in_query - in_key) & self.space.atoms_of(self.coords)
         kind = kind_of_attention(self.space, self.query, self.key, self.value, queries, keys)
-        plan = ScoresKept(self.anchor.node, self.anchor.inputs[0], self.dim, self.anchor.expired is not None)
+        plan = ScoresKept(
+            self.anchor.node, self.anchor.inputs[0], self.dim, self.anchor.expired is not None,
+            self.anchor.attrs.get("selection", frozenset()),
+        )  # fmt: skip
         width = self.space.size(self.features) if self.features is not None else self.key[0].shape[-1]
         return describe_kept(self.anchor, plan, kind, width, self.value[0].shape[-1], miss)
 

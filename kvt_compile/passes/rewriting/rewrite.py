@@ -16,10 +16,16 @@ from kvt_compile.kernels.op import ops as _ops  # noqa: F401 - registers torch.o
 from kvt_compile.passes.canonical.values import Value, meta_value
 from kvt_compile.passes.decide import Decision, share_of
 from kvt_compile.passes.rewriting.emit import Emitter
+<<<<<<< HEAD
 from kvt_compile.passes.site import Fused, ScoresKept, Thinned
+=======
+from kvt_compile.passes.site import Fused, OwnK, ScoresKept
+>>>>>>> 90ce73f (Models that select keys by themselves are k-NN attention with their own k; nothing selects on top of them)
 from kvt_compile.topk import TopK
 
 aten = torch.ops.aten
+OWN_K = "kvt_own_k"
+"""In `meta["custom"]` of a node whose k is the model's own: that k, as text.  It is saved with a program."""
 How = tuple[str, float]
 """The last arguments of a forward op: lowering, tolerance."""
 
@@ -46,12 +52,19 @@ def rewrite(gm: fx.GraphModule, decisions: Iterable[Decision], lowering: str = "
         if decision.topk is None:
             continue
         plan = decision.site.plan
+        how = lowering, 0.0 if decision.own else tolerance  # what the model does is not the user's to be lax about
         if isinstance(plan, Fused):
+<<<<<<< HEAD
             _fuse(gm, plan, decision.topk, (lowering, tolerance), renamed)
         elif isinstance(plan, Thinned):
             _thin(gm.graph, plan, decision.topk, (lowering, tolerance), renamed)
+=======
+            new = _fuse(gm, plan, decision.topk, how, renamed)
+>>>>>>> 90ce73f (Models that select keys by themselves are k-NN attention with their own k; nothing selects on top of them)
         else:
-            _keep_scores(gm.graph, plan, decision.topk, (lowering, tolerance), renamed)
+            new = _keep_scores(gm.graph, plan, decision.topk, how, renamed)
+        if decision.own:
+            new.meta["custom"] = {**new.meta.get("custom", {}), OWN_K: str(decision.site.own)}
     if not renamed:
         return False
     gm.graph.lint()
@@ -59,7 +72,7 @@ def rewrite(gm: fx.GraphModule, decisions: Iterable[Decision], lowering: str = "
     return True
 
 
-def _fuse(gm: fx.GraphModule, plan: Fused, topk: TopK, how: How, renamed: dict[fx.Node, fx.Node]) -> None:
+def _fuse(gm: fx.GraphModule, plan: Fused, topk: TopK | OwnK, how: How, renamed: dict[fx.Node, fx.Node]) -> fx.Node:
     emit = Emitter(gm.graph, plan.node, plan.node, renamed)
     emit.know_sizes(plan.q, plan.k, plan.v)
     g = plan.groups
@@ -79,6 +92,7 @@ def _fuse(gm: fx.GraphModule, plan: Fused, topk: TopK, how: How, renamed: dict[f
     out = emit.like(out, plan.node)
     _replace(gm.graph, plan.node, out, renamed)
     _remove(gm.graph, plan)
+    return call
 
 
 def _dropout(gm: fx.GraphModule, plan: Fused, emit: Emitter, q: fx.Node) -> tuple[Any, Any]:
@@ -97,8 +111,10 @@ def _dropout(gm: fx.GraphModule, plan: Fused, emit: Emitter, q: fx.Node) -> tupl
     return rate, emit.call(aten.randint.low, 0, 1 << 62, [1], dtype=torch.int64, device=device)
 
 
-def _keys_to_keep(emit: Emitter, topk: TopK, keys: Any) -> Any:
+def _keys_to_keep(emit: Emitter, topk: TopK | OwnK, keys: Any) -> Any:
     """k as an int, or as nodes that compute it when the number of keys is dynamic."""
+    if isinstance(topk, OwnK):
+        return _own_k(emit, topk, keys)
     share = share_of(topk)
     if share is None:
         return int(topk)  # the op clamps it to the number of keys
@@ -108,18 +124,37 @@ def _keys_to_keep(emit: Emitter, topk: TopK, keys: Any) -> Any:
     return emit.call(operator.floordiv, emit.call(operator.add, scaled, share.denominator - 1), share.denominator)
 
 
-def _keep_scores(graph: fx.Graph, plan: ScoresKept, topk: TopK, how: How, renamed: dict[fx.Node, fx.Node]) -> None:
+def _own_k(emit: Emitter, own: OwnK, keys: Any) -> Any:
+    """number + node, or keys + number - node."""
+    total: Any = keys if own.from_keys else own.number
+    if own.from_keys and own.number:
+        total = emit.call(operator.add, total, own.number)
+    if own.node is None:
+        return total
+    node = emit.node(own.node)
+    if own.minus:
+        return emit.call(operator.sub, total, node)
+    return node if total == 0 else emit.call(operator.add, node, total)
+
+
+def _keep_scores(
+    graph: fx.Graph, plan: ScoresKept, topk: TopK | OwnK, how: How, renamed: dict[fx.Node, fx.Node]
+) -> fx.Node:
     emit = Emitter(graph, plan.node, plan.node, renamed)
     scores = emit.value(plan.scores)
     size = plan.scores.shape[plan.dim]
     keys = size if isinstance(size, int) else emit.call(aten.sym_size.int, scores, plan.dim)
     dtype = meta_value(plan.node).dtype
-    new = emit.call(torch.ops.kvt.topk_softmax.default, scores, plan.dim, _keys_to_keep(emit, topk, keys), dtype, *how)
+    new = call = emit.call(
+        torch.ops.kvt.topk_softmax.default, scores, plan.dim, _keys_to_keep(emit, topk, keys), dtype, *how
+    )
     if plan.written:
         new = emit.call(aten.clone.default, new)
     new = emit.like(new, plan.node)
     _replace(graph, plan.node, new, renamed)
     graph.erase_node(plan.node)
+    _erase(graph, plan.selection)
+    return call
 
 
 def _thin(graph: fx.Graph, plan: Thinned, topk: TopK, how: How, renamed: dict[fx.Node, fx.Node]) -> None:
@@ -154,10 +189,15 @@ def _remove(graph: fx.Graph, plan: Fused) -> None:
 
     graph.erase_node(plan.node)
     for values in (plan.interior, _pure_feeders(plan.sources)):
-        last_first = sorted(values, key=lambda value: value.index, reverse=True)
-        for node in dict.fromkeys(value.node for value in last_first):
-            if not node.users and node is not plan.node:
-                graph.erase_node(node)
+        _erase(graph, values)
+
+
+def _erase(graph: fx.Graph, values: Iterable[Value]) -> None:
+    """The nodes of dead values that nobody reads, last first."""
+    in_order = dict.fromkeys(value.node for value in sorted(values, key=lambda value: value.index))
+    for node in reversed(in_order):
+        if not node.users and not node._erased:
+            graph.erase_node(node)
 
 
 def _pure_feeders(sources: Iterable[Value]) -> set[Value]:

@@ -37,6 +37,7 @@ STEPS = {
     "provenance": "attention over tokens, not over channels or the batch",
     "weights": "what happens to the weights after the softmax",
     "closed": "nobody else reads what lies between the two products",
+    "selection": "what the model itself selects is k-NN attention",
 }
 """The capture, and the steps of the finder in the order they are tried, in words."""
 
@@ -106,6 +107,7 @@ def _site(number: int, report: Findings, kernel: str, diffs: dict[int, tuple[Lin
         "flops": None if price is None else (flops_text(price.dense_flops), flops_text(price.knn_flops)),
         "per_example": price is not None and price.per_example,
         "kept": _share(site),
+        "own": f"own k = {site.own_k}" if site.own_k else "",
         "kernel": kernel,
         "diff": diffs.get(number, ()),
     }

@@ -129,7 +129,9 @@ def _leaf_row(leaf: Leaf, report: Findings, depth: int) -> _Row:
         style = report.sites[leaf.site].outcome
         if leaf.anchor:
             site = report.sites[leaf.site]
-            shape += f"  {site.outcome}" + ("" if site.topk is None else f", k = {site.topk}")
+            shape += f"  {site.outcome}" + (
+                "" if site.topk is None else f", {'own ' if site.keeps_own else ''}k = {site.topk}"
+            )
     return _Row(depth, label, shape, style, (leaf.number,))
 
 

@@ -1,0 +1,198 @@
+"""The model's own k-NN selection -> a softmax of all scores that carries its own k; the selection is dead code then.
+
+    x = where(scatter(zeros, topk(t, 5)[1], 1) > 0, t, -inf);  w = softmax(x)     ->     w = softmax(t), own k = 5
+
+Done before anything is searched for, so that the finder reads such a model as it reads any other.  A selection that is
+not read stays as it is, with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from kvt_compile.passes.canonical.canonicalise import CanonicalGraph, forget_unused
+from kvt_compile.passes.canonical.coords import Coords, Space
+from kvt_compile.passes.canonical.meaning_layout import PULL
+from kvt_compile.passes.canonical.values import Value, same
+from kvt_compile.passes.finding.own.cases import NEVER, Cases, Element, constant_of
+from kvt_compile.passes.finding.own.ranking import ranks
+from kvt_compile.passes.finding.own.unread import Unread
+from kvt_compile.passes.site import OwnK
+
+
+def absorb_selections(graph: CanonicalGraph) -> None:
+    """Reads every selection of the graph that is k-NN attention.  Of every other softmax that something was selected
+    for, the attribute `unread` says why it is none."""
+    rankings = [value for value in graph.values if ranks(value)]
+    if not rankings:
+        return
+    touched = made_of(rankings)
+    for value in list(graph.values):
+        if value.kind == "softmax" and value.inputs[0] in touched and value.users:
+            try:
+                _Selection(graph, value, touched).absorb()
+            except Unread as why:
+                value.attrs["unread"] = str(why)
+
+
+def made_of(values: Iterable[Value]) -> set[Value]:
+    """The values and what is computed of them, products left out."""
+    found = set(values)
+    queue = list(found)
+    while queue:
+        for user in queue.pop().users:
+            if user not in found and user.kind not in ("contraction", "sdpa"):
+                found.add(user)
+                queue.append(user)
+    return found
+
+
+class _Selection:
+    """What one softmax is of, down to the value that is t for a selected key and -inf for any other."""
+
+    def __init__(self, graph: CanonicalGraph, anchor: Value, touched: set[Value]) -> None:
+        self.graph, self.anchor, self.touched = graph, anchor, touched
+
+    def absorb(self) -> None:
+        """Makes the softmax one of all scores.  Raises Unread."""
+        value, dim, above = self.anchor.inputs[0], self.anchor.attrs["dim"], [self.anchor]
+        first: Unread | None = None
+        while True:
+            try:
+                scores, own = self._read(value, dim, plainly=len(above) == 1)
+                break
+            except Unread as why:
+                first = first or why
+                step = self._step(value, dim)
+                if step is None:
+                    raise first from None
+                above.append(value)
+                value, dim = step
+        if any(len(x.users) > 1 or x in self.graph.outputs for x in above[1:]):
+            raise Unread("the scores with the selection in them are also read by others than the softmax")
+        last = above[-1]
+        last.inputs = tuple(scores if x is value else x for x in last.inputs)
+        self.anchor.attrs["own"] = own
+        self.anchor.attrs["selection"] = dead = settle(self.graph)
+        for value in dead:
+            value.attrs["absorbed"] = True
+
+    def _read(self, value: Value, dim: int, *, plainly: bool) -> tuple[Value, OwnK]:
+        """(t, k) of a value that is t where selected and -inf elsewhere."""
+        space = Space()
+        coords = tuple(space.fresh(f"y{d}", size) for d, size in enumerate(value.shape))
+        cases = Cases(space, coords[dim], self.touched)
+        scores, dropped = cases.read(value, coords)
+        kept = cases.kept
+        if kept is None:
+            raise Unread("what is selected before the softmax does not decide about single keys of its scores")
+        if not isinstance(scores, Element) or isinstance(dropped, Element):
+            raise Unread("a selected key does not keep its score, or one that is not selected does")
+        if isinstance(dropped, bool) or dropped > NEVER:
+            raise Unread(f"keys that are not selected get the score {dropped:g}, which is not nothing")
+        if not cases.same_order((scores.value, scores.coords), kept):
+            raise Unread("the keys are selected by other scores than those of the softmax")
+        if not self._is_whole(space, scores, coords, value):
+            raise Unread("the scores are rearranged between the selection and the softmax")
+        if not math.isinf(dropped):
+            self._check_few_keys(scores.value, dropped, plainly)
+        return scores.value, kept.own
+
+    def _is_whole(self, space: Space, scores: Element, coords: Coords, value: Value) -> bool:
+        same_shape = len(scores.value.shape) == len(value.shape) and all(map(same, scores.value.shape, value.shape))
+        return same_shape and space.resolve_all(scores.coords) == space.resolve_all(coords)
+
+    def _check_few_keys(self, scores: Value, fill: float, plainly: bool) -> None:
+        """A finite score for keys that are not selected is nothing only where a row has keys with real scores."""
+        if not plainly:
+            raise Unread(f"keys that are not selected get {fill:g} and not -inf, and the scores are changed after it")
+        if (mask := _mask_in(scores)) is not None:
+            raise Unread(
+                f"keys that are not selected get {fill:g} and not -inf: a row whose keys are all masked (by "
+                f"{mask.node.name}) attends to them"
+            )
+
+    def _step(self, value: Value, dim: int) -> tuple[Value, int] | None:
+        """(what a value is of, its axis of keys) where it leaves -inf as it is, and the order of all others."""
+        if value.kind == "layout" and value.name in ("reshape", "permute"):
+            space = Space()
+            coords = tuple(space.fresh(f"y{d}", size) for d, size in enumerate(value.shape))
+            below = PULL[value.name](space, value, coords)
+            if below is None:
+                return None
+            at = [d for d, c in enumerate(space.resolve_all(below)) if c == space.resolve(coords[dim])]
+            return (value.inputs[0], at[0]) if len(at) == 1 else None
+        if value.kind != "pointwise":
+            return None
+        if value.name == "identity" and isinstance(value.inputs[0], Value):
+            x = value.inputs[0]
+            floats = x.dtype is not None and value.dtype is not None and value.dtype.is_floating_point
+            return (x, dim) if floats and x.dtype is not None and x.dtype.is_floating_point else None
+        if value.name not in ("mul", "div", "add", "sub"):
+            return None
+        sides = [x for x in value.inputs if isinstance(x, Value) and x in self.touched]
+        if len(sides) != 1 or (value.inputs[0] is not sides[0] and value.name in ("div", "sub")):
+            return None
+        other = value.inputs[1] if value.inputs[0] is sides[0] else value.inputs[0]
+        number = constant_of(other) if isinstance(other, Value) else other
+        if not isinstance(number, int | float) or not math.isfinite(number):
+            return None
+        same_shape = len(sides[0].shape) == len(value.shape) and all(map(same, sides[0].shape, value.shape))
+        return (sides[0], dim) if same_shape and (value.name in ("add", "sub") or number > 0) else None
+
+
+def _mask_in(scores: Value) -> Value | None:
+    """Something between the product and the scores that may mask keys, so that a row may have few of them."""
+    queue, seen = [scores], {scores}
+    while queue:
+        value = queue.pop()
+        if value.kind in ("contraction", "reduce"):
+            continue
+        numbers = [x for x in value.inputs if isinstance(x, int | float) and not isinstance(x, bool)]
+        if value.kind == "source":
+            if value.origin != "parameter" and any(size != 1 for size in value.shape):
+                return value
+        elif (
+            value.kind not in ("pointwise", "layout", "border")
+            or value.name == "where"
+            or any(x <= NEVER for x in numbers)
+        ):
+            return value
+        for x in value.operands:
+            if x not in seen:
+                seen.add(x)
+                queue.append(x)
+    return None
+
+
+def settle(graph: CanonicalGraph) -> frozenset[Value]:
+    """Brings the users up to date; the values that nobody reads any more, and what was made of them for nobody."""
+    before = {value for value in graph.values if value.users}
+    for value in graph.values:
+        value.users = []
+    for value in graph.values:
+        for operand in value.operands:
+            operand.users.append(value)
+    forget_unused(graph)
+    outputs = set(graph.outputs)
+    dead: set[Value] = set()
+    for value in graph.values:
+        if not value.users and value not in outputs and (value in before or any(x in dead for x in value.operands)):
+            dead.add(value)
+    return frozenset(dead)
+
+
+def selection_between(first: Value, last: Value) -> Value | None:
+    """An operation that ranks what is made of `first`, and that `last` is made with."""
+    found: list[Value] = []
+    queue, seen = [first], {first}
+    while queue:
+        for user in queue.pop().users:
+            if user not in seen and user.index < last.index and user.kind not in ("contraction", "sdpa"):
+                seen.add(user)
+                queue.append(user)
+                if ranks(user):
+                    found.append(user)
+    ends = {last, *last.operands}
+    return next((value for value in sorted(found, key=lambda v: v.index) if ends & made_of([value])), None)

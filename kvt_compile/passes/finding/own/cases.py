@@ -1,0 +1,328 @@
+"""What a model makes of its scores, read twice: for a key that is selected, and for one that is not.
+
+    mask = zeros(..).scatter_(-1, topk(t, 5)[1], 1.)       selected: 1      else: 0
+    where(mask > 0, t, -inf)                               selected: t      else: -inf
+    t + (1 - mask) * -1e9                                  selected: t      else: about -1e9
+
+Any spelling whose two readings are (t, -inf) is a softmax over the k largest scores.  Which keys are selected is
+written down on the way (`Cases.kept`); everything but a selection has one reading.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kvt_compile.passes.canonical.coords import Coord, Coords, Space
+from kvt_compile.passes.canonical.meaning import axis
+from kvt_compile.passes.canonical.meaning_layout import PULL
+from kvt_compile.passes.canonical.values import Value, broadcasts, same
+from kvt_compile.passes.finding.own.ranking import Kept, argument, kth_largest, largest_at, through, values_at
+from kvt_compile.passes.finding.own.unread import Unread
+from kvt_compile.passes.reading.read import aligned
+
+
+@dataclass(frozen=True)
+class Element:
+    """An element of a tensor of the model: as it was met, and (for comparison) below all rearrangements."""
+
+    value: Value = field(compare=False)
+    coords: Coords = field(compare=False)
+    base: tuple[Value, Coords]
+
+
+Case = float | bool | Element
+Pair = tuple[Case, Case]
+"""(for a key that is selected, for one that is not)"""
+
+
+@dataclass
+class Cases:
+    """One reading.  `along` is the coordinate of the softmax's axis, `touched` what is made of some ranking."""
+
+    space: Space
+    along: Coord
+    touched: set[Value]
+    kept: Kept | None = None
+    _memo: dict[tuple[Value, Coords], Pair] = field(default_factory=dict)
+
+    def read(self, value: Value, coords: Coords) -> Pair:
+        """Both readings of the element of `value` at `coords`.  Raises Unread."""
+        coords = self.space.resolve_all(coords)
+        key = (value, coords)
+        if key not in self._memo:
+            self._memo[key] = self._read(value, coords)
+        return self._memo[key]
+
+    def _read(self, value: Value, coords: Coords) -> Pair:
+        if (known := constant_of(value)) is not None:
+            return known, known
+        if value not in self.touched:
+            return self._same(value, coords)
+        if value.kind == "layout" and (below := PULL[value.name](self.space, value, coords)) is not None:
+            return self.read(value.inputs[0], below)
+        if value.kind == "border" or (value.kind == "opaque" and value.name == "detach"):
+            inner = self.read(next(value.operands), coords)
+            return inner if not any(isinstance(x, Element) for x in inner) else self._same(value, coords)
+        if value.kind == "pointwise":
+            return self._pointwise(value, coords)
+        if value.kind == "opaque" and value.attrs.get("call") is not None:
+            if value.name == "scatter":
+                return self._scatter(value, coords)
+            if value.name in _CASTS:
+                return self._cast(value, coords)
+        return self._same(value, coords)
+
+    def _same(self, value: Value, coords: Coords) -> Pair:
+        element = Element(value, coords, below(self.space, value, coords))
+        return element, element
+
+    def _pointwise(self, value: Value, coords: Coords) -> Pair:
+        if not all(broadcasts(x.shape, value.shape) for x in value.operands):
+            return self._same(value, coords)
+        if value.name in _COMPARED and (found := self._compared(value, coords)) is not None:
+            return found
+        pairs = [self.read(x, aligned(coords, x)) if isinstance(x, Value) else (x, x) for x in value.inputs]
+        if all(kept == dropped for kept, dropped in pairs) and any(isinstance(x, Element) for x, _ in pairs):
+            return self._same(value, coords)
+        kept, dropped = (_computed(value, [pair[n] for pair in pairs]) for n in (0, 1))
+        return kept, dropped
+
+    def _compared(self, value: Value, coords: Coords) -> Pair | None:
+        """score >= the k-th largest, in any of the eight ways to write it."""
+        name, (x, y) = value.name, value.inputs
+        if isinstance(x, Value) and x.name == "sub" and x.kind == "pointwise" and not isinstance(y, Value) and y == 0:
+            x, y = x.inputs  # t - threshold >= 0
+        for score, threshold, way in ((x, y, name), (y, x, _SWAPPED[name])):
+            if not isinstance(score, Value) or not isinstance(threshold, Value) or threshold not in self.touched:
+                continue
+            kept = kth_largest(self.space, threshold, aligned(coords, threshold), self.along)
+            if kept is None:
+                continue
+            if not self.same_order((score, aligned(coords, score)), kept):
+                raise Unread("scores are compared with the k-th largest of others")
+            if way in ("gt", "le"):
+                raise Unread("only scores above the k-th largest are kept, and not the k-th itself")
+            self._selects(kept)
+            return (True, False) if way == "ge" else (False, True)
+        return None
+
+    def _scatter(self, value: Value, coords: Coords) -> Pair:
+        dim = axis(argument(value, "dim", 1), len(value.shape))
+        base, index = argument(value, "input", 0), argument(value, "index", 2)
+        source = argument(value, "src", 3, argument(value, "value", 3))
+        if dim is None or not isinstance(base, Value) or not isinstance(index, Value) or source is None:
+            return self._same(value, coords)
+        if argument(value, "reduce", 4) is not None:
+            raise Unread("what is written at the selected keys is added to what is there")
+        if self.space.resolve(coords[dim]) != self.space.resolve(self.along):
+            raise Unread("it is not along the axis of the softmax that something is selected")
+        others = [d for d in range(len(value.shape)) if d != dim]
+        if not all(same(index.shape[d], value.shape[d]) for d in others):
+            raise Unread("keys are selected for a part of the queries")
+        which = self.space.fresh("m", index.shape[dim])
+        inside = (*coords[:dim], which, *coords[dim + 1 :])
+        kept = largest_at(self.space, index, inside, which, self.along)
+        if kept is None:
+            return self._same(value, coords)
+        if not self.space.covers(coords[dim], kept.of.shape[_dim_of(self.space, kept, self.along)]):
+            raise Unread("keys are selected from a part of the scores")
+        self._selects(kept)
+        written = self._written(source, inside, coords, dim, which, kept)
+        return written, self.read(base, coords)[1]
+
+    def _written(self, source: Any, inside: Coords, coords: Coords, dim: int, which: Coord, kept: Kept) -> Case:
+        """What is scattered: a number, or the scores themselves."""
+        if isinstance(source, bool | int | float):
+            return source
+        if not isinstance(source, Value):
+            raise Unread("what is written at the selected keys is known only at run time")
+        if (known := constant_of(source)) is not None:
+            return known
+        if not all(map(same, source.shape, (self.space.size(c) for c in inside))):
+            raise Unread("more is handed to scatter than it writes")
+        found = values_at(self.space, source, inside, which, self.along)
+        if found is not None and (found.of, self._at(found)) == (kept.of, self._at(kept)) and found.own == kept.own:
+            return Element(kept.of, self._at(kept), below(self.space, kept.of, kept.coords))
+        if source.kind == "opaque" and source.name in ("gather", "take_along_dim") and source.attrs["call"] is not None:
+            of, index = argument(source, "input", 0), argument(source, "index", 2)
+            if source.name == "take_along_dim":
+                index = argument(source, "indices", 1)
+            where = axis(argument(source, "dim", 2 if source.name == "take_along_dim" else 1), len(source.shape))
+            if where == dim and isinstance(of, Value) and isinstance(index, Value):
+                again = largest_at(self.space, index, inside, which, self.along)
+                if again is not None and (again.of, self._at(again), again.own) == (kept.of, self._at(kept), kept.own):
+                    return self.read(of, coords)[0]
+        raise Unread("what is written at the selected keys is not their scores")
+
+    def _at(self, kept: Kept) -> Coords:
+        return self.space.resolve_all(kept.coords)
+
+    def _cast(self, value: Value, coords: Coords) -> Pair:
+        pair = self.read(next(value.operands), coords)
+        if any(isinstance(x, Element) for x in pair) or value.dtype is None:
+            return self._same(value, coords)
+        kept, dropped = (None if isinstance(x, Element) else _as(value.dtype, x) for x in pair)
+        return self._same(value, coords) if kept is None or dropped is None else (kept, dropped)
+
+    def _selects(self, kept: Kept) -> None:
+        if self.kept is not None and (self.kept.own != kept.own or self.order_of(kept) != self.order_of(self.kept)):
+            raise Unread("several selections are combined")
+        self.kept = self.kept or kept
+
+    # ---- order -------------------------------------------------------------------------------------------------------
+
+    def order_of(self, kept: Kept) -> tuple[Value, Coords]:
+        return ordered_by(self.space, kept.of, kept.coords, self.along)
+
+    def same_order(self, element: tuple[Value, Coords], kept: Kept) -> bool:
+        """Whether an element's k largest are the kept ones: it is the same score, but for a positive factor."""
+        return ordered_by(self.space, *element, self.along) == self.order_of(kept)
+
+
+def _dim_of(space: Space, kept: Kept, along: Coord) -> int:
+    return next(d for d, c in enumerate(kept.coords) if space.resolve(c) == space.resolve(along))
+
+
+def below(space: Space, value: Value, coords: Coords) -> tuple[Value, Coords]:
+    """The element below all rearrangements."""
+    while value.kind == "layout" and (pulled := PULL[value.name](space, value, coords)) is not None:
+        value, coords = value.inputs[0], pulled
+    return value, space.resolve_all(coords)
+
+
+def ordered_by(space: Space, value: Value, coords: Coords, along: Coord) -> tuple[Value, Coords]:
+    """What an element is a strictly increasing function of, within its row: behind copies, positive factors, what is
+    added to a whole row, and a softmax."""
+    while True:
+        value, coords = below(space, value, coords)
+        inner = through(value) or _widened(value)
+        if inner is None and value.kind == "softmax" and coords[value.attrs["dim"]] == space.resolve(along):
+            inner = value.inputs[0]
+        if inner is not None:
+            value = inner
+            continue
+        step = _increasing(space, value, coords, along)
+        if step is None:
+            return value, coords
+        value, coords = step
+
+
+def _widened(value: Value) -> Value | None:
+    """What was cast to a dtype that holds every number it had."""
+    if value.kind != "pointwise" or value.name != "identity" or not isinstance(value.inputs[0], Value):
+        return None
+    x = value.inputs[0]
+    if x.dtype is None or value.dtype is None or not x.dtype.is_floating_point or not value.dtype.is_floating_point:
+        return None
+    return x if torch.promote_types(x.dtype, value.dtype) == value.dtype else None
+
+
+def _increasing(space: Space, value: Value, coords: Coords, along: Coord) -> tuple[Value, Coords] | None:
+    if value.kind != "pointwise" or value.name not in ("mul", "div", "add", "sub"):
+        return None
+    for n, x in enumerate(value.inputs):
+        other = value.inputs[1 - n]
+        if not isinstance(x, Value) or (n == 1 and value.name in ("div", "sub")):
+            continue
+        number = constant_of(other) if isinstance(other, Value) else other
+        if isinstance(number, int | float) and math.isfinite(number):
+            if value.name in ("add", "sub") or number > 0:
+                return x, aligned(coords, x)
+        elif isinstance(other, Value) and value.name in ("add", "sub") and other.kind == "reduce":
+            at = space.resolve_all(aligned(coords, other))
+            if not any(set(c.digits) & set(space.resolve(along).digits) for c in at) and other.name in ("amax", "mean"):
+                return x, aligned(coords, x)
+    return None
+
+
+NEVER = -1e4
+"""A score so far below those of a row without masks weighs 0 in its softmax, whatever it is exactly."""
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+_COMPARED = frozenset({"ge", "gt", "le", "lt"})
+_SWAPPED = {"ge": "le", "gt": "lt", "le": "ge", "lt": "gt"}
+_CASTS = frozenset({"bool", "to", "type", "long", "int", "byte"})
+_FILLED = {"zeros": 0.0, "ones": 1.0}
+
+
+def constant_of(value: Value) -> float | bool | None:
+    """The number that every element is."""
+    if value.kind == "pointwise" and value.name in ("constant", "fill"):
+        x = value.inputs[-1]
+        return x if isinstance(x, bool | int | float) else None
+    if value.kind == "pointwise" and value.name == "identity" and isinstance(value.inputs[0], Value):
+        inner = constant_of(value.inputs[0])
+        return None if inner is None or value.dtype is None else _as(value.dtype, inner)
+    if value.kind == "layout":
+        return constant_of(value.inputs[0])
+    if value.kind != "opaque" or value.attrs.get("call") is None:
+        return None
+    name = value.name.removeprefix("new_").removesuffix("_like")
+    if name in _FILLED:
+        return bool(_FILLED[name]) if value.dtype is torch.bool else _FILLED[name]
+    found: Any = None
+    if name == "full":
+        found = argument(value, "fill_value", 2 if value.name == "new_full" else 1)
+    elif name in ("tensor", "scalar_tensor") and value.shape == ():
+        found = argument(value, "data" if name == "tensor" else "s", 0)
+    elif name in _CASTS and value.inputs:
+        found = constant_of(value.inputs[0])
+    if not isinstance(found, bool | int | float) or value.dtype is None:
+        return None
+    return _as(value.dtype, found)
+
+
+def _as(dtype: torch.dtype, x: float | bool) -> float | bool | None:
+    if dtype is torch.bool:
+        return bool(x)
+    return float(x) if dtype.is_floating_point else int(x) if math.isfinite(x) else None
+
+
+def _log(x: float) -> float:
+    return math.log(x) if x > 0 else -math.inf if x == 0 else math.nan
+
+
+_OF_NUMBERS: dict[str, Callable[..., Any]] = {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "neg": operator.neg, "abs": abs, "log": _log,
+    "ge": operator.ge, "gt": operator.gt, "le": operator.le, "lt": operator.lt, "eq": operator.eq, "ne": operator.ne,
+    "logical_and": lambda x, y: bool(x and y), "logical_or": lambda x, y: bool(x or y),
+    "logical_not": operator.not_, "identity": lambda x: x, "maximum": max, "minimum": min,
+}  # fmt: skip
+
+
+def _computed(value: Value, arguments: list[Any]) -> Case:
+    """One reading of a pointwise value whose readings differ."""
+    name = value.name
+    if name == "where" and isinstance(arguments[0], bool):
+        chosen: Case = arguments[1] if arguments[0] else arguments[2]
+        return chosen
+    elements = [x for x in arguments if isinstance(x, Element)]
+    if not elements and name in _OF_NUMBERS:
+        found = _OF_NUMBERS[name](*arguments)
+        return found if isinstance(found, bool) else float(found)
+    if not elements and name == "div" and arguments[1] != 0:
+        return float(arguments[0] / arguments[1])
+    if len(elements) == 1 and len(arguments) == 2:
+        (number,) = (x for x in arguments if not isinstance(x, Element))
+        if _leaves_it(name, number, arguments[0] is elements[0]):
+            return elements[0]
+        if name == "add" and number <= NEVER:
+            return float(number)  # t - 1e9 weighs as little as -1e9 does
+        if name == "mul" and number == 0 and elements[0].value.kind == "softmax":
+            return 0.0
+    if name == "identity" and elements[0].value.dtype == value.dtype:
+        return elements[0]
+    raise Unread(f"{value.node.name} makes something else of selected scores")
+
+
+def _leaves_it(name: str, number: float, first: bool) -> bool:
+    """Whether x op number is x."""
+    neutral = {"add": 0, "sub": 0, "mul": 1, "div": 1}
+    return name in neutral and number == neutral[name] and (first or name in ("add", "mul"))
