@@ -12,10 +12,11 @@ from kvt_compile.calibration import CalibratedPolicy, CalibrationError, calibrat
 from kvt_compile.capture.capture import CaptureError
 from kvt_compile.config import OptionError, Options
 from kvt_compile.explain import explain
-from kvt_compile.functional import topk_attention
+from kvt_compile.functional import attention, topk_attention
 from kvt_compile.look import visualize
 from kvt_compile.report.report import Report
 from kvt_compile.rewrite import RewriteResult, rewrite
+from kvt_compile.select import SelectionError
 from kvt_compile.verification import Verification, VerificationError, verify
 
 __all__ = [
@@ -27,8 +28,10 @@ __all__ = [
     "RefusalError",
     "Report",
     "RewriteResult",
+    "SelectionError",
     "Verification",
     "VerificationError",
+    "attention",
     "calibrate",
     "explain",
     "inductor_pass",

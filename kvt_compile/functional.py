@@ -1,6 +1,7 @@
-"""q, k, v -> k-NN attention, for people who write models: `scaled_dot_product_attention` with one more argument, topk.
+"""q, k, v -> attention over selected keys, for people who write models: `scaled_dot_product_attention` with one more
+argument, `topk` or `select`.
 
-softmax(scale * Q Kt + mask, over the topk largest of each row) V
+softmax(scale * Q Kt + mask, over the keys that the selection keeps of each row) V
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor
 
 import kvt_compile.kernels.op.ops  # noqa: F401 - registers torch.ops.kvt
+from kvt_compile.select.geometry import needs_grid, needs_prefix, resolve_grid
+from kvt_compile.select.text import parse
+from kvt_compile.select.values import Selector, for_node
 from kvt_compile.topk import TopK, constant, resolve, validate_tolerance
 
 
@@ -52,6 +56,80 @@ def topk_attention(
     Returns `[..., Hq, Nq, Dv]` in v's dtype, differentiable once in q, k, v and a floating-point attn_mask.
     Raises TypeError or ValueError that names the argument, what was found and what was expected.
     """
+    return _attention(
+        q, k, v, topk, (), attn_mask, dropout_p, is_causal, scale,
+        enable_gqa, lowering, topk_tolerance,
+    )  # fmt: skip
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    select: Selector | str,
+    grid: Sequence[int] | int | None = None,
+    prefix: int = 0,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    lowering: str = "auto",
+) -> Tensor:
+    """Attention in which every query attends to the keys that a selection keeps.
+
+    Arguments, shapes, dtypes and meaning are those of `topk_attention`, whose `topk=64` is `select="topk(64)"` here.
+
+    Args:
+        select: a value of `kvt_compile.select` (`window(13) & topk(64)`) or its text.  docs/selection.md defines each.
+        grid: how the tokens after the prefix are laid out, in 1 to 3 axes, the last the fastest: (64, 64) for an image
+            of 64 rows.  One size may be -1: whatever is left.  None: one axis.
+        prefix: how many tokens stand before the grid (class and register tokens).
+
+    What the selection does not allow is as if masked; a mask and is_causal hold besides.
+    Raises SelectionError (a ValueError) for a selection that cannot be meant, and as `topk_attention`.
+    """
+    for name, x in (("q", q), ("k", k)):
+        if x.dim() < 2:
+            raise ValueError(f"{name} has {x.dim()} dimensions, expected at least 2")
+    text, best, by_grid, by_prefix = _read(select)
+    keys = k.shape[-2]
+    # a node says no more than it needs, so that the same node is the same text
+    placed = list(resolve_grid(grid, prefix, keys)) if by_grid else None
+    where = (None, text, placed, prefix if by_prefix else 0)  # after the `draw` of a part of a larger call
+    kept = 1.0 if best is None else best
+    return _attention(q, k, v, kept, where, attn_mask, dropout_p, is_causal, scale, enable_gqa, lowering, 0.0)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _read(select: Selector | str) -> tuple[str, int | float | None, bool, bool]:
+    """A selection -> the operator's text and k, and whether it asks for the grid and for the prefix.
+
+    Dynamo need not trace the parser."""
+    chosen = parse(select) if isinstance(select, str) else select
+    if not isinstance(chosen, Selector):
+        raise TypeError(
+            f"select is {select!r} ({type(select).__name__}), expected a selection or its text: 'window(13)'"
+        )
+    return (*for_node(chosen), needs_grid(chosen), needs_prefix(chosen))
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    topk: TopK,
+    select: tuple[object, ...],
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    lowering: str,
+    topk_tolerance: float,
+) -> Tensor:
+    """Checked arguments of the way in -> the operator.  `select`: its last arguments, none for the best of all keys."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() < (3 if enable_gqa else 2):
             raise ValueError(f"{name} has {x.dim()} dimensions, expected at least {3 if enable_gqa else 2}")
@@ -83,7 +161,7 @@ def topk_attention(
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device) if dropout_p > 0.0 else None
     tensors = _fold(q, batch, heads), _fold(k, batch, kv_heads), _fold(v, batch, kv_heads)
     rest = score, "p", resolve(topk, k.shape[-2]), sizes, constant(dropout_p), seed, lowering, tolerance
-    out = torch.ops.kvt.attention(*tensors, captured, *rest)[0]
+    out = torch.ops.kvt.attention(*tensors, captured, *rest, *select)[0]
     return out.reshape(*lead, q.shape[-2], v.shape[-1])  # type: ignore[no-any-return]
 
 

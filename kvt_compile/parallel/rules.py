@@ -29,6 +29,7 @@ from kvt_compile.kernels.op import ops
 from kvt_compile.kernels.op.arguments import AttentionArguments, BackwardArguments
 from kvt_compile.kernels.op.captured import check_captured
 from kvt_compile.kernels.op.check import check_attention, check_backward
+from kvt_compile.kernels.op.selection import counts_heads
 from kvt_compile.kernels.op.spec import KernelSpec
 from kvt_compile.parallel import coordinates
 from kvt_compile.parallel.dtensors import agreed, mesh_of, on_mesh, shard, whole
@@ -91,6 +92,8 @@ def _axes(a: AttentionArguments) -> tuple[str, ...]:
     """What a call may be cut along."""
     if len(a.sizes or ()) + len(coordinates.AXES) > limits.SLOTS:
         return ()
+    if a.select:  # its grid is that of all tokens
+        return ("b",) if counts_heads(a.select) else ("b", "h")
     # an argument that this file does not know may speak of rows and keys by number: those stay whole
     others = [x for x in dataclasses.fields(a) if x.name not in _UNDERSTOOD]
     return ("b", "h") if any(getattr(a, x.name) not in (None, x.default) for x in others) else coordinates.AXES

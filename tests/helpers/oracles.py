@@ -15,7 +15,10 @@ from near_ties import near_ties
 from torch import Tensor
 
 import kvt_compile.kernels.op.ops  # noqa: F401 - registers the ops
+from kvt_compile.kernels.op.selection import selection_of
 from kvt_compile.kernels.plain.reference import Reference, reference_attention, reference_scores, within_tolerance
+from kvt_compile.select.text import parse
+from kvt_compile.select.values import split
 
 FACTOR = 8.0
 WIDEST_VALUES = 256
@@ -44,6 +47,9 @@ class Case:
     dropout_p: float = 0.0
     seed: int = 0
     tolerance: float = 0.0
+    select: str = ""
+    grid: tuple[int, ...] | None = None
+    prefix: int = 0
 
     def __str__(self) -> str:
         return self.id
@@ -83,7 +89,7 @@ def call(case: Case, lowering: str, tensors: Sequence[Tensor] | None = None) -> 
     q, k, v, *captured = tensors or _flat(case.tensors())
     return torch.ops.kvt.attention(
         q, k, v, captured, case.score, case.weight, case.topk, list(case.sizes),
-        case.dropout_p, case.dropout_seed, lowering, case.tolerance,
+        case.dropout_p, case.dropout_seed, lowering, case.tolerance, None, case.select, case.grid, case.prefix,
     )  # fmt: skip
 
 
@@ -92,6 +98,7 @@ def reference(case: Case, tensors: Sequence[Tensor], dtype: torch.dtype = torch.
     return reference_attention(
         q, k, v, captured, topk=case.topk, score=case.score, weight=case.weight, sizes=case.sizes,
         dropout_p=case.dropout_p, seed=case.dropout_seed, dtype=dtype,
+        selection=selection_of(case.select, case.grid, case.prefix, q.shape[2], k.shape[2]),
     )  # fmt: skip
 
 
@@ -184,8 +191,9 @@ def _assert_separates(case: Case, threshold: Tensor, kept: Tensor, decided: Tens
     tensors = [x.detach() for x in _flat(case.tensors())]
     q, k, _, *captured = tensors
     # scores by the reference: with the identity as values and no selection, t = log p + logsumexp
+    allowed = split(parse(case.select))[0] if case.select else None
     every = reference(
-        case.but(topk=case.keys, weight="p", dropout_p=0.0),
+        case.but(topk=case.keys, weight="p", dropout_p=0.0, select="" if allowed is None else str(allowed)),
         (q, k, torch.eye(k.shape[2]).expand(*k.shape[:2], -1, -1), *captured),
     )
     t = every.out.detach().log() + every.logsumexp.detach().unsqueeze(-1)

@@ -27,6 +27,8 @@ CASES = {
     for case in (
         Case("plain", heads=4, queries=6, dtype=D),
         Case("ties", heads=4, queries=6, dtype=D, score="floordiv(4.0*s, 4.0)"),
+        Case("selected", heads=4, queries=6, keys=6, dtype=D, topk=6, select="window(3) | sinks(1)", grid=(6,)),
+        Case("selected by heads", heads=4, queries=6, keys=6, dtype=D, topk=2, select="shifted(2)", grid=(6,)),
         Case("grouped", batch=4, heads=8, kv_heads=4, queries=8, dtype=D),
         Case("grouped, one key head", heads=4, kv_heads=1, queries=6, dtype=D),
         Case("uneven", batch=3, heads=3, queries=7, dtype=D, dropout_p=0.3, score="where(le(j, i), s, -oo)"),

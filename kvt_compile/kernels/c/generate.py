@@ -75,6 +75,7 @@ def _attention(spec: KernelSpec) -> str:
         keep_raw=score_back.uses_symbol,
         float_slots=[n for n, c in enumerate(spec.captured) if c.is_float],
         backward=True,
+        listed=bool(spec.select),
     )
 
 
@@ -118,8 +119,9 @@ def _check_stack(spec: KernelSpec, programs: list[Program], scatters: int) -> No
 
 
 def _paired(spec: KernelSpec) -> bool:
-    """Whether a CPU that multiplies bfloat16 computes products of pairs (`templates/pairs.c.jinja`)."""
-    return "bfloat16" in (spec.dtype, spec.value_dtype) and spec.dtype != "float64"
+    """Whether a CPU that multiplies bfloat16 computes products of pairs (`templates/pairs.c.jinja`); keys of a list are
+    gathered as reals."""
+    return "bfloat16" in (spec.dtype, spec.value_dtype) and spec.dtype != "float64" and not spec.select
 
 
 def block_size(spec: KernelSpec) -> int:

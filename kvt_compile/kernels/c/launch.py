@@ -28,6 +28,7 @@ from kvt_compile.kernels.op.captured import check_captured
 from kvt_compile.kernels.op.lowerings import Gradients
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.remember import remembered
+from kvt_compile.kernels.tiles import TileLists, tile_lists
 
 Arguments = dict[str, int | float]
 Plan = dict[str, int]
@@ -49,6 +50,8 @@ class Kernel:
         named = SOFTMAX_FIELDS if isinstance(spec, SoftmaxSpec) else call_fields(spec)
         self._names = tuple(name for _, name in named)
         self._layout = _struct(named)
+        self.lanes = int(self.library.kvt_lanes()) if isinstance(spec, KernelSpec) and spec.select else 0
+        """Queries in a tile, of a kernel with lists."""
 
     def call(self, entry: str, arguments: Arguments, shapes: bytes = b"") -> None:
         """Run an entry point; an argument not given is 0.  Raises MemoryError when it finds no scratch memory."""
@@ -78,7 +81,8 @@ def forward(call: AttentionCall, settings: Settings) -> tuple[Tensor, Tensor, Te
     if call.keys == 0:
         return out.zero_(), logsumexp.fill_(-torch.inf), threshold.fill_(-torch.inf)
     if 0 not in call.rows:
-        arguments = _arguments(call)
+        lists = _lists(call, settings)
+        arguments = _arguments(call, lists)
         arguments |= {"out": out.data_ptr(), "lse": logsumexp.data_ptr(), "threshold": threshold.data_ptr()}
         _launch(call, settings, "kvt_forward", arguments)
     return out, logsumexp, threshold
@@ -104,7 +108,8 @@ def backward(
     sums = [torch.zeros((copies, *c.shape), dtype=call.spec.accumulate) if need else None for c, need in captured]
     # the kernel reads rows one after the other; vmap saves them with a stride of 0
     logsumexp, threshold = logsumexp.contiguous(), threshold.contiguous()
-    arguments = _arguments(call)
+    lists = _lists(call, settings)
+    arguments = _arguments(call, lists)
     arguments |= {
         "grad_out": _pointer("grad_out", grad_out),
         "lse": logsumexp.data_ptr(),
@@ -155,10 +160,33 @@ def backward_plan(
     return dict(_backward_plan(spec, batch, heads, queries, small))
 
 
-def _arguments(call: AttentionCall) -> Arguments:
+_LISTED = {
+    "lane_query": "query",
+    "lane_count": "count",
+    "list_start": "list_start",
+    "list_block": "block",
+    "block_start": "block_start",
+    "run": "run",
+    "bits": "bits",
+}
+"""Field of the argument structure -> array of the lists."""
+
+
+def _lists(call: AttentionCall, settings: Settings) -> TileLists | None:
+    """Which keys each tile computes; None: all."""
+    if call.selection is None or call.selection.allowed is None:
+        return None
+    return tile_lists(call.selection, call.q, call.k, kernel(call.spec, settings).lanes)
+
+
+def _arguments(call: AttentionCall, lists: TileLists | None) -> Arguments:
     tensors = {"q": call.q, "k": call.k, "v": call.v} | {f"c{n}": c for n, c in enumerate(call.captured)}
     arguments: Arguments = {name: _pointer(name, x) for name, x in tensors.items()}
     arguments["threads"] = torch.get_num_threads()
+    if lists is not None:
+        arguments |= {name: getattr(lists, field).data_ptr() for name, field in _LISTED.items()}
+        arguments |= {"tiles": len(lists.count), "longest": lists.longest}
+        arguments |= {"per_batch": lists.per_batch, "per_head": lists.per_head}
     if call.seed is not None:
         arguments["seed"] = int(call.seed.item())
         arguments |= zip(DRAW, call.draw, strict=True)

@@ -25,6 +25,22 @@ SOFTMAX_FIELDS = (
 """Of the row kernel: scores [outer, n, inner], contiguous."""
 
 
+LISTED_FIELDS = (
+    ("const int32_t *", "lane_query"),
+    ("const int32_t *", "lane_count"),
+    ("const int64_t *", "list_start"),
+    ("const int32_t *", "list_block"),
+    ("const int64_t *", "block_start"),
+    ("const int64_t *", "run"),
+    ("const uint32_t *", "bits"),
+    ("int64_t", "tiles"),
+    ("int64_t", "per_batch"),
+    ("int64_t", "per_head"),
+    ("int64_t", "longest"),
+)
+"""Of a kernel with lists of keys: the arrays of `tiles.TileLists`."""
+
+
 @lru_cache(maxsize=1024)
 def call_fields(spec: KernelSpec) -> tuple[tuple[str, str], ...]:
     """What differs from call to call: pointers, threads, dropout.  Every field is 8 bytes: a pointer, an int64_t or a
@@ -49,7 +65,7 @@ def call_fields(spec: KernelSpec) -> tuple[tuple[str, str], ...]:
         result.append((f"const {ELEMENTS[captured.dtype]} *", f"c{number}"))
         if captured.is_float:
             result.append((f"{real} *", f"dc{number}"))
-    return tuple(result)
+    return (*result, *LISTED_FIELDS) if spec.select else tuple(result)
 
 
 @lru_cache(maxsize=1024)

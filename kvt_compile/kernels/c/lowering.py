@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from kvt_compile.kernels import tiles
 from kvt_compile.kernels.c import launch, rows
 from kvt_compile.kernels.c.generate import source
 from kvt_compile.kernels.c.scalar import ELEMENTS
@@ -106,6 +107,8 @@ def refusal(spec: KernelSpec | SoftmaxSpec) -> str | None:
     if isinstance(spec, SoftmaxSpec):
         missing = [x for x in (spec.dtype, spec.out_dtype) if x not in rows.DTYPES]
         return f"softmax of {', '.join(missing)} is not generated" if missing else None
+    if spec.select and (reason := tiles.refusal(spec.select)):
+        return reason
     if spec.value_dtype == "float64" != spec.dtype:
         return f"float64 values with {spec.dtype} queries are not generated"
     if not (0 < spec.head_dim <= LARGEST_HEAD and 0 < spec.value_dim <= LARGEST_HEAD):

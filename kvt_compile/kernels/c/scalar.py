@@ -88,6 +88,8 @@ class ScalarPrinter:
                 return Text("INT64_MIN" if x == -(2**63) else str(int(x)) if x >= 0 else f"({int(x)})", "int")
             case sympy.Symbol():
                 name = str(x)
+                if name == "j" and self.spec.select:  # j counts the keys of a list
+                    return Text("(int64_t)tile->key[j]", "int")
                 return Text(f"a->{name}" if name[0] == "n" else name, "int")
             case language.load():
                 return self.load(x)

@@ -36,6 +36,9 @@ class AttentionArguments:
     lowering: str
     tolerance: float = 0.0
     draw: Sequence[int] | None = None
+    select: str = ""
+    grid: Sequence[int] | None = None
+    prefix: int = 0
 
 
 @dataclass(slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvt_compile.kernels.dropout import place_of_draws
 from kvt_compile.kernels.op.arguments import AttentionArguments
+from kvt_compile.kernels.op.selection import Selection, selection_of
 from kvt_compile.kernels.op.spec import KernelSpec
 
 
@@ -37,13 +38,17 @@ class AttentionCall:
     lowering that selects exactly may ignore it.  A backward needs none: the thresholds say what was kept."""
     part: Sequence[int] | None = None
     """What the operators call `draw`; None where the call is no part of a larger one."""
+    selection: Selection | None = None
+    """Which keys may be kept, and by what they are ranked; None: all, by their scores."""
 
     @classmethod
     def of(cls, a: AttentionArguments, *, topk: int, needs_grad: Sequence[bool] = ()) -> AttentionCall:
         """`topk`: how many keys are kept, at most as many as there are.  Raises SpecError."""
         captured, sizes = a.captured or (), a.sizes or ()
-        spec = KernelSpec.of(a.q, a.k, a.v, captured, a.score, a.weight, len(sizes), a.dropout_p, needs_grad)
-        return cls(spec, a.q, a.k, a.v, captured, topk, sizes, a.dropout_p, a.seed, a.tolerance, a.draw)
+        shapes = a.q, a.k, a.v, captured
+        spec = KernelSpec.of(*shapes, a.score, a.weight, len(sizes), a.dropout_p, needs_grad, a.select)
+        selection = selection_of(a.select, a.grid, a.prefix, a.q.shape[2], a.k.shape[2])
+        return cls(spec, *shapes, topk, sizes, a.dropout_p, a.seed, a.tolerance, a.draw, selection)
 
     @property
     def rows(self) -> torch.Size:

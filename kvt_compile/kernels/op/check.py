@@ -18,6 +18,7 @@ from kvt_compile.kernels.op.arguments import (
     SoftmaxArguments,
     SoftmaxBackwardArguments,
 )
+from kvt_compile.kernels.op.selection import selection_of
 from kvt_compile.kernels.op.spec import check_expressions
 
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -91,6 +92,8 @@ def check_attention(a: AttentionArguments) -> None:
         if isinstance(size, int) and size < 1 and 0 not in (batch, heads, q.shape[2], keys):
             _fail("attention", f"size n{n} is {size}, expected at least 1")
     check_expressions(a.score, a.weight, tuple([c.dim() for c in captured]), len(a.sizes or ()))
+    if a.select:
+        selection_of(a.select, a.grid, a.prefix, q.shape[2], keys)
 
 
 def check_backward(a: BackwardArguments) -> None:

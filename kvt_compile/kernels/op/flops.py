@@ -30,7 +30,7 @@ def attention_backward_flops(
     grad_out: Shape, q: Shape, k: Shape, v: Shape, captured: Sequence[Shape], *args: Any, **kwargs: Any
 ) -> int:
     """s again; dV; dO Vt for every other gradient; dQ; dK: those that are needed."""
-    needs_grad = kwargs.get("needs_grad", args[-2] if len(args) >= 2 else (True,) * (3 + len(captured)))
+    needs_grad = kwargs.get("needs_grad", args[9] if len(args) >= 10 else (True,) * (3 + len(captured)))
     need_q, need_k, need_v, *need_captured = map(bool, needs_grad)
     by_head, by_value = product_flops(q, k[2]), product_flops(grad_out, k[2])
     through_scores = need_q or need_k or any(need_captured)

@@ -22,12 +22,12 @@ from kvt_compile.kernels.op.arguments import (
     SoftmaxBackwardArguments,
 )
 
-_ARGUMENTS = 12  # before the captured tensors
+_ARGUMENTS = 15  # before the captured tensors
 
 
 class _Attention(torch.autograd.Function):
-    """apply(q, k, v, score, weight, topk, sizes, dropout_p, seed, lowering, tolerance, draw, *captured) ->
-    out, logsumexp, threshold."""
+    """apply(q, k, v, score, weight, topk, sizes, dropout_p, seed, lowering, tolerance, draw, select, grid, prefix,
+    *captured) -> out, logsumexp, threshold."""
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,10 +36,11 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        q, k, v, score, weight, topk, sizes, dropout_p, seed, lowering, _tolerance, draw, *captured = inputs
+        q, k, v, score, weight, topk, sizes, dropout_p, seed, lowering, _tolerance, *rest = inputs
+        last, captured = rest[:4], rest[4:]
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(q, k, v, seed, *output, *captured)
-        ctx.rest = (score, weight, topk, sizes, dropout_p, lowering, draw)
+        ctx.rest = (score, weight, topk, sizes, dropout_p, lowering, last)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -79,7 +80,7 @@ class _AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[Any], rest: Any, needs_grad: Any, *tensors: Any) -> tuple[Any, Any]:
-        dims = _backward_arguments((None,) * len(rest), None, *in_dims[2:])
+        dims = _backward_arguments((*[None] * (len(rest) - 1), (None,) * len(rest[-1])), None, *in_dims[2:])
         (dq, dk, dv, dcaptured), out_dims = vmap.attention_backward(
             info.batch_size, dims, *_backward_arguments(rest, needs_grad, *tensors)
         )
@@ -92,11 +93,11 @@ class _AttentionBackward(torch.autograd.Function):
 
 def _backward_arguments(rest: Sequence[Any], needs_grad: Any, *tensors: Any) -> tuple[Any, ...]:
     """The order of the operator."""
-    score, weight, topk, sizes, dropout_p, lowering, draw = rest
+    score, weight, topk, sizes, dropout_p, lowering, last = rest
     grad_out, q, k, v, seed, out, logsumexp, threshold, *captured = tensors
     return (
         grad_out, q, k, v, captured, out, logsumexp, threshold,
-        score, weight, topk, sizes, dropout_p, seed, needs_grad, lowering, draw,
+        score, weight, topk, sizes, dropout_p, seed, needs_grad, lowering, *last,
     )  # fmt: skip
 
 
@@ -169,12 +170,17 @@ def no_forward_mode(ctx: Any) -> None:
 
 
 def _attention(a: AttentionArguments) -> Any:
-    rest = (a.score, a.weight, a.topk, list(a.sizes or ()), a.dropout_p, a.seed, a.lowering, a.tolerance, a.draw)
-    return _Attention.apply(a.q, a.k, a.v, *rest, *(a.captured or ()))  # type: ignore[no-untyped-call]
+    rest = (a.score, a.weight, a.topk, list(a.sizes or ()), a.dropout_p, a.seed, a.lowering, a.tolerance)
+    return _Attention.apply(a.q, a.k, a.v, *rest, *_last(a), *(a.captured or ()))  # type: ignore[no-untyped-call]
+
+
+def _last(a: AttentionArguments) -> tuple[Any, ...]:
+    """What forward and backward both end with."""
+    return a.draw, a.select, None if a.grid is None else list(a.grid), a.prefix
 
 
 def _attention_backward(a: BackwardArguments) -> Any:
-    rest = (a.score, a.weight, a.topk, list(a.sizes or ()), a.dropout_p, a.lowering, a.draw)
+    rest = (a.score, a.weight, a.topk, list(a.sizes or ()), a.dropout_p, a.lowering, _last(a))
     tensors = (a.grad_out, a.q, a.k, a.v, a.seed, a.out, a.logsumexp, a.threshold, *(a.captured or ()))
     dq, dk, dv, *dcaptured = _AttentionBackward.apply(rest, list(a.needs_grad), *tensors)  # type: ignore[no-untyped-call]
     return dq, dk, dv, dcaptured

@@ -10,9 +10,13 @@ logsumexp and threshold `[B, Hq, Nq]` in float32 (float64 when q is float64), no
 contiguous.  Everything that changes a result is an argument, so compile caches key on it by themselves.  `tolerance`
 lets a row keep another number of keys than topk (`kvt_compile.topk.kept_range`) and has a default, so that programs
 saved without it still load; the backward reads what was kept from the thresholds.  `draw` (`kernels/dropout.py`) has
-one too: it is given where a call is a part of a larger one, whose dropout it draws.  `captured` and `sizes` may be
-None, which means empty: AOTInductor's proxy executor hands an empty list on as None, and a schema without `?` would
-refuse it.
+one too: it is given where a call is a part of a larger one, whose dropout it draws.  So have `select`, which keys may
+be kept at all and how they are ranked (`kvt_compile.select`; empty: the topk best of all), and `grid` and `prefix`,
+where the tokens stand.  `captured` and `sizes` may be None, which means empty: AOTInductor's proxy executor hands an
+empty list on as None, and a schema without `?` would refuse it.
+
+For who splits a call over devices: a grid is that of all tokens, so with a `select` neither queries nor keys can be
+split.  The batch can; heads can where `select` has neither `shifted` nor `regions`, which count them.
 
 Raw `Library.define`/`impl` and not `custom_op`: the schema stands here as text that a reader and a saved program can be
 checked against, and a call costs 2 to 5 microseconds less (measured: 12 against 14, 19 against 24 with a gradient).
@@ -40,6 +44,8 @@ from kvt_compile.kernels.op.check import check_attention, check_backward, check_
 from kvt_compile.kernels.op.function import no_second_derivative
 from kvt_compile.kernels.op.spec import SoftmaxSpec, reached
 
+_SELECT = 'str select="", SymInt[]? grid=None, SymInt prefix=0'
+_GRID = 14  # its place among the arguments of the forward
 _COMMON = "str score, str weight, SymInt topk, SymInt[]? sizes, float dropout_p, Tensor? seed"
 
 LIBRARY = torch.library.Library("kvt", "DEF")
@@ -47,13 +53,13 @@ LIBRARY = torch.library.Library("kvt", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 LIBRARY.define(
     f"attention(Tensor q, Tensor k, Tensor v, Tensor[]? captured, {_COMMON}, str lowering,"
-    " float tolerance=0.0, SymInt[]? draw=None) -> (Tensor out, Tensor logsumexp, Tensor threshold)",
+    f" float tolerance=0.0, SymInt[]? draw=None, {_SELECT}) -> (Tensor out, Tensor logsumexp, Tensor threshold)",
     tags=_TAGS,
 )
 LIBRARY.define(
     "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor[]? captured, Tensor out, Tensor"
-    f" logsumexp, Tensor threshold, {_COMMON}, bool[] needs_grad, str lowering,"
-    " SymInt[]? draw=None) -> (Tensor dq, Tensor dk, Tensor dv, Tensor[] dcaptured)",
+    f" logsumexp, Tensor threshold, {_COMMON}, bool[] needs_grad, str lowering, SymInt[]? draw=None, {_SELECT})"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor[] dcaptured)",
     tags=_TAGS,
 )
 LIBRARY.define(
@@ -100,6 +106,7 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     ctx.mark_non_differentiable(logsumexp, threshold)
     ctx.save_for_backward(a.q, a.k, a.v, *(a.captured or ()), out, logsumexp, threshold, a.seed)
     ctx.rest = (a.score, a.weight, a.topk, a.sizes, a.dropout_p, a.lowering, a.draw)
+    ctx.select = (a.select, a.grid, a.prefix)
     ctx.nothing = a.captured is None
 
 
@@ -112,12 +119,14 @@ def _attention_autograd(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple[
     needs_grad = [need and reaches for need, reaches in zip(needs_grad, there, strict=True)]
     dq, dk, dv, dcaptured = torch.ops.kvt.attention_backward(
         grad_out, q, k, v, captured, out, logsumexp, threshold,
-        score, weight, topk, sizes, dropout_p, seed, needs_grad, lowering, draw,
+        score, weight, topk, sizes, dropout_p, seed, needs_grad, lowering, draw, *ctx.select,
     )  # fmt: skip
     dq, dk, dv, *dcaptured = (x if need else None for x, need in zip((dq, dk, dv, *dcaptured), needs_grad, strict=True))
     # register_autograd takes None or a list of numbers for one value, and an empty list for a list of tensors; it wants
     # as many results as there were arguments, and the dispatcher drops a last one that equals its default
-    others = [None] * (len(ctx.needs_input_grad) - 8)
+    others: list[Any] = [None] * (len(ctx.needs_input_grad) - 8)
+    if len(others) > _GRID - 8 and ctx.select[1] is not None and not ctx.select[1]:
+        others[_GRID - 8] = []
     of_captured = None if ctx.nothing else list(dcaptured)
     of_sizes: list[None] | None = [] if sizes is not None and not sizes else None
     return dq, dk, dv, of_captured, None, None, None, of_sizes, *others

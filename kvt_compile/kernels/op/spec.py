@@ -18,6 +18,7 @@ from kvt_compile.kernels.language import limits
 from kvt_compile.kernels.language import score as language
 from kvt_compile.kernels.language.derivative import reaches
 from kvt_compile.kernels.language.types import TypeMismatchError, Types, of_captured
+from kvt_compile.kernels.op.selection import canonical_selection
 
 
 class SpecError(ValueError):
@@ -79,6 +80,8 @@ class KernelSpec:
     needs_grad: tuple[bool, ...] = ()
     """For a backward: which of (q, k, v, *captured) need a gradient.  Empty for a forward."""
     dropout: bool = False
+    select: str = ""
+    """Which keys may be kept and how they are ranked, text of `kvt_compile.select`; empty: the best of all."""
 
     def __post_init__(self) -> None:
         for role, dtype in (("q and k", self.dtype), ("v", self.value_dtype)):
@@ -92,6 +95,7 @@ class KernelSpec:
                 f"q, k, v and {len(self.captured)} captured tensors"
             )
         check_expressions(self.score, self.weight, tuple(x.ndim for x in self.captured), self.sizes)
+        object.__setattr__(self, "select", canonical_selection(self.select))
         # the trust boundary: a text that came with a saved program ends here, generators print what was parsed of it
         for name in ("score", "weight"):
             object.__setattr__(self, name, language.canonical(getattr(self, name)))
@@ -120,6 +124,7 @@ class KernelSpec:
         sizes: int = 0,
         dropout_p: float = 0.0,
         needs_grad: Sequence[bool] = (),
+        select: str = "",
     ) -> KernelSpec:
         """The spec of one call: q `[B, Hq, Nq, D]`, k `[B, Hk, Nk, D]`, v `[B, Hk, Nk, Dv]`; fake tensors will do."""
         return _cached_spec(
@@ -133,6 +138,7 @@ class KernelSpec:
             sizes,
             tuple(needs_grad),
             dropout_p > 0.0,
+            select,
         )
 
     @property
@@ -179,6 +185,7 @@ def _cached_spec(
     sizes: int,
     needs_grad: tuple[bool, ...],
     dropout: bool,
+    select: str,
 ) -> KernelSpec:
     # an op call must not pay for building and checking a spec it has seen
     return KernelSpec(
@@ -192,6 +199,7 @@ def _cached_spec(
         sizes=sizes,
         needs_grad=needs_grad,
         dropout=dropout,
+        select=select,
     )
 
 

@@ -7,6 +7,8 @@ whole rows, so that selection and softmax need nothing from outside it.  Memory 
     backward   s, t, p, w again, then  dV += wt dO   dw = dropout(dO Vt)   dp = dw dg/dp   dt = p (dp - sum p dp)
                ds = dt df/ds   dQ = ds K   dK += dst Q   dc += dt df/dc + dw dg/dc
 
+t is -inf where a selection does not allow a key.
+
 Why the backward keeps the forward's keys: `_Algorithm.scores` computes both, from the same tile plan and so with the
 same matrix shapes, which gives the same bits; and the saved threshold lies midway between the smallest kept and the
 largest dropped score, so that even other bits (another thread count, another lowering's forward) fall on the same side
@@ -34,6 +36,7 @@ from kvt_compile.kernels.op.captured import check_call
 from kvt_compile.kernels.op.lowerings import Gradients
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.plain import select, tiling
+from kvt_compile.select.values import Mass, TopK
 
 Slopes = list[tuple[language.load, sympy.Expr, Tensor]]
 
@@ -45,6 +48,11 @@ class _Algorithm:
         check_call(call)
         self.call = call
         self.accumulate = call.spec.accumulate
+        self.selection = call.selection
+        rank = None if call.selection is None else call.selection.rank
+        self.mass = rank.p if isinstance(rank, Mass) else 1.0
+        self.lowest = isinstance(rank, TopK) and rank.ties == "lowest"
+        self.chosen = {} if call.selection is None else call.selection.tables(call.q, call.k)
         # what the second product accumulates in
         self.value_dtype = torch.promote_types(call.spec.accumulate, call.v.dtype)
 
@@ -64,7 +72,17 @@ class _Algorithm:
         grid = Grid(part.b, part.hq, part.i, range(keys.shape[-2]), q.device, q.dtype)
         s = part.ungroup(q @ keys.transpose(-1, -2))
         env = Environment(grid, self.call.captured, self.call.sizes, s=s)
-        return env, tile(compile_text(self.call.spec.score), env)
+        t = tile(compile_text(self.call.spec.score), env)
+        if self.selection is not None:
+            allowed = self.selection.map(self.call.rows[1], [grid.coordinate(x) for x in "bhij"], self.chosen)
+            t = t if allowed is None else torch.where(allowed, t, -torch.inf)
+        return env, t
+
+    def weights_again(self, t: Tensor, logsumexp: Tensor, threshold: Tensor) -> Tensor:
+        """Backward: the weights of a tile from its scores and what the forward saved of its rows."""
+        if self.lowest:
+            t = select.without_late_ties(t, threshold, self.call.topk)
+        return select.weights_again(t, logsumexp, threshold)
 
     def weights(self, env: Environment, p: Tensor) -> Tensor:
         """What multiplies V: the weight expression of p, then dropout."""
@@ -101,7 +119,7 @@ class AtenLowering:
         for piece, keys, values in run.pieces():
             for part in piece.tiles():
                 env, t = run.scores(part, keys)
-                p, row_logsumexp, row_threshold = select.softmax(t, call.topk)
+                p, row_logsumexp, row_threshold = select.softmax(t, call.topk, run.mass, run.lowest)
                 w = part.group(run.weights(env, p).to(values.dtype))
                 part.rows(out).copy_(part.ungroup(w @ values))
                 part.rows(logsumexp).copy_(row_logsumexp)
@@ -127,7 +145,7 @@ class AtenLowering:
         for piece, keys, values in run.pieces():
             for part in piece.tiles():
                 env, t = run.scores(part, keys)
-                p = select.weights_again(t, part.rows(logsumexp).unsqueeze(-1), part.rows(threshold).unsqueeze(-1))
+                p = run.weights_again(t, part.rows(logsumexp).unsqueeze(-1), part.rows(threshold).unsqueeze(-1))
                 grad = part.group(part.rows(grad_out).to(values.dtype))
                 w = run.weights(env, p)
                 if dv is not None:

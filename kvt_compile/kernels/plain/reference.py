@@ -22,6 +22,8 @@ from torch import Tensor
 from kvt_compile.kernels import dropout
 from kvt_compile.kernels.language import score as language
 from kvt_compile.kernels.language.types import FLOAT, INT, Types, of_captured
+from kvt_compile.kernels.op.selection import Selection
+from kvt_compile.select.values import Mass, TopK
 from kvt_compile.topk import kept_range
 
 
@@ -50,18 +52,28 @@ def reference_attention(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     draw: Sequence[int] | None = None,
+    selection: Selection | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Reference:
     """k-NN attention computed in `dtype` throughout; `out` stays in `dtype`.
 
     q `[B, Hq, Nq, D]`, k `[B, Hk, Nk, D]`, v `[B, Hk, Nk, Dv]`, Hq a multiple of Hk; captured, score, weight, sizes,
-    dropout_p, seed and draw as for `kvt::attention`.
+    dropout_p, seed and draw as for `kvt::attention`; selection as `AttentionCall` has it: keys it does not allow are
+    as if their scores were -inf.
     """
     heads, keys = q.shape[1], k.shape[2]
     v = v.to(dtype).repeat_interleave(heads // max(v.shape[1], 1), dim=1)
     names = _names(q, k, sizes)
     t = reference_scores(q, k, captured, score=score, sizes=sizes, dtype=dtype)
-    p, logsumexp, threshold, kept = reference_softmax(t, topk)
+    if selection is None:
+        p, logsumexp, threshold, kept = reference_softmax(t, topk)
+    else:
+        allowed = selection.map(heads, [names[x] for x in "bhij"], selection.tables(q.detach(), k.detach()))
+        t = t if allowed is None else t.masked_fill(~allowed, -torch.inf)
+        rank = selection.rank
+        mass = rank.p if isinstance(rank, Mass) else 1.0
+        lowest = isinstance(rank, TopK) and rank.ties == "lowest"
+        p, logsumexp, threshold, kept = reference_softmax(t, topk, mass, lowest)
     w = _evaluate(language.parse(weight), names | {"p": p}, captured, dtype).to(dtype).expand(t.shape)
     if dropout_p > 0.0 and seed is not None:
         b, h, i, j = (names[x] for x in "bhij")
@@ -116,16 +128,29 @@ def within_tolerance(t: Tensor, kept: Tensor, topk: int, tolerance: float) -> Te
     return (closed & enough & few) | broken
 
 
-def reference_softmax(t: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """t `[..., Nk]` -> (weights, logsumexp, threshold, kept), as in `Reference`, along the last dimension."""
+def reference_softmax(
+    t: Tensor, topk: int, mass: float = 1.0, lowest: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """t `[..., Nk]` -> (weights, logsumexp, threshold, kept), as in `Reference`, along the last dimension.
+
+    mass < 1: not topk but the fewest best keys with at least that softmax mass.  lowest: of tied keys the first ones.
+    """
     if t.shape[-1] == 0:
         nothing = torch.full_like(t[..., :0].sum(-1), -torch.inf)
         return t, nothing, nothing, t > 0
-    descending = t.detach().sort(-1, descending=True).values
-    tau = descending[..., min(topk, t.shape[-1]) - 1].unsqueeze(-1)
+    descending, order = t.detach().sort(dim=-1, descending=True, stable=True)
+    if mass < 1.0:
+        reached = descending.softmax(-1).cumsum(-1) >= mass
+        first = torch.where(reached.any(-1), reached.int().argmax(-1), t.shape[-1] - 1)
+        tau = descending.gather(-1, first.unsqueeze(-1))
+    else:
+        tau = descending[..., min(topk, t.shape[-1]) - 1].unsqueeze(-1)
     valid = t > -torch.inf
     broken = (t.isnan() | (t == torch.inf)).any(-1, keepdim=True)
     kept = ((t >= tau) & valid) | broken
+    if lowest:
+        first_ones = torch.zeros_like(kept).scatter(-1, order[..., : min(topk, t.shape[-1])], True)
+        kept = (kept & first_ones) | broken
     # softmax of a row of -inf is NaN, forward and backward: such rows are computed on zeros and replaced
     empty = ~kept.any(-1, keepdim=True)
     masked = t.masked_fill(~kept, -torch.inf)

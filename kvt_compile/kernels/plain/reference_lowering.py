@@ -72,6 +72,7 @@ def _run(call: AttentionCall, tensors: Sequence[Tensor]) -> Reference:
     return reference_attention(
         q, k, v, captured, topk=call.topk, score=call.spec.score, weight=call.spec.weight,
         sizes=call.sizes, dropout_p=call.dropout_p, seed=call.seed, draw=call.draw,
+        selection=call.selection,
     )  # fmt: skip
 
 

@@ -26,10 +26,27 @@ def row_threshold(t: Tensor, topk: int) -> tuple[Tensor, Tensor]:
         tau = t.topk(topk, -1, sorted=False).values.amin(-1, keepdim=True)
         # Not the last of a topk(k + 1): with ties at tau that is tau itself, and no guard would be left.
         below = torch.where(t >= tau, -torch.inf, t).amax(-1, keepdim=True)
-        middle = 0.5 * tau + 0.5 * below
-        threshold = torch.where((middle > below) & (middle < tau), middle, tau)
-        threshold.masked_fill_(below == -torch.inf, -torch.inf)
+        threshold = between(below, tau)
     return maximum, threshold.masked_fill_(maximum.isnan() | (maximum == torch.inf), torch.nan)
+
+
+def row_threshold_by_mass(t: Tensor, mass: float) -> tuple[Tensor, Tensor]:
+    """As `row_threshold`, where the fewest best keys are kept whose softmax mass is at least `mass`."""
+    maximum = t.amax(-1, keepdim=True)
+    ranked = t.sort(-1, descending=True).values
+    before = ranked.softmax(-1).cumsum(-1)
+    # kept while what stands before is not enough; rounding of the sum may leave 1.0 out of reach: then all are kept
+    enough = torch.cat([torch.zeros_like(maximum), before[..., :-1]], -1) >= mass
+    tau = torch.where(enough, torch.inf, ranked).amin(-1, keepdim=True)
+    threshold = between(torch.where(t < tau, t, -torch.inf).amax(-1, keepdim=True), tau)
+    return maximum, threshold.masked_fill(maximum.isnan() | (maximum == torch.inf), torch.nan)
+
+
+def between(below: Tensor, tau: Tensor) -> Tensor:
+    """A threshold midway between the largest dropped and the smallest kept score where a number lies there, else the
+    latter; -inf where nothing valid is dropped."""
+    middle = 0.5 * tau + 0.5 * below
+    return torch.where((middle > below) & (middle < tau), middle, tau).masked_fill_(below == -torch.inf, -torch.inf)
 
 
 def kept_scores(t: Tensor, threshold: Tensor) -> Tensor:
@@ -37,9 +54,23 @@ def kept_scores(t: Tensor, threshold: Tensor) -> Tensor:
     return torch.where(t >= threshold, t, -torch.inf)
 
 
-def softmax(t: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
-    """t `[..., Nk]` -> (weights `[..., Nk]`, logsumexp `[..., 1]`, threshold `[..., 1]`)."""
-    maximum, threshold = row_threshold(t, topk)
+def without_late_ties(t: Tensor, threshold: Tensor, topk: int) -> Tensor:
+    """Scores with -inf instead of all but topk of those that reach a row's threshold: of keys tied at the smallest kept
+    score, those with the larger index go.  The same before and after a forward, whose threshold is that score then."""
+    kept = t >= threshold
+    smallest = torch.where(kept, t, torch.inf).amin(-1, keepdim=True)
+    tied = kept & (t == smallest)
+    room = topk - (kept & ~tied).sum(-1, keepdim=True)
+    return torch.where(tied & (tied.cumsum(-1) > room), -torch.inf, t)
+
+
+def softmax(t: Tensor, topk: int, mass: float = 1.0, lowest: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """t `[..., Nk]` -> (weights `[..., Nk]`, logsumexp `[..., 1]`, threshold `[..., 1]`).
+
+    mass: below 1 the keys are kept that `row_threshold_by_mass` says; lowest: exactly topk, the first of tied ones."""
+    maximum, threshold = row_threshold_by_mass(t, mass) if mass < 1.0 else row_threshold(t, topk)
+    if lowest:
+        t = without_late_ties(t, threshold, topk)
     weights = kept_scores(t, threshold).sub_(_finite(maximum)).exp_()
     total = weights.sum(-1, keepdim=True).masked_fill_(threshold.isnan(), torch.nan)
     return weights.div_(total.masked_fill(total == 0.0, 1.0)), maximum + total.log(), threshold

@@ -114,6 +114,8 @@ def refusal(spec: KernelSpec | SoftmaxSpec) -> str | None:
     if isinstance(spec, SoftmaxSpec):
         missing = [x for x in (spec.dtype, spec.out_dtype) if x not in FLOATS]
         return f"softmax of {', '.join(missing)} is not generated" if missing else None
+    if spec.select:
+        return f"the selection {spec.select} is not generated"
     if spec.value_dtype == "float64" != spec.dtype:
         return f"float64 values with {spec.dtype} queries are not generated"
     if not 1 <= spec.head_dim <= LARGEST_HEAD or not 1 <= spec.value_dim <= LARGEST_HEAD:

@@ -1,0 +1,198 @@
+"""A selection and sizes -> the arrays a kernel reads.
+
+    tile x of queries, batch b, head h   ->   list  b * per_batch + h * per_head + x
+    list                                 ->   numbers of blocks of keys
+    block                                ->   runs (first key, how many, where their bits begin or -1)
+    bits                                 ->   for each key of a run that not every lane may keep: one bit a lane
+
+Geometry decides once for each shape, with one block a list.  `regions` makes the lists anew in each call, of blocks
+that are regions.  Memory is O(queries * kept keys / lanes) for the parts of runs that only some queries of a tile may
+keep, and a few words a run for the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kvt_compile.kernels.op.selection import Selection
+from kvt_compile.kernels.tiles.keys import candidates
+from kvt_compile.kernels.tiles.order import query_tiles
+from kvt_compile.select.content import chosen
+from kvt_compile.select.geometry import Geometry
+from kvt_compile.select.maps import Places, allowed, region, region_counts
+from kvt_compile.select.text import parse
+from kvt_compile.select.values import Either, Mass, Prefix, Regions, Selector, Shifted, TopK, leaves, split
+
+
+@dataclass(frozen=True, eq=False)
+class TileLists:
+    """Arrays on the CPU; see the head of the file."""
+
+    query: Tensor
+    """int32 `[tiles, lanes]`: the query of each lane; lanes past a tile's last query repeat it."""
+    count: Tensor
+    """int32 `[tiles]`: how many lanes are queries."""
+    list_start: Tensor
+    """int64 `[lists + 1]`"""
+    block: Tensor
+    """int32: the blocks of each list, one list after the other."""
+    block_start: Tensor
+    """int64 `[blocks + 1]`"""
+    run: Tensor
+    """int64 `[runs, 3]`"""
+    bits: Tensor
+    """int32"""
+    per_batch: int
+    per_head: int
+    longest: int
+    """Keys of the longest list."""
+    listed: int
+    """Keys of all lists, times the queries of their tiles, of one batch item and head on average."""
+
+
+def refusal(select: str) -> str | None:
+    """None, or why there are no lists for a selection, as a clause."""
+    allowed, rank = split(parse(select))
+    if isinstance(rank, Mass):
+        return "mass(...) is not generated"
+    if isinstance(rank, TopK) and rank.ties != "all":
+        return f"ties={rank.ties} is not generated"
+    if allowed is not None and _by_content(allowed) and _routed(allowed) is None:
+        return f"regions joined with anything but prefix is not generated: {allowed}"
+    return None
+
+
+def tile_lists(selection: Selection, q: Tensor, k: Tensor, lanes: int) -> TileLists:
+    """The lists of one call for tiles of `lanes` queries: q `[B, Hq, Nq, D]`, k `[B, Hk, Nk, D]`, on the CPU."""
+    assert selection.allowed is not None
+    sizes = q.shape[1], q.shape[2], k.shape[2]
+    if not _by_content(selection.allowed):
+        return _of_geometry(selection.allowed, selection.geometry, *sizes, lanes)
+    return _of_regions(selection.allowed, selection.geometry, q, k, lanes)
+
+
+def _by_content(x: Selector) -> bool:
+    return any(isinstance(y, Regions) for y in leaves(x))
+
+
+def _routed(x: Selector) -> Regions | None:
+    """The regions of `regions(...)` or `regions(...) | prefix`."""
+    parts = x.parts if isinstance(x, Either) else (x,)
+    routes = [y for y in parts if isinstance(y, Regions)]
+    return routes[0] if len(routes) == 1 and all(y == Prefix() for y in parts if y is not routes[0]) else None
+
+
+@lru_cache(maxsize=64)
+def _of_geometry(x: Selector, geometry: Geometry, heads: int, queries: int, keys: int, lanes: int) -> TileLists:
+    tiles = query_tiles(x, geometry, queries, lanes)
+    lane_query, count = _lanes(tiles, lanes)
+    kinds = range(heads) if any(isinstance(y, Shifted) for y in leaves(x)) else range(1)
+    blocks = [_block(x, geometry, keys, head, heads, lane_query[n]) for head in kinds for n in range(len(tiles))]
+    block_start, run, bits, lengths = _joined(blocks, lanes)
+    number = torch.arange(len(blocks))
+    return TileLists(
+        lane_query.int(), count.int(), torch.arange(len(blocks) + 1), number.int(), block_start, run, bits,
+        per_batch=0, per_head=len(tiles) if len(kinds) > 1 else 0, longest=max(1, int(lengths.max())),
+        listed=int((lengths * count.repeat(len(kinds))).sum()) // len(kinds),
+    )  # fmt: skip
+
+
+def _of_regions(x: Selector, geometry: Geometry, q: Tensor, k: Tensor, lanes: int) -> TileLists:
+    """Blocks: one for each region, then the prefix, then every key."""
+    route = _routed(x)
+    assert route is not None
+    static = _region_blocks(x, route, geometry, q.shape[2], k.shape[2], lanes)
+    best = chosen(route, geometry, q, k).sort(-1).values
+    best = best.repeat_interleave(q.shape[1] // best.shape[1], 1)
+    wide = len(static.count) - len(static.of)  # tiles of tokens before the grid, which keep every key
+    rows = best[:, :, static.of].int()
+    regions, on_grid = rows.shape[-1], k.shape[2] - geometry.prefix
+    if geometry.prefix:
+        rows = torch.cat([rows, torch.full_like(rows[..., :1], static.regions)], -1)
+    first = torch.full((*rows.shape[:2], wide), static.regions + 1, dtype=torch.int32)
+    block = torch.cat([first, rows.flatten(2)], -1).flatten()
+    of_head = torch.cat([torch.ones(wide, dtype=torch.int64), torch.full((len(static.of),), rows.shape[-1])])
+    list_start = torch.cat([torch.zeros(1, dtype=torch.int64), of_head.repeat(rows.shape[0] * rows.shape[1]).cumsum(0)])
+    longest = max(static.largest * regions + geometry.prefix, k.shape[2] if wide else 1)
+    return TileLists(
+        static.query, static.count, list_start, block, static.block_start, static.run, static.bits,
+        per_batch=q.shape[1] * len(static.count), per_head=len(static.count), longest=longest,
+        listed=int(static.count[:wide].sum()) * k.shape[2]
+        + int(static.count[wide:].sum()) * (regions * on_grid // static.regions + geometry.prefix),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Regions:
+    query: Tensor
+    count: Tensor
+    of: Tensor
+    """The region of each tile on the grid."""
+    block_start: Tensor
+    run: Tensor
+    bits: Tensor
+    regions: int
+    largest: int
+
+
+@lru_cache(maxsize=64)
+def _region_blocks(x: Selector, route: Regions, geometry: Geometry, queries: int, keys: int, lanes: int) -> _Regions:
+    patches = query_tiles(x, geometry, queries, lanes)
+    tiles: list[Tensor] = []
+    for tile in patches:  # a region may be smaller than a tile
+        of = region(route, geometry, tile)
+        tiles += [tile[of == n] for n in of.unique().tolist()] if bool(tile[0] >= geometry.prefix) else [tile]
+    lane_query, count = _lanes(tiles, lanes)
+    on_grid = torch.arange(geometry.prefix, keys)
+    of = region(route, geometry, on_grid)
+    total = 1
+    for n in region_counts(route, geometry):
+        total *= n
+    every = -torch.ones(1, dtype=torch.int64)
+    sets = [on_grid[of == n] for n in range(total)] + [torch.arange(geometry.prefix), torch.arange(keys)]
+    block_start, run, bits, lengths = _joined([(tokens, every.expand(len(tokens))) for tokens in sets], lanes)
+    first = lane_query[:, 0]
+    return _Regions(
+        lane_query.int(), count.int(), region(route, geometry, first[first >= geometry.prefix]),
+        block_start, run, bits, total, int(lengths[:total].max()),
+    )  # fmt: skip
+
+
+def _lanes(tiles: Sequence[Tensor], lanes: int) -> tuple[Tensor, Tensor]:
+    """`[tiles, lanes]` and `[tiles]`."""
+    padded = [torch.cat([tile, tile[-1:].expand(lanes - len(tile))]) for tile in tiles]
+    return torch.stack(padded), torch.tensor([len(tile) for tile in tiles])
+
+
+def _block(x: Selector, geometry: Geometry, keys: int, head: int, heads: int, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys a tile may keep, and for each the lanes that may."""
+    some = candidates(x, geometry, keys, head, heads, queries)
+    zero = torch.zeros((), dtype=torch.int64)
+    may = allowed(x, Places(geometry, heads, zero, torch.tensor(head), queries[:, None], some))
+    lane = torch.arange(len(queries))[:, None]
+    bits = (may.expand(len(queries), len(some)).long() << lane).sum(0)
+    bits = torch.where(bits == (1 << len(queries)) - 1, -1, bits)
+    return some[bits != 0], bits[bits != 0]
+
+
+def _joined(blocks: Sequence[tuple[Tensor, Tensor]], lanes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys and bits of blocks -> block_start, run, bits, and how many keys each block has."""
+    lengths = torch.tensor([len(keys) for keys, _ in blocks])
+    key, bits = (torch.cat([block[n] for block in blocks]) for n in range(2))
+    number = torch.arange(len(blocks)).repeat_interleave(lengths)
+    full = bits == -1
+    new = torch.ones_like(full)
+    new[1:] = (key[1:] != key[:-1] + 1) | (full[1:] != full[:-1]) | (number[1:] != number[:-1])
+    start = new.nonzero().squeeze(-1)
+    count = torch.diff(start, append=torch.tensor([len(key)]))
+    place = (~full).long().cumsum(0) - 1
+    run = torch.stack([key[start], count, torch.where(full[start], -1, place[start])], -1)
+    runs = torch.bincount(number[start], minlength=len(blocks))
+    block_start = torch.cat([torch.zeros(1, dtype=torch.int64), runs.cumsum(0)])
+    partly = bits[~full]
+    return block_start, run.contiguous(), torch.where(partly >= 2**31, partly - 2**32, partly).int(), lengths

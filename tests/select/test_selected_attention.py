@@ -1,0 +1,201 @@
+"""Attention under a selection: every lowering against the reference, the identity with dense, every way of calling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracles import Case, assert_matches_reference, floats
+from torch import Tensor
+from torch.nn import functional as F
+
+import kvt_compile
+from kvt_compile import SelectionError, select
+from kvt_compile.kernels.op import lowerings
+from kvt_compile.kernels.op.spec import KernelSpec
+from kvt_compile.kernels.tiles import refusal
+
+GRID, PREFIX = (5, 7), 2
+TOKENS = 37
+CASE = Case("selected", queries=TOKENS, keys=TOKENS, heads=4, kv_heads=2, topk=TOKENS, grid=GRID, prefix=PREFIX)
+SELECTIONS = [
+    "window(3) | prefix",
+    "window((3, 4), dilation=(1, 2), stride=(2, 1)) | sinks(4)",
+    "window(4, causal=(True, False)) | prefix",
+    "halo(2, 1) | prefix",
+    "regions(3, (2, 3)) | prefix",
+    "regions(0.3, (2, 3), heads=all) | sinks(3)",
+    "shifted(3) | prefix",
+    "prefix(3) | window(2) & halo(3, 1)",
+]
+CASES = [
+    *(CASE.but(id=text, select=text) for text in SELECTIONS),
+    CASE.but(id="ranked", select="window(4) | prefix", topk=5),
+    CASE.but(id="by mass", select="(window(4) | prefix) & mass(0.6)"),
+    CASE.but(id="first of ties", select="topk(1.0, ties=lowest)", topk=7, grid=None, prefix=0),
+    CASE.but(id="bias with a gradient", select="window(3) | prefix", score="0.35*s + c0[h, i, j]",
+             captured=floats("heads", "queries", "keys")),
+    CASE.but(id="a mask besides, and a gate", select="window(3) | prefix", score="where(le(j, i), 0.35*s*c0[j], -oo)",
+             captured=floats("queries"), weight="p*c0[i]"),
+    CASE.but(id="dropout", select="halo(2, 1) | prefix", dropout_p=0.3),
+    CASE.but(id="no row keeps a key", select="sinks(2) & window(2)", grid=(TOKENS,), prefix=0),
+    CASE.but(id="bfloat16", select="window(3) | prefix", dtype=torch.bfloat16),
+    CASE.but(id="float64", select="window(3) | prefix", dtype=torch.float64),
+    CASE.but(id="heads that choose together", select="regions(0.3, 4, heads=all)", grid=(TOKENS,), prefix=0),
+    CASE.but(id="more queries than a tile", select="window(3) | prefix", grid=(9, 11), prefix=1, queries=100, keys=100,
+             topk=100),
+    CASE.but(id="other keys than queries", select="sinks(5)", queries=11, grid=None, prefix=0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_aten_matches_the_reference(case: Case) -> None:
+    assert_matches_reference(case, "aten")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not refusal(case.select)], ids=str)
+def test_c_matches_the_reference(case: Case) -> None:
+    assert_matches_reference(case, "c")
+
+
+def test_what_c_does_not_list_goes_to_aten() -> None:
+    for case in CASES:
+        spec = KernelSpec("float32", "float32", 8, 8, select=case.select)
+        assert lowerings.choose("auto", spec, "cpu").name == ("aten" if refusal(case.select) else "c")
+    assert {case.id for case in CASES if refusal(case.select)} == {
+        "by mass",
+        "first of ties",
+        "regions(0.3, (2, 3), heads=all) | sinks(3)",
+    }
+
+
+def qkv(tokens: int = TOKENS, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    return tuple(torch.randn(2, 4, tokens, 8, dtype=dtype, requires_grad=True) for _ in range(3))  # type: ignore[return-value]
+
+
+ALL = ["window(7) | prefix", "window(99) | prefix", "halo(7, 0) | prefix", "regions(1.0, 2) | prefix", "prefix(37)",
+       "sinks(37)", "topk(37)", "topk(1.0, ties=lowest)", "mass(1.0)",
+       "(window(7) | prefix) & topk(37)"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ALL)
+def test_what_keeps_every_key_is_dense(text: str) -> None:
+    q, k, v = qkv()
+    bias = torch.randn(4, TOKENS, TOKENS, dtype=torch.float64, requires_grad=True)
+    mine = kvt_compile.attention(q, k, v, select=text, grid=GRID, prefix=PREFIX, attn_mask=bias)
+    dense = F.scaled_dot_product_attention(q, k, v, bias)
+    torch.testing.assert_close(mine, dense)
+    weight = torch.randn_like(dense)
+    for one, other in zip(*(torch.autograd.grad(x, (q, k, v, bias), weight) for x in (mine, dense)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_topk_is_one_word_of_it() -> None:
+    q, k, v = qkv()
+    assert torch.equal(kvt_compile.attention(q, k, v, select="topk(9)"), kvt_compile.topk_attention(q, k, v, topk=9))
+
+
+def test_a_value_and_its_text_give_the_same() -> None:
+    q, k, v = qkv(35)
+    value = select.window(3) & select.topk(4)
+    assert torch.equal(
+        kvt_compile.attention(q, k, v, select=value, grid=(5, -1)),
+        kvt_compile.attention(q, k, v, select=str(value), grid=GRID),
+    )
+
+
+def test_without_a_grid_tokens_are_one_axis() -> None:
+    q, k, v = qkv(20)
+    near = (torch.arange(20)[:, None] - torch.arange(20)).abs() <= 2
+    near |= torch.zeros_like(near).index_fill(1, torch.arange(5), True) & (torch.arange(20)[:, None] < 2)
+    near |= torch.zeros_like(near).index_fill(1, torch.arange(15, 20), True) & (torch.arange(20)[:, None] >= 18)
+    expected = F.scaled_dot_product_attention(q, k, v, near)
+    torch.testing.assert_close(kvt_compile.attention(q, k, v, select="window(5)"), expected)
+
+
+def test_ties_at_the_border_go_to_the_smaller_index() -> None:
+    q = k = torch.ones(1, 1, 6, 2)
+    v = torch.eye(6)[None, None]
+    out = kvt_compile.attention(q, k, v, select="topk(2, ties=lowest)")
+    assert (out != 0).tolist() == [[[[True, True, False, False, False, False]] * 6]]
+    assert (kvt_compile.attention(q, k, v, select="topk(2)") != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"select": "window(3)", "grid": (6, 6)}, "there are 37 queries"),
+        ({"select": "window(3)", "grid": (-1, -1)}, "at most one axis of -1"),
+        ({"select": "window(3)", "grid": (-1, 5)}, "do not divide"),
+        ({"select": "window(3) | topk(3)"}, "comes last"),
+    ],
+)
+def test_wrong_use_is_refused(keywords: dict[str, object], message: str) -> None:
+    with pytest.raises(SelectionError, match=message):
+        kvt_compile.attention(*qkv(), **keywords)  # type: ignore[arg-type]
+
+
+def test_a_selection_is_no_number() -> None:
+    with pytest.raises(TypeError, match="expected a selection or its text"):
+        kvt_compile.attention(*qkv(), select=64)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["window(3) | prefix", "regions(3, 2) | prefix"])
+def test_the_operator_is_sound(text: str) -> None:
+    q, k, v = qkv(dtype=torch.float32)
+    args = (q, k, v, [], "0.35*s", "p", TOKENS, [], 0.0, None, "auto", 0.0, None, text, list(GRID), PREFIX)
+    torch.library.opcheck(torch.ops.kvt.attention.default, args)
+
+
+def test_transforms_see_the_selection() -> None:
+    q, k, v = (x.detach() for x in qkv())
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return kvt_compile.attention(q, k, v, select="window(3) | prefix", grid=GRID, prefix=PREFIX).square().sum()
+
+    expected = torch.autograd.grad(loss(q.requires_grad_(), k, v), q)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(q.detach(), k, v), expected)
+    each = torch.func.vmap(torch.func.grad(loss))(q.detach()[:, None], k[:, None], v[:, None])
+    torch.testing.assert_close(each.squeeze(1), expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_and_exported_with_a_grid_known_only_at_run_time() -> None:
+    def run(image: Tensor) -> Tensor:
+        *_, height, width = image.shape
+        tokens = image.flatten(2).transpose(1, 2)[:, None]
+        return kvt_compile.attention(tokens, tokens, tokens, select="window(3)", grid=(height, width))
+
+    compiled = torch.compile(run, dynamic=True, fullgraph=True, backend="aot_eager")
+    for size in ((4, 5), (6, 7), (8, 3)):
+        image = torch.randn(2, 8, *size)
+        torch.testing.assert_close(compiled(image), run(image))
+
+
+VALUE = select.window(3) & select.topk(4)
+
+
+def test_a_value_goes_through_dynamo() -> None:
+    def run(x: Tensor) -> Tensor:
+        return kvt_compile.attention(x, x, x, select=VALUE, grid=(4, 5))
+
+    x = torch.randn(1, 20, 8)
+    torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x))
+
+
+def test_programs_saved_without_a_selection_still_load() -> None:
+    q, k, v = qkv()
+    plain = (q, k, v, [], "s", "p", 3, [], 0.0, None, "auto")
+    assert torch.equal(torch.ops.kvt.attention(*plain)[0], torch.ops.kvt.attention(*plain, 0.0, None, "", None, 0)[0])
+
+
+def test_a_saved_program_cannot_say_what_is_no_selection() -> None:
+    q, k, v = qkv()
+    for text, grid, message in (
+        ("eval(1)", [5, 7], "no selector"),
+        ("window(3) | prefix", [5, 8], "as many queries and keys"),
+        ("window(3) | prefix", [-5, -7], "at least 1 token"),
+        ("window(3) | prefix", None, "needs a grid"),
+    ):
+        with pytest.raises(SelectionError, match=message):
+            torch.ops.kvt.attention(q, k, v, [], "s", "p", 3, [], 0.0, None, "auto", 0.0, None, text, grid, 2)

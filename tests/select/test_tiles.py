@@ -1,0 +1,110 @@
+"""Lists of tiles: they name what a selection allows and nothing else, each query once, and few keys besides."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvt_compile.kernels.op.selection import Selection, selection_of
+from kvt_compile.kernels.tiles import TileLists, tile_lists
+from kvt_compile.kernels.tiles.order import patch_sizes
+
+HEADS = 4
+CASES = [
+    ("window(3) | prefix", (5, 7), 2),
+    ("window((3, 4), dilation=(1, 2), stride=(2, 1)) | sinks(4)", (5, 7), 2),
+    ("window(4, causal=True) | sinks(3)", (50,), 0),
+    ("window(3, dilation=3)", (11, 10), 0),
+    ("window(99) | prefix", (5, 7), 2),
+    ("window(4) | prefix(9)", (3, 4, 5), 1),
+    ("halo(2, 1) | prefix", (5, 7), 2),
+    ("halo((7, 7), 2)", (15, 16), 0),
+    ("shifted(3) | prefix", (5, 7), 2),
+    ("regions(3, (2, 3)) | prefix", (5, 7), 2),
+    ("regions(0.4, (6, 6), heads=all)", (15, 13), 0),
+    ("regions(0.4, 3, heads=2)", (20,), 0),
+    ("prefix(3) | window(2) & halo(3, 1)", (5, 7), 2),
+    ("sinks(2) & window(2)", (40,), 0),
+    ("prefix(5) | sinks(9)", (40,), 0),
+]
+
+
+def listed(lists: TileLists, keys: int) -> Tensor:
+    """`[B, H, N, N]` of what the lists say, in the way a kernel reads them."""
+    found = torch.zeros(2, HEADS, keys, keys, dtype=torch.bool)
+    for b in range(2):
+        for h in range(HEADS):
+            for x, count in enumerate(lists.count.tolist()):
+                number = b * lists.per_batch + h * lists.per_head + x
+                some: list[int] = []
+                for block in lists.block[lists.list_start[number] : lists.list_start[number + 1]].tolist():
+                    for first, many, bits in lists.run[
+                        lists.block_start[block] : lists.block_start[block + 1]
+                    ].tolist():
+                        some += range(first, first + many)
+                        for y in range(many):
+                            lanes = -1 if bits < 0 else int(lists.bits[bits + y])
+                            kept = [lane for lane in range(count) if lanes >> lane & 1]
+                            found[b, h, lists.query[x, kept].long(), first + y] = True
+                assert len(some) == len(set(some)) <= lists.longest, "a key is listed twice, or too many are"
+    return found
+
+
+def made(text: str, grid: tuple[int, ...], prefix: int, lanes: int) -> tuple[Selection, Tensor, Tensor, TileLists]:
+    torch.manual_seed(0)
+    tokens = math.prod(grid) + prefix
+    selection = selection_of(text, grid, prefix, tokens, tokens)
+    assert selection is not None
+    q, k = torch.randn(2, HEADS, tokens, 4), torch.randn(2, 2, tokens, 4)
+    return selection, q, k, tile_lists(selection, q, k, lanes)
+
+
+@pytest.mark.parametrize("lanes", [4, 32])
+@pytest.mark.parametrize(("text", "grid", "prefix"), CASES, ids=[text for text, *_ in CASES])
+def test_lists_say_what_the_selection_allows(text: str, grid: tuple[int, ...], prefix: int, lanes: int) -> None:
+    selection, q, k, lists = made(text, grid, prefix, lanes)
+    tokens = q.shape[2]
+    at = torch.meshgrid(*map(torch.arange, (2, HEADS, tokens, tokens)), indexing="ij")
+    expected = selection.map(HEADS, at, selection.tables(q, k))
+    assert expected is not None
+    assert torch.equal(listed(lists, tokens), expected.expand(2, HEADS, tokens, tokens))
+    queries = [q for tile, count in zip(lists.query.tolist(), lists.count.tolist(), strict=True) for q in tile[:count]]
+    assert sorted(queries) == list(range(tokens))
+
+
+def share(text: str, grid: tuple[int, ...], prefix: int = 0) -> float:
+    *_, q, _, lists = made(text, grid, prefix, 32)
+    return lists.listed / q.shape[2] ** 2
+
+
+@pytest.mark.parametrize(
+    ("text", "grid", "at_most"),
+    [
+        ("window(13)", (64, 64), 0.08),  # 16 x 20 keys for 4 x 8 queries, of which each keeps 13 x 13: 4.1 %
+        ("window(13, dilation=4)", (64, 64), 0.08),
+        ("halo(8, 3)", (64, 64), 0.05),
+        ("regions(1/8, 8)", (64, 64), 0.126),
+        ("window(256, causal=True) | sinks(4)", (4096,), 0.08),
+        ("shifted(16)", (4096,), 0.075),
+    ],
+)
+def test_cost_follows_what_is_kept(text: str, grid: tuple[int, ...], at_most: float) -> None:
+    assert share(text, grid) <= at_most
+
+
+def test_memory_does_not_grow_with_the_square() -> None:
+    small, large = (made("window(13)", (n, n), 0, 32)[3] for n in (32, 64))
+    for name in ("run", "bits", "block"):
+        assert getattr(large, name).numel() <= 6 * getattr(small, name).numel()  # 4 times the tokens; borders differ
+    assert made("window(99)", (64, 64), 0, 32)[3].run.shape == (128, 3)  # every key: one run a tile, no bits
+
+
+def test_patches_are_as_square_as_the_room_lets_them_be() -> None:
+    assert patch_sizes([64, 64], 32) == [4, 8]
+    assert patch_sizes([1, 64], 32) == [1, 32]
+    assert patch_sizes([7, 7], 32) == [4, 8]
+    assert patch_sizes([8, 14, 14], 32) == [2, 4, 4]
+    assert patch_sizes([3], 32) == [4]
