@@ -146,12 +146,7 @@ def describe_kept(
         batch = batch * size if isinstance(batch, int) and isinstance(size, int) else f"{batch}*{size}"
     return AttentionSite(
         place(anchor.node), anchor.node, "scores-kept", axis, batch, heads, heads, queries, keys,
-<<<<<<< HEAD
         size_text(head_dim), size_text(value_dim), str(plan.scores.dtype).removeprefix("torch."),
         plan.scores.node.name, "p", (), plan, miss.reason, anchor, lost_behind,
-=======
-        size_text(head_dim), size_text(value_dim), str(anchor.inputs[0].dtype).removeprefix("torch."),
-        anchor.inputs[0].node.name, "p", (), plan, miss.reason, anchor, lost_behind,
         anchor.attrs.get("own"),
->>>>>>> 90ce73f (Models that select keys by themselves are k-NN attention with their own k; nothing selects on top of them)
     )  # fmt: skip

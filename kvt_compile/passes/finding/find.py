@@ -30,12 +30,8 @@ class Found:
 
 
 def find(graph: CanonicalGraph) -> Found:
-<<<<<<< HEAD
     """Every site of the graph in program order, and a refusal for every other softmax, and for every other map."""
-=======
-    """Every site of the graph in program order, and a refusal for every other softmax."""
     absorb_selections(graph)
->>>>>>> 90ce73f (Models that select keys by themselves are k-NN attention with their own k; nothing selects on top of them)
     facts = gather_facts(graph)
     sites: list[AttentionSite] = []
     refusals: list[Refusal] = []

@@ -16,11 +16,7 @@ from kvt_compile.kernels.op import ops as _ops  # noqa: F401 - registers torch.o
 from kvt_compile.passes.canonical.values import Value, meta_value
 from kvt_compile.passes.decide import Decision, share_of
 from kvt_compile.passes.rewriting.emit import Emitter
-<<<<<<< HEAD
-from kvt_compile.passes.site import Fused, ScoresKept, Thinned
-=======
-from kvt_compile.passes.site import Fused, OwnK, ScoresKept
->>>>>>> 90ce73f (Models that select keys by themselves are k-NN attention with their own k; nothing selects on top of them)
+from kvt_compile.passes.site import Fused, OwnK, ScoresKept, Thinned
 from kvt_compile.topk import TopK
 
 aten = torch.ops.aten
@@ -54,13 +50,9 @@ def rewrite(gm: fx.GraphModule, decisions: Iterable[Decision], lowering: str = "
         plan = decision.site.plan
         how = lowering, 0.0 if decision.own else tolerance  # what the model does is not the user's to be lax about
         if isinstance(plan, Fused):
-<<<<<<< HEAD
-            _fuse(gm, plan, decision.topk, (lowering, tolerance), renamed)
-        elif isinstance(plan, Thinned):
-            _thin(gm.graph, plan, decision.topk, (lowering, tolerance), renamed)
-=======
             new = _fuse(gm, plan, decision.topk, how, renamed)
->>>>>>> 90ce73f (Models that select keys by themselves are k-NN attention with their own k; nothing selects on top of them)
+        elif isinstance(plan, Thinned):
+            new = _thin(gm.graph, plan, decision.topk, how, renamed)
         else:
             new = _keep_scores(gm.graph, plan, decision.topk, how, renamed)
         if decision.own:
@@ -157,7 +149,7 @@ def _keep_scores(
     return call
 
 
-def _thin(graph: fx.Graph, plan: Thinned, topk: TopK, how: How, renamed: dict[fx.Node, fx.Node]) -> None:
+def _thin(graph: fx.Graph, plan: Thinned, topk: TopK | OwnK, how: How, renamed: dict[fx.Node, fx.Node]) -> fx.Node:
     """w -> w where k-NN softmax of log w is not 0: the k largest of each row, and 0 elsewhere."""
     emit = Emitter(graph, plan.node.next, plan.node, renamed)
     weights = emit.node(plan.node)
@@ -173,6 +165,7 @@ def _thin(graph: fx.Graph, plan: Thinned, topk: TopK, how: How, renamed: dict[fx
     for user in users:
         user.replace_input_with(weights, new)
     renamed[weights] = new
+    return kept
 
 
 def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node, renamed: dict[fx.Node, fx.Node]) -> None:
