@@ -29,6 +29,7 @@ class Selecting:
     k: int | None = K
     reason: str = ""
     score: str = ""
+    step: str = "selection"
 
     def __str__(self) -> str:
         return self.name
@@ -76,9 +77,9 @@ def own(k: int = K, score: str = "0.5*s") -> Callable[[Callable[..., Tensor]], C
     return add
 
 
-def other(reason: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+def other(reason: str, step: str = "selection") -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     def add(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        OTHERS.append(Selecting(function.__name__, function, None, reason))
+        OTHERS.append(Selecting(function.__name__, function, None, reason, step=step))
         return function
 
     return add
@@ -447,3 +448,82 @@ def by_rank(m: Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def by_a_quantile(m: Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     t = scores(q, k)
     return t.masked_fill(t < t.quantile(0.6, dim=-1, keepdim=True), -INF).softmax(-1) @ v
+
+
+# ---- the top values alone --------------------------------------------------------------------------------------------
+
+
+@own()
+def weights_scattered_into_zeros(m: Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    t = scores(q, k)
+    values, index = t.topk(K, dim=-1)
+    return torch.zeros_like(t).scatter_(-1, index, values.softmax(-1)) @ v
+
+
+@own()
+def gathered_by_einsum(m: Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    values, index = scores(q, k).topk(K, dim=-1)
+    many = v.unsqueeze(2).expand(B, H, NQ, NK, DV)
+    chosen = many.gather(3, index.unsqueeze(-1).expand(B, H, NQ, K, DV))
+    return torch.einsum("bhim,bhimd->bhid", values.softmax(-1), chosen)
+
+
+@own(score="s")
+def gathered_by_a_product(m: Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    top = torch.topk(q @ k.mT * 0.5, K)
+    weights = torch.softmax(top.values / 0.5, dim=-1)
+    many = v[:, :, None].expand(-1, -1, NQ, -1, -1)
+    chosen = torch.gather(many, 3, top.indices[..., None].expand(-1, -1, -1, -1, DV))
+    return (weights.unsqueeze(-2) @ chosen).squeeze(-2)
+
+
+@own()
+def gathered_and_summed(m: Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    values, index = scores(q, k).topk(K)
+    many = v.unsqueeze(2).expand(B, H, NQ, NK, DV)
+    chosen = torch.take_along_dim(many, index.unsqueeze(-1).expand(B, H, NQ, K, DV), 3)
+    return (values.softmax(-1).unsqueeze(-1) * chosen).sum(-2)
+
+
+@other("combined with other keys")
+def gathered_at_other_positions(m: Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    t = scores(q, k)
+    values, index = t.topk(K)[0], (t * 2.0).topk(K)[1].flip(-1)
+    many = v.unsqueeze(2).expand(B, H, NQ, NK, DV)
+    chosen = many.gather(3, index.unsqueeze(-1).expand(B, H, NQ, K, DV))
+    return torch.einsum("bhim,bhimd->bhid", values.softmax(-1), chosen)
+
+
+@other("others than zeros")
+def weights_scattered_into_a_map(m: Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    t = scores(q, k)
+    values, index = t.topk(K, dim=-1)
+    return torch.ones_like(t).scatter_(-1, index, values.softmax(-1)) @ v
+
+
+@other("smallest")
+def weights_of_the_smallest(m: Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    t = scores(q, k)
+    values, index = t.topk(K, dim=-1, largest=False)
+    return torch.zeros_like(t).scatter_(-1, index, values.softmax(-1)) @ v
+
+
+@other("")
+def weights_times_a_negative_number(m: Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    t = scores(q, k)
+    values, index = t.topk(K, dim=-1)
+    return torch.zeros_like(t).scatter_(-1, index, (values * -1.0).softmax(-1)) @ v
+
+
+@own()
+def weights_normalised_again(m: Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    w = scores(q, k).softmax(-1)
+    w = w * torch.zeros_like(w).scatter(-1, w.topk(K)[1], 1.0)
+    return (w / w.sum(-1, keepdim=True)) @ v
+
+
+@other("", step="weights")
+def rows_of_another_kind(m: Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    t = scores(q, k)
+    e = t.relu() * torch.zeros_like(t).scatter(-1, t.topk(K)[1], 1.0)
+    return (e / (1.0 + e.sum(-1, keepdim=True))) @ v

@@ -70,7 +70,7 @@ def read_softmax(graph: CanonicalGraph, facts: Facts, anchor: Value) -> tuple[li
     if sites and len(sites) == len(consumers):
         return sites, None
     nearest = max(misses, key=lambda miss: NEAR.index(miss.step))
-    if nearest.step == "scores" and "unread" in anchor.attrs:
+    if nearest.step in ("scores", "values") and "unread" in anchor.attrs and anchor.inputs[0] in facts.widely:
         nearest = Miss("selection", anchor, OWN_SELECTION.format(anchor.attrs["unread"]))
     return [], nearest
 

@@ -18,6 +18,7 @@ from kvt_compile.passes.canonical.values import Value
 from kvt_compile.passes.finding.describe import describe_kept
 from kvt_compile.passes.finding.maps import Map, normalised_later, reason_of
 from kvt_compile.passes.finding.miss import Miss
+from kvt_compile.passes.finding.own.absorb import selection_between
 from kvt_compile.passes.reading.facts import Facts
 from kvt_compile.passes.reading.passing import contraction_inputs
 from kvt_compile.passes.reading.provenance import kind_of_attention
@@ -31,6 +32,8 @@ def thinned(graph: CanonicalGraph, facts: Facts, found: Map) -> AttentionSite | 
     """The site, or None where no one value is the numerator of all."""
     later = normalised_later(found)
     last = found.product if later is None else later
+    if selection_between(found.scores, last) is not None:
+        return None  # the model selects by itself
     numerator = _numerator(found, last)
     if numerator is None or numerator.holder is not numerator.node or numerator.expired is not None:
         return None

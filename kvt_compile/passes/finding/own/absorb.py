@@ -9,14 +9,15 @@ not read stays as it is, with the reason.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
-from kvt_compile.passes.canonical.canonicalise import CanonicalGraph, forget_unused
+from kvt_compile.passes.canonical.canonicalise import CanonicalGraph
 from kvt_compile.passes.canonical.coords import Coords, Space
 from kvt_compile.passes.canonical.meaning_layout import PULL
 from kvt_compile.passes.canonical.values import Value, same
 from kvt_compile.passes.finding.own.cases import NEVER, Cases, Element, constant_of
 from kvt_compile.passes.finding.own.ranking import ranks
+from kvt_compile.passes.finding.own.settle import made_of, settle
+from kvt_compile.passes.finding.own.top import of_the_top, widen
 from kvt_compile.passes.finding.own.unread import Unread
 from kvt_compile.passes.site import OwnK
 
@@ -29,23 +30,47 @@ def absorb_selections(graph: CanonicalGraph) -> None:
         return
     touched = made_of(rankings)
     for value in list(graph.values):
+        if value.kind == "pointwise" and value.name == "div" and value in touched and value.users:
+            _normalise_again(graph, value, touched)
         if value.kind == "softmax" and value.inputs[0] in touched and value.users:
             try:
-                _Selection(graph, value, touched).absorb()
+                if of_the_top(value):
+                    widen(graph, value)
+                else:
+                    _Selection(graph, value, touched).absorb()
             except Unread as why:
                 value.attrs["unread"] = str(why)
 
 
-def made_of(values: Iterable[Value]) -> set[Value]:
-    """The values and what is computed of them, products left out."""
-    found = set(values)
-    queue = list(found)
-    while queue:
-        for user in queue.pop().users:
-            if user not in found and user.kind not in ("contraction", "sdpa"):
-                found.add(user)
-                queue.append(user)
-    return found
+def _normalise_again(graph: CanonicalGraph, value: Value, touched: set[Value]) -> None:
+    """w / w.sum(-1, keepdim=True) of softmax weights w that are 0 but for the k largest: their k-NN softmax."""
+    weights, total = value.inputs
+    if not isinstance(total, Value) or total.kind != "reduce" or total.name != "sum" or not total.attrs["keepdim"]:
+        return
+    if total.inputs[0] is not weights or len(total.attrs["dims"]) != 1 or value.dtype != weights.dtype:
+        return
+    (dim,) = total.attrs["dims"]
+    space = Space()
+    coords = tuple(space.fresh(f"y{d}", size) for d, size in enumerate(value.shape))
+    cases = Cases(space, coords[dim], touched)
+    try:
+        kept, dropped = cases.read(weights, coords)
+    except Unread:
+        return
+    if cases.kept is None or not isinstance(kept, Element) or isinstance(dropped, Element) or dropped != 0.0:
+        return
+    softmax = kept.value
+    if softmax.kind != "softmax" or softmax.attrs["dim"] != dim or not _is_whole(space, kept, coords, value):
+        return
+    if cases.same_order((softmax, kept.coords), cases.kept):
+        value.kind, value.name, value.inputs = "softmax", "softmax", softmax.inputs
+        value.attrs = {"dim": dim, "own": cases.kept.own}
+        value.attrs["selection"] = settle(graph)
+
+
+def _is_whole(space: Space, scores: Element, coords: Coords, value: Value) -> bool:
+    same_shape = len(scores.value.shape) == len(value.shape) and all(map(same, scores.value.shape, value.shape))
+    return same_shape and space.resolve_all(scores.coords) == space.resolve_all(coords)
 
 
 class _Selection:
@@ -74,9 +99,7 @@ class _Selection:
         last = above[-1]
         last.inputs = tuple(scores if x is value else x for x in last.inputs)
         self.anchor.attrs["own"] = own
-        self.anchor.attrs["selection"] = dead = settle(self.graph)
-        for value in dead:
-            value.attrs["absorbed"] = True
+        self.anchor.attrs["selection"] = settle(self.graph)
 
     def _read(self, value: Value, dim: int, *, plainly: bool) -> tuple[Value, OwnK]:
         """(t, k) of a value that is t where selected and -inf elsewhere."""
@@ -93,15 +116,11 @@ class _Selection:
             raise Unread(f"keys that are not selected get the score {dropped:g}, which is not nothing")
         if not cases.same_order((scores.value, scores.coords), kept):
             raise Unread("the keys are selected by other scores than those of the softmax")
-        if not self._is_whole(space, scores, coords, value):
+        if not _is_whole(space, scores, coords, value):
             raise Unread("the scores are rearranged between the selection and the softmax")
         if not math.isinf(dropped):
             self._check_few_keys(scores.value, dropped, plainly)
         return scores.value, kept.own
-
-    def _is_whole(self, space: Space, scores: Element, coords: Coords, value: Value) -> bool:
-        same_shape = len(scores.value.shape) == len(value.shape) and all(map(same, scores.value.shape, value.shape))
-        return same_shape and space.resolve_all(scores.coords) == space.resolve_all(coords)
 
     def _check_few_keys(self, scores: Value, fill: float, plainly: bool) -> None:
         """A finite score for keys that are not selected is nothing only where a row has keys with real scores."""
@@ -164,23 +183,6 @@ def _mask_in(scores: Value) -> Value | None:
                 seen.add(x)
                 queue.append(x)
     return None
-
-
-def settle(graph: CanonicalGraph) -> frozenset[Value]:
-    """Brings the users up to date; the values that nobody reads any more, and what was made of them for nobody."""
-    before = {value for value in graph.values if value.users}
-    for value in graph.values:
-        value.users = []
-    for value in graph.values:
-        for operand in value.operands:
-            operand.users.append(value)
-    forget_unused(graph)
-    outputs = set(graph.outputs)
-    dead: set[Value] = set()
-    for value in graph.values:
-        if not value.users and value not in outputs and (value in before or any(x in dead for x in value.operands)):
-            dead.add(value)
-    return frozenset(dead)
 
 
 def selection_between(first: Value, last: Value) -> Value | None:

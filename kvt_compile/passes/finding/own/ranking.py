@@ -181,13 +181,11 @@ def kth_largest(space: Space, value: Value, coords: Coords, along: Coord) -> Kep
     """What a value's element at `coords` is the k-th largest of, along the axis that `along` runs over; None where it
     is no element of a ranking.  Raises Unread for one that is, but not of the largest."""
     value, coords = pulled(space, value, coords)
-    if (last := _from_the_end(value)) is not None:
-        source, dim, back, keeps = last
+    if (one := _one_of(value)) is not None:
+        source, dim, place, keeps = one
         source, at = pulled(space, source, coords if keeps else (*coords[:dim], ZERO, *coords[dim:]))
         ranking = ranked(source, 0)
-        if ranking is None or ranking.dim != dim:
-            return None
-        return _kept(ranking, at, along, (back, True))
+        return None if ranking is None or ranking.dim != dim else _kept(ranking, at, along, place)
     if (ranking := ranked(value, 0)) is not None:
         position = space.known(coords[ranking.dim])
         return None if position is None else _kept(ranking, coords, along, (position, False))
@@ -236,8 +234,9 @@ def _from_the_largest(ranking: Ranking, place: Place) -> OwnK | None:
     return OwnK(str(size - number), size - number) if isinstance(size, int) else None
 
 
-def _from_the_end(value: Value) -> tuple[Value, int, int, bool] | None:
-    """x[..., -n] or x[..., -n:] with n = 1, of an axis whose size is known only at run time: (x, axis, n, keeps it)."""
+def _one_of(value: Value) -> tuple[Value, int, Place, bool] | None:
+    """x[..., -n], x[..., -1:], x[..., n : n + 1] of an axis whose size is known only at run time: (x, axis, which,
+    whether the axis stays)."""
     call = value.attrs.get("call")
     if value.kind != "opaque" or not isinstance(call, Call):
         return None
@@ -246,24 +245,35 @@ def _from_the_end(value: Value) -> tuple[Value, int, int, bool] | None:
         return None
     rank = len(source.shape)
     if value.name in ("select", "slice"):
-        dim, start = axis(argument(value, "dim", 1, 0), rank), integer(argument(value, "index", 2))
-        if value.name == "slice":
-            start = integer(argument(value, "start", 2))
-            end = argument(value, "end", 3)
-            if start != -1 or not (end is None or (isinstance(end, int) and end > 1 << 40)):
-                return None
-        return None if dim is None or start is None or start >= 0 else (source, dim, -start, value.name == "slice")
-    if value.name != "getitem" or len(call.args) != 2:
+        dim = axis(argument(value, "dim", 1, 0), rank)
+        if value.name == "select":
+            item: Any = integer(argument(value, "index", 2))
+        else:
+            item = slice(integer(argument(value, "start", 2)), integer(argument(value, "end", 3)))
+    elif value.name == "getitem" and len(call.args) == 2:
+        *before, item = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
+        if not before or not all(x is Ellipsis or x == slice(None) for x in before):
+            return None
+        if Ellipsis not in before and len(before) + 1 != rank:
+            return None
+        dim = rank - 1
+    else:
         return None
-    items = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
-    *before, item = items
-    if not before or not all(x is Ellipsis or x == slice(None) for x in before):
+    place = _place(item)
+    return None if dim is None or place is None else (source, dim, place, isinstance(item, slice))
+
+
+def _place(item: Any) -> Place | None:
+    """The one position that an index takes."""
+    if isinstance(item, slice):
+        if item.step not in (None, 1) or not isinstance(item.start, int):
+            return None
+        if item.start == -1 and (item.stop is None or (isinstance(item.stop, int) and item.stop > 1 << 40)):
+            return 1, True
+        return (item.start, False) if item.start >= 0 and item.stop == item.start + 1 else None
+    if not isinstance(item, int) or isinstance(item, bool):
         return None
-    if before.count(Ellipsis) == 0 and len(items) != rank:
-        return None
-    if item == slice(-1, None) or item == slice(-1, None, 1):
-        return source, rank - 1, 1, True
-    return (source, rank - 1, -item, False) if isinstance(item, int) and item < 0 else None
+    return (-item, True) if item < 0 else (item, False)
 
 
 def _least_of(value: Value) -> tuple[Value, int, bool] | None:
@@ -282,17 +292,18 @@ def largest_at(space: Space, value: Value, coords: Coords, which: Coord, along: 
     """For a value that holds positions of a ranking, counted off by the coordinate `which`: the elements that stand
     there.  Raises Unread for positions of others than the largest."""
     value, coords = pulled(space, value, coords)
-    return _counted_off(ranked(value, 1), space, coords, which, along)
+    return counted_off(ranked(value, 1), space, coords, which, along)
 
 
 def values_at(space: Space, value: Value, coords: Coords, which: Coord, along: Coord) -> Kept | None:
     """The same for a value that holds the elements themselves.  A detached one is not: it has no gradient."""
     while value.kind == "layout" and (below := PULL[value.name](space, value, coords)) is not None:
         value, coords = value.inputs[0], below
-    return _counted_off(ranked(value, 0), space, space.resolve_all(coords), which, along)
+    return counted_off(ranked(value, 0), space, space.resolve_all(coords), which, along)
 
 
-def _counted_off(ranking: Ranking | None, space: Space, coords: Coords, which: Coord, along: Coord) -> Kept | None:
+def counted_off(ranking: Ranking | None, space: Space, coords: Coords, which: Coord, along: Coord) -> Kept | None:
+    """What a ranking's results at these coordinates hold, where `which` counts them off."""
     if ranking is None:
         return None
     here, which = coords[ranking.dim], space.resolve(which)
