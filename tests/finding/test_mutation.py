@@ -60,14 +60,6 @@ def test_the_relative_position_bias_of_mvit_v2_is_not_dropped(name: str) -> None
     assert not torch.allclose(rewritten.call(*spelling.tensors()), with_bias), "the bias makes no difference"
 
 
-def test_the_renormalisation_of_convit_is_not_dropped() -> None:
-    spelling = spelling_of("weights_renormalised_in_place")
-    rewritten = rewritten_by(spelling, torch.float64)
-    assert rewritten.fates == ("scores-kept",)
-    weights = rewritten.graph.graph
-    assert any(getattr(node.target, "__name__", "") == "itruediv" for node in weights.nodes)
-
-
 # ---- what happens outside the region ---------------------------------------------------------------------------------
 
 

@@ -362,6 +362,65 @@ def heads_behind_tokens(m: Any, s: Tensor, v: Tensor) -> Tensor:
     return ((e @ v).transpose(1, 2) / e.sum(-1).transpose(1, 2)[..., None]).transpose(1, 2)
 
 
+@softmax()
+def heads_in_the_batch(m: Any, s: Tensor, v: Tensor) -> Tensor:
+    e = s.exp().flatten(0, 1)
+    return (torch.bmm(e, v.flatten(0, 1)) / e.sum(-1, True)).view(B, H, N, D)
+
+
+@softmax()
+def three_factors_in_one_einsum(m: Any, s: Tensor, v: Tensor) -> Tensor:
+    e = s.exp()
+    return torch.einsum("bhij,bhi,bhjd->bhid", e, e.sum(-1).reciprocal(), v)
+
+
+@softmax()
+def an_einsum_that_sums_nothing(m: Any, s: Tensor, v: Tensor) -> Tensor:
+    e = s.exp()
+    return torch.einsum("bhij,bhi->bhij", e, 1 / e.sum(-1)) @ v
+
+
+@softmax()
+def root_of_the_squared_sum(m: Any, s: Tensor, v: Tensor) -> Tensor:
+    e = s.exp().pow(1.0)
+    return e * torch.rsqrt(e.sum(-1, True) ** 2) @ v
+
+
+@softmax()
+def minus_a_log_sum_by_hand(m: Any, s: Tensor, v: Tensor) -> Tensor:
+    largest = s.amax(-1, True)
+    return (s - (largest + (s - largest).exp().sum(-1, True).log())).exp() @ v
+
+
+@softmax(lambda m, s: s * math.log(2.0), score=None)
+def a_tensor_to_the_power(m: Any, s: Tensor, v: Tensor) -> Tensor:
+    e = torch.tensor(2.0, dtype=v.dtype) ** s
+    return e / e.sum(-1, True) @ v
+
+
+# ---- rows without a key ----------------------------------------------------------------------------------------------
+
+
+@softmax(_masked, score=None)
+def safe_as_core_aten_spells_it(m: Any, s: Tensor, v: Tensor) -> Tensor:
+    s = s.masked_fill(~m.mask, -torch.inf)
+    weights = s.softmax(-1)
+    dead = torch.logical_not(torch.logical_not(s == -torch.inf).any(-1, keepdim=True))
+    return torch.where(dead, torch.full_like(weights, 0), weights) @ v
+
+
+@softmax(_masked, score=None)
+def safe_by_all(m: Any, s: Tensor, v: Tensor) -> Tensor:
+    s = s.masked_fill(~m.mask, -torch.inf)
+    return s.softmax(-1).masked_fill((s == -torch.inf).all(-1, True), 0.0) @ v
+
+
+@softmax(_masked, score=None)
+def safe_by_the_largest(m: Any, s: Tensor, v: Tensor) -> Tensor:
+    s = s.masked_fill(~m.mask, -torch.inf)
+    return torch.where(s.amax(-1, True) > -torch.inf, s.softmax(-1), 0.0) @ v
+
+
 # ---- no softmax ------------------------------------------------------------------------------------------------------
 
 
@@ -471,7 +530,7 @@ def one_more_and_the_scores_again(m: Any, s: Tensor, v: Tensor) -> Tensor:
     return (e / (1 + e.sum(-1, True)) * s.tanh()) @ v
 
 
-@none("nothing normalises its rows")
+@none("nothing that is understood normalises its rows")
 def not_normalised(m: Any, s: Tensor, v: Tensor) -> Tensor:
     return s.sigmoid() @ v
 

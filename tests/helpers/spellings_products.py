@@ -46,7 +46,7 @@ def baddbmm_of_a_bias(m: Any, x: Tensor) -> Tensor:
     return torch.baddbmm(m.p("bias", 1, N, N), q, k.mT, beta=0.7, alpha=0.5).softmax(-1) @ v
 
 
-@spelling("fused", score="c0[0, 0, 0] + 0.5*s")
+@spelling("fused", score="0.0 + 0.5*s")
 def baddbmm_method(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     return torch.zeros(1, 1, 1, dtype=q.dtype).baddbmm(q, k.mT, alpha=0.5).softmax(-1) @ v

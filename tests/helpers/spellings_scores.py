@@ -194,7 +194,7 @@ def masked_fill(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).masked_fill(m.b("mask", some_keys)[:, None, None], float("-inf")).softmax(-1) @ v
 
 
-@spelling("fused", score="where(c0[i, j], s, c1)")
+@spelling("fused", score="where(c0[i, j], s, -1000000000.0)")
 def where(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     keep = m.b("keep", lambda: torch.ones(N, N).tril().bool())
     return torch.where(keep, q @ k.mT, torch.tensor(-1e9, dtype=q.dtype)).softmax(-1) @ v

@@ -22,10 +22,11 @@ from kvt_compile.passes.canonical.values import Dim, divide, product, same
 
 @dataclass(frozen=True)
 class Derived:
-    """Why a derived atom exists: its value is value(of) - start (the inside of a slice that was written to)."""
+    """Why a derived atom exists: its value is (value(of) - start) // step, inside of a slice that was written to."""
 
     of: Coord
     start: Dim
+    step: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +65,7 @@ class Space:
 
     def __init__(self) -> None:
         self._split: dict[Atom, tuple[Atom, Atom]] = {}
-        self._inside: dict[tuple[Coord, Dim, Dim], Coord] = {}
+        self._inside: dict[tuple[Coord, Dim, Dim, int], Coord] = {}
         self._constants: dict[tuple[Dim, int], Coord] = {}
         self._anywhere: dict[object, Coord] = {}
 
@@ -193,24 +194,27 @@ class Space:
         grouped = None if high is None else self.regroup([coord], [high, low])
         return None if grouped is None else (grouped[0], grouped[1])
 
-    def inside(self, coord: Coord, start: Dim, size: Dim) -> Coord:
-        """The coordinate inside a slice [start, start+size): valid only where the slice is."""
+    def inside(self, coord: Coord, start: Dim, size: Dim, step: int = 1) -> Coord:
+        """The coordinate inside a slice of so many elements from `start` on: valid only where the slice is."""
         if size == 1:
             return ZERO
-        if start == 0 and same(self.size(coord), size) and coord.plain:
+        if start == 0 and step == 1 and same(self.size(coord), size) and coord.plain:
             return coord
-        key = (self.resolve(coord), start, size)
+        key = (self.resolve(coord), start, size, step)
         if key not in self._inside:
-            self._inside[key] = Coord((Atom("w", size, Derived(coord, start)),))
+            self._inside[key] = Coord((Atom("w", size, Derived(coord, start, step)),))
         return self._inside[key]
 
     def shifted(self, coord: Coord, start: int, step: int) -> Coord | None:
         """start + step*coordinate: what reading through a slice does; undoes `inside` exactly."""
-        if step == 1 and coord.plain and coord.digits:
+        if coord.plain and coord.digits:
             atom = self.root_of(coord.digits[0])
             derived = atom.derived
-            if derived and derived.start == start and tuple(self._leaves((atom,))) == self.resolve(coord).digits:
+            same_place = derived is not None and (derived.start, derived.step) == (start, step)
+            if derived and same_place and tuple(self._leaves((atom,))) == self.resolve(coord).digits:
                 return derived.of
+        if not coord.digits:
+            return Coord((), start + step * coord.start)
         if coord.step != 1 and step != 1:
             return None
         return Coord(coord.digits, start + step * coord.start, step * coord.step)
@@ -282,7 +286,8 @@ class Axes:
 
     def _derived(self, atom: Atom) -> sympy.Expr:
         if atom.derived is not None:
-            return self.text(atom.derived.of) - atom.derived.start
+            offset = self.text(atom.derived.of) - atom.derived.start
+            return offset if atom.derived.step == 1 else floordiv(offset, sympy.Integer(atom.derived.step))
         parent = self._space.parent_of(atom)
         assert parent is not None, f"{atom} is not on any axis"
         whole, is_high = parent

@@ -13,7 +13,7 @@ from typing import Any
 import sympy
 
 from kvt_compile.kernels.language import score
-from kvt_compile.passes.canonical.meaning import Builder, meaning
+from kvt_compile.passes.canonical.meaning import Builder, is_float, meaning
 from kvt_compile.passes.canonical.values import Dim, Value, same
 
 Labels = tuple[Any, ...]
@@ -112,8 +112,10 @@ def einsum(b: Builder, equation: Any, *operands: Any, **ignored: Any) -> Value |
         return _einsum_of_one(b, equation, tensors[0])
     inputs, arrow, output = equation.partition("->")
     terms = inputs.split(",")
-    if len(terms) != 2 or len(tensors) != 2:
+    if len(terms) != len(tensors) or len(tensors) < 2:
         return None
+    if len(tensors) > 2:
+        return _einsum_of_many(b, terms, output if arrow else None, tensors)
     labels = [_expand_ellipsis(term, x) for term, x in zip(terms, tensors, strict=True)]
     if any(len(set(term)) != len(term) or len(term) != len(x.shape) for term, x in zip(labels, tensors, strict=True)):
         return None
@@ -129,12 +131,41 @@ def einsum(b: Builder, equation: Any, *operands: Any, **ignored: Any) -> Value |
     for label in set(lhs) ^ set(rhs):
         if label not in out:
             return None  # summed in one operand alone
+    if set(lhs) | set(rhs) == set(out) and len(out) == len(set(out)) and all(map(is_float, tensors)):
+        return _product_by_element(b, tensors, labels, out)
     marked = [
         tuple(None if size == 1 and _size_in(label, other, other_x) not in (None, 1) else label
               for label, size in zip(mine, x.shape, strict=True))
         for mine, x, other, other_x in ((lhs, tensors[0], rhs, tensors[1]), (rhs, tensors[1], lhs, tensors[0]))
     ]  # fmt: skip
     return _contraction(b, "einsum", tensors[0], tensors[1], marked[0], marked[1], tuple(out))
+
+
+def _product_by_element(b: Builder, tensors: list[Value], labels: list[list[Any]], out: list[Any]) -> Value | None:
+    """einsum("bhij,bhi->bhij", x, y): nothing is summed."""
+    sides: list[Value] = []
+    for x, mine in zip(tensors, labels, strict=True):
+        dims = tuple(sorted(range(len(mine)), key=lambda d: out.index(mine[d])))
+        if dims != tuple(range(len(dims))):
+            x = b.layout("permute", x, tuple(x.shape[d] for d in dims), dims=dims)
+        sizes = dict(zip((mine[d] for d in dims), x.shape, strict=True))
+        shape = tuple(sizes.get(label, 1) for label in out)
+        sides.append(x if shape == x.shape else b.layout("reshape", x, shape))
+    return b.pointwise("mul", score.mul, *sides)
+
+
+def _einsum_of_many(b: Builder, terms: list[str], output: str | None, tensors: list[Value]) -> Value | None:
+    """einsum("bhij,bhi,bhjd->bhid", x, y, z): the first two, with every label that is needed later, and the rest."""
+    if output is None or any("." in term for term in (*terms, output)) or not all(map(is_float, tensors)):
+        return None
+    later = set("".join((*terms[2:], output)))
+    kept = "".join(dict.fromkeys(x for x in terms[0] + terms[1] if x in later))
+    sizes = dict(zip(terms[0], tensors[0].shape, strict=False)) | dict(zip(terms[1], tensors[1].shape, strict=False))
+    inner = replace(b, shape=tuple(sizes[x] for x in kept))
+    first = einsum(inner, f"{terms[0]},{terms[1]}->{kept}", tensors[0], tensors[1])
+    if first is None or any(size == 1 for size in inner.shape):
+        return None
+    return einsum(b, f"{','.join((kept, *terms[2:]))}->{output}", first, *tensors[2:])
 
 
 def _einsum_of_one(b: Builder, equation: str, x: Value) -> Value | None:
@@ -150,7 +181,10 @@ def _einsum_of_one(b: Builder, equation: str, x: Value) -> Value | None:
     kept = [label for label in labels if label in out]
     if summed:
         shape = tuple(size for d, size in enumerate(x.shape) if d not in summed)
-        x = b.value("reduce", "sum", (x,), shape, dims=summed, keepdim=False)
+        inner = replace(b, shape=shape).call("sum", (x, list(summed)), {})
+        if inner is None:
+            return None
+        x = inner
     dims = tuple(kept.index(label) for label in out)
     if dims != tuple(range(len(dims))):
         return b.layout("permute", x, tuple(x.shape[d] for d in dims), dims=dims)

@@ -257,3 +257,13 @@ def _cat(b: Builder, tensors: Any, dim: Any = 0) -> Value | None:
     if where is None or any(len(x.shape) != len(b.shape) for x in tensors):
         return None
     return b.value("select_by", "cat", tuple(tensors), dim=where)
+
+
+@meaning("stack")
+def _stack(b: Builder, tensors: Any, dim: Any = 0) -> Value | None:
+    """Each tensor with a dimension of size 1, one behind the other."""
+    where = axis(dim, len(b.shape))
+    if where is None or not isinstance(tensors, list | tuple) or not all(isinstance(x, Value) for x in tensors):
+        return None
+    shape = (*b.shape[:where], 1, *b.shape[where + 1 :])
+    return _cat(b, [b.layout("reshape", x, shape) for x in tensors], where)

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from kvt_compile.kernels.language import score
+from kvt_compile.passes.canonical.made import made
 from kvt_compile.passes.canonical.meaning import MEANINGS, Builder, Meaning, is_bool, is_float, meaning
 from kvt_compile.passes.canonical.values import Value, meta_value
 
@@ -120,10 +121,19 @@ def _pow(b: Builder, input: Any, exponent: Any) -> Value | None:
 @meaning("rpow")
 def _power_of_number(b: Builder, base: Any, exponent: Value) -> Value | None:
     """2**x is exp(log(2)*x)."""
+    if isinstance(base, Value):
+        if base.shape and any(size != 1 for size in base.shape):
+            return None
+        product = b.value("pointwise", "mul", (_log_of(b, base), exponent), fn=score.mul)
+        return b.pointwise("exp", score.exp, made(product)) if is_float(base) and is_float(exponent) else None
     if not isinstance(base, int | float) or isinstance(base, bool) or not 0 < base < math.inf or not is_float(exponent):
         return None
     factor = sympy.Float(math.log(base))
     return b.pointwise("power_of_number", lambda x, y: score.exp(score.mul(factor, y)), base, exponent)
+
+
+def _log_of(b: Builder, x: Value) -> Value:
+    return made(Value("pointwise", "log", b.node, x.shape, x.dtype, (x,), {"fn": score.log}))
 
 
 @meaning("clamp")
@@ -182,6 +192,21 @@ MEANINGS.update({f"{name}_like": _everywhere(value) for name, value in (("zeros"
 MEANINGS.update({f"new_{name}": _everywhere(value) for name, value in (("zeros", 0.0), ("ones", 1.0))})
 
 
+MEANINGS["zeros"] = lambda b, *size, **more: _constant(b, 0.0)
+MEANINGS["ones"] = lambda b, *size, **more: _constant(b, 1.0)
+
+
+@meaning("tensor", "scalar_tensor")
+def _number(b: Builder, data: Any, **ignored: Any) -> Value | None:
+    """torch.tensor(0.0)"""
+    return _constant(b, data) if isinstance(data, int | float) else None
+
+
+@meaning("full")
+def _full(b: Builder, size: Any, fill_value: Any, **ignored: Any) -> Value | None:
+    return _constant(b, fill_value) if isinstance(fill_value, int | float) else None
+
+
 @meaning("full_like")
 def _full_like(b: Builder, input: Value, fill_value: Any, **ignored: Any) -> Value | None:
     return _constant(b, fill_value)
@@ -195,6 +220,8 @@ def _new_full(b: Builder, input: Value, size: Any, fill_value: Any, **ignored: A
 def _constant(b: Builder, value: Any) -> Value | None:
     if b.dtype is None or not b.dtype.is_floating_point or isinstance(value, bool | complex):
         return None
+    if isinstance(value, int | float):  # 0.1 in float32 is another number than in float64
+        value = float(torch.tensor(float(value), dtype=b.dtype))
     return b.pointwise("constant", lambda x: x, value)
 
 

@@ -86,9 +86,22 @@ def _reduce(name: str) -> Meaning:
             and (product_ := _sum_of_product(b, input, [d for d in dims if d is not None]))
         ):
             return product_
-        return b.value("reduce", name, (input,), dims=tuple(dims), keepdim=keepdim)
+        return _of_parts(b, name, input, dims) or b.value("reduce", name, (input,), dims=tuple(dims), keepdim=keepdim)
 
     return build
+
+
+def _of_parts(b: Builder, name: str, x: Value, dims: list[Any]) -> Value | None:
+    """stack([x, y]).sum(0) -> x + y."""
+    if name not in ("sum", "mean") or x.kind != "select_by" or x.name != "cat" or dims != [x.attrs["dim"]]:
+        return None
+    if not all(part.shape[dims[0]] == 1 for part in x.inputs) or not is_float(x):
+        return None
+    parts = [b.layout("reshape", part, b.shape) for part in x.inputs]
+    total = parts[0]
+    for part in parts[1:]:
+        total = b.value("pointwise", "add", (total, part), fn=score.add)
+    return b.value("pointwise", "div", (total, len(parts)), fn=score.div) if name == "mean" else total
 
 
 MEANINGS.update({name: _reduce(name) for name in ("sum", "amax", "amin", "mean", "logsumexp")})

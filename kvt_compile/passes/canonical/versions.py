@@ -124,8 +124,10 @@ def _put(base: Value, steps: list[Value], written: Any, builder: Builder) -> Val
     inner = _put(step, rest, written, builder) if rest else written
     if inner is None:
         return None
-    if step.name == "slice" and step.attrs["step"] == 1:
+    if step.name == "slice":
         attrs = {"dim": step.attrs["dim"], "start": step.attrs["start"], "size": step.shape[step.attrs["dim"]]}
+        if step.attrs["step"] != 1:
+            attrs["step"] = step.attrs["step"]
     elif step.name == "select":
         attrs = {"dim": step.attrs["dim"], "start": step.attrs["index"], "size": 1}
         if isinstance(inner, Value):

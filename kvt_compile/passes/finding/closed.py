@@ -43,11 +43,16 @@ def closed_interior(
     return frozenset(interior | _left_over(graph, first, last))
 
 
+_PURE = ("detach", "any", "all")
+"""Operations that have no meaning as scores and do nothing but compute; pointwise ones torch knows itself."""
+
+
 def _left_over(graph: CanonicalGraph, first: Value, last: Value) -> set[Value]:
     """What was computed of the scores as well and is read by nobody any more: a sum that became part of a softmax."""
     made: set[Value] = {first}
     for value in graph.values[first.index + 1 : last.index + 1]:
-        known = value.kind not in ("opaque", "source") or value.name == "detach" or is_pointwise(value.name)
-        if known and any(x in made for x in value.operands):
+        known = value.kind not in ("opaque", "source") or value.name in _PURE or is_pointwise(value.name)
+        nodes = {x.node for x in made}  # zeros_like(weights) has no operand, and reads the weights' node
+        if known and (any(x in made for x in value.operands) or not nodes.isdisjoint(value.node.all_input_nodes)):
             made.add(value)
     return {value for value in made if not value.users and value is not last and value not in graph.outputs}

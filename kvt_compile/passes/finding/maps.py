@@ -7,7 +7,7 @@ Without a softmax there is no anchor to start at, so this starts at the second p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 
 from kvt_compile.passes.canonical.canonicalise import CanonicalGraph
@@ -87,11 +87,11 @@ def find_maps(graph: CanonicalGraph, facts: Facts, softmax_like: frozenset[str])
     found: list[Map] = []
     for value in graph.values:
         soft = value.kind in ("softmax", "sdpa") or (value.kind == "opaque" and value.name in softmax_like)
-        found += [x for x in sweep.step(value, soft) if _is_map(graph, facts, x)]
+        found += [x for x in sweep.step(value, soft) if _is_map(graph, facts, x, sweep.scores)]
     return list({x.product: x for x in reversed(found)}.values())[::-1]
 
 
-def _is_map(graph: CanonicalGraph, facts: Facts, found: Map) -> bool:
+def _is_map(graph: CanonicalGraph, facts: Facts, found: Map, on_the_way: Container[Value]) -> bool:
     """Whether the second product sums over an axis that one operand of the first brought in alone: its keys."""
     product = found.product
     if (not product.users and product not in graph.outputs) or product.inputs[1 - found.side] not in facts.computed:
@@ -103,6 +103,8 @@ def _is_map(graph: CanonicalGraph, facts: Facts, found: Map) -> bool:
     reader.read(*operands[found.side])
     summed = (space.atoms_of(operands[0][1]) & space.atoms_of(operands[1][1])) - space.atoms_of(out)
     for leaf in reader.leaves:
+        if leaf.value.kind == "opaque" and leaf.value in on_the_way:
+            return True  # its axes cannot be followed, and it is said rather than not
         if leaf.value is found.scores:
             inner = passed_inputs(space, found.scores, leaf.coords) or []
             have = [summed & space.atoms_of(at) for _, at in inner]
@@ -128,8 +130,8 @@ def reason_of(found: Map) -> str:
     if normalised:
         return f"between the products stands {shown}: its rows are normalised, but not as a softmax of the scores s is"
     return (
-        f"between the products stands {shown}: nothing normalises its rows, so the keys that a row keeps would not "
-        "make up for those it leaves out"
+        f"between the products stands {shown}: nothing that is understood normalises its rows, so the keys that a row "
+        "keeps would not make up for those it leaves out"
     )
 
 
@@ -138,6 +140,8 @@ def _has_reduction(value: Value, stop: Value) -> bool:
     while queue:
         here = queue.pop()
         if here.kind == "reduce" or (here.kind == "opaque" and here.name in _NORMS):
+            return True
+        if here.kind == "pointwise" and here.name in ("div", "reciprocal") and _reaches(here.inputs[-1], stop):
             return True
         if here is not stop and here.kind in (*_ELEMENTS, "opaque"):
             queue += [x for x in here.operands if x not in seen]
@@ -154,19 +158,20 @@ def normalised_later(found: Map) -> Value | None:
             return None
         (user,) = users
         others = [x for x in user.operands if x is not value]
-        if user.kind == "pointwise" and user.name in ("div", "mul") and any(_made_of(x, found) for x in others):
+        if user.kind == "pointwise" and user.name in ("div", "mul") and any(_reaches(x, found.scores) for x in others):
             return user
         value = user
     return None
 
 
-def _made_of(value: Value, found: Map) -> bool:
+def _reaches(value: object, scores: Value) -> bool:
+    """Whether a value is made of the scores."""
     queue, seen = [value], {value}
     while queue:
         here = queue.pop()
-        if here is found.scores:
+        if here is scores:
             return True
-        if here.index > found.scores.index and len(seen) < 100:
+        if isinstance(here, Value) and here.index > scores.index and len(seen) < 100:
             queue += [x for x in here.operands if x not in seen]
             seen.update(here.operands)
     return False

@@ -144,25 +144,28 @@ class Reader:
         return OPAQUE(sympy.Integer(value.index), *(self.read(x, at) for x, at in inputs))
 
     def _chosen(self, value: Value, coords: Coords) -> sympy.Expr:
-        """put(base, inner, [start, start+size) of dim): the inner value where the slice is, the base elsewhere.
+        """put(base, inner, start, size and step of dim): the inner value where the slice is, the base elsewhere.
         cat(parts): every part where it lies."""
         if value.name == "cat":
             return self._parts(value, coords)
         base, inner = value.inputs
-        dim, start, size = value.attrs["dim"], value.attrs["start"], value.attrs["size"]
+        dim, start, size, step = (value.attrs.get(name, 1) for name in ("dim", "start", "size", "step"))
         self.visited.add(value)
         whole = value.shape[dim]
         known = self.space.known(coords[dim])
         if known is not None and isinstance(size, int):
-            if start <= known < start + size:
-                inside = (*coords[:dim], self.space.constant(size, known - start), *coords[dim + 1 :])
+            place, between = divmod(known - start, step)
+            if 0 <= place < size and not between:
+                inside = (*coords[:dim], self.space.constant(size, place), *coords[dim + 1 :])
                 return self.read(inner, aligned(inside, inner)) if isinstance(inner, Value) else number(inner)
             return self.read(base, coords)
         at = self.position(coords[dim])
         conditions = [] if start == 0 else [score.ge(at, sympy.Integer(start))]
-        if not (isinstance(whole, int) and isinstance(size, int) and start + size == whole):
-            conditions.append(score.lt(at, sympy.sympify(start + size)))
-        inside = (*coords[:dim], self.space.inside(coords[dim], start, size), *coords[dim + 1 :])
+        if not (isinstance(whole, int) and isinstance(size, int) and start + size * step >= whole):
+            conditions.append(score.lt(at, sympy.sympify(start + size * step)))
+        if step > 1:
+            conditions.append(score.eq(score.mod(at - start, sympy.Integer(step)), sympy.Integer(0)))
+        inside = (*coords[:dim], self.space.inside(coords[dim], start, size, step), *coords[dim + 1 :])
         before = self._memo
         if size == 1 and conditions:  # x[:, 0] += y: where it is written, x at 0 is x at the coordinate
             elsewhere = self.read(base, coords)
@@ -174,7 +177,9 @@ class Reader:
         self._memo = before  # what was read under the condition holds under it alone
         if not conditions:
             return written
-        condition = conditions[0] if len(conditions) == 1 else score.logical_and(*conditions)
+        condition = conditions[0]
+        for more in conditions[1:]:
+            condition = score.logical_and(condition, more)
         return score.where(condition, written, self.read(base, coords))
 
     def _parts(self, value: Value, coords: Coords) -> sympy.Expr:

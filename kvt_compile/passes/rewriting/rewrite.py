@@ -181,6 +181,11 @@ def _remove(graph: fx.Graph, plan: Fused) -> None:
     """
 
     graph.erase_node(plan.node)
+    inside = {value.node for value in plan.interior}
+    for node in [user for value in inside for user in value.users]:  # what `x[i] += y` ends with
+        writes = node.target is operator.setitem and node not in inside and not node.users
+        if writes and {node.args[0], node.args[2]} <= inside:
+            graph.erase_node(node)
     for values in (plan.interior, _pure_feeders(plan.sources)):
         _erase(graph, values)
 

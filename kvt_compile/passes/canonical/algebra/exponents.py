@@ -7,7 +7,18 @@ from __future__ import annotations
 
 import math
 
-from kvt_compile.passes.canonical.algebra.forms import ONE, Form, not_negative, over, plus, times, to_power
+from kvt_compile.passes.canonical.algebra.forms import (
+    ONE,
+    Atom,
+    Exp,
+    Form,
+    Total,
+    not_negative,
+    over,
+    plus,
+    times,
+    to_power,
+)
 from kvt_compile.passes.canonical.algebra.row import EXPONENTS, OPAQUE_EXPONENTS, Row, Rule, aligned
 from kvt_compile.passes.canonical.algebra.rules import is_number, mask
 from kvt_compile.passes.canonical.coords import Coords
@@ -15,10 +26,17 @@ from kvt_compile.passes.canonical.values import Value, broadcasts
 
 
 def _joined(row: Row, x: Form, y: Form) -> Form | None:
-    """exp(x + y); None where something would cancel, which rounds in the model what it meets."""
-    if any(power * y.power_of(atom) < 0 for atom, power in x.powers):
+    """exp(x + y); None where something would cancel, which rounds in the model what it meets.  What is taken of the row
+    is of the size of the scores: max + log(sum(exp(s - max))) loses nothing."""
+    if any(power * y.power_of(atom) < 0 and not _of_the_row(atom) for atom, power in x.powers):
         return None
     return times(x, y)
+
+
+def _of_the_row(atom: Atom) -> bool:
+    return isinstance(atom, Total) or (
+        isinstance(atom, Exp) and isinstance(atom.of, Value) and atom.of.kind == "reduce"
+    )
 
 
 def _added(sign: float) -> Rule:

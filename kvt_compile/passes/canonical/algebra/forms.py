@@ -220,7 +220,7 @@ def _is_not_negative(atom: Atom) -> bool:
         case Terms(forms):
             return all(map(not_negative, forms))
         case Element(of):
-            return of.name in _NOT_NEGATIVE or (of.name == "pow" and of.inputs[1] == 2)
+            return of.name in _NOT_NEGATIVE or (of.name == "pow" and of.inputs[1:] == (2,))
     return False
 
 

@@ -80,18 +80,19 @@ def laid_out(b: Builder, space: Space, x: Value, at: Coords, frame: Coords) -> V
     at, frame = space.resolve_all(at), space.resolve_all(frame)
     if at == frame[len(frame) - len(at) :] or _broadcasts(at, frame[len(frame) - len(at) :]):
         return x
-    places = [frame.index(coord) if coord != ZERO and coord in frame else None for coord in at]
-    if any(place is None and coord != ZERO for place, coord in zip(places, at, strict=True)):
+    where = {digit: (n, d) for n, coord in enumerate(frame) for d, digit in enumerate(coord.digits)}
+    if not all(coord.plain and all(digit in where for digit in coord.digits) for coord in (*at, *frame)):
         return None
-    if len({place for place in places if place is not None}) != sum(place is not None for place in places):
-        return None
-    order = sorted((d for d, place in enumerate(places) if place is not None), key=lambda d: places[d] or 0)
-    rest = [d for d, place in enumerate(places) if place is None]
+    rest = [d for d, coord in enumerate(at) if coord == ZERO]
+    order = sorted((d for d, coord in enumerate(at) if coord != ZERO), key=lambda d: where[at[d].digits[0]])
+    digits = [digit for d in order for digit in at[d].digits]
+    present = [coord for coord in frame if set(coord.digits) & set(digits)]
+    if digits != [digit for coord in present for digit in coord.digits]:
+        return None  # a part of a dimension of the frame, or its parts in another order
     dims = (*rest, *order)
     if list(dims) != list(range(len(dims))):
         x = made(b.layout("permute", x, tuple(x.shape[d] for d in dims), dims=dims))
-    taken = {places[d]: size for d, size in zip(order, x.shape[len(rest) :], strict=True)}
-    shape = tuple(taken.get(n, 1) for n in range(len(frame)))
+    shape = tuple(space.size(coord) if coord in present else 1 for coord in frame)
     return x if shape == x.shape else made(b.layout("reshape", x, shape))
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from kvt_compile.kernels.language import score
 from kvt_compile.passes.canonical.algebra import exponents, rules  # noqa: F401 - they fill the tables of rules
+from kvt_compile.passes.canonical.algebra.dead_rows import without_dead_rows
 from kvt_compile.passes.canonical.algebra.forms import (
     Chosen,
     Element,
@@ -51,7 +52,12 @@ class Recogniser:
 
     def look(self, b: Builder, value: Value) -> Value:
         """The value, or the softmax (the product with one) that it is."""
+        if value.kind in ("contraction", "pointwise") and any(x.index < 0 for x in value.operands):
+            value.inputs = tuple(self.look(b, x) if isinstance(x, Value) and x.index < 0 else x for x in value.inputs)
         self._note(value)
+        if value.name == "where" and (alive := without_dead_rows(b, value)) is not None:
+            self._note(alive)
+            return alive
         if value.kind != "pointwise" or value.name not in _ENDS or not _is_real(value):
             return value
         if any(x in self.sums for x in value.operands):
@@ -166,26 +172,21 @@ class Recogniser:
     def _built(
         self, b: Builder, row: Row, value: Value, weights: Form, values: Element, product: Value, frame: Coords
     ) -> Value | None:
-        space = row.space
-        widest: Coords = ()
-        for entry in weights.program or ():
-            widest = entry.at if len(entry.at) > len(widest) else widest
-        at = space.resolve_all(widest)
+        space, key = row.space, row.space.resolve(row.row)
+        out = space.resolve_all(frame)
+        weighing = {atom for entry in weights.program or () for atom in space.atoms_of(entry.at)}
+        at = (*(coord for coord in out if set(coord.digits) & weighing), key)
+        values_at = (*(coord for coord in out if set(coord.digits) & space.atoms_of(values.at)), key)
         scores = _scores(b, row, weights, at, value, [values.of])
-        key = space.resolve(row.row)
-        if scores is None or len(scores.shape) != len(at) or at.count(key) != 1:
+        laid = laid_out(b, space, values.of, values.at, values_at)
+        if scores is None or laid is None or len(scores.shape) != len(at) or len(laid.shape) != len(values_at):
             return None
-        made = Value("softmax", "softmax", b.node, scores.shape, scores.dtype, (scores,), {"dim": at.index(key)})
+        if {*at, *values_at} - {key} != {*out} - {ZERO}:
+            return None
+        made = Value("softmax", "softmax", b.node, scores.shape, scores.dtype, (scores,), {"dim": len(at) - 1})
         _absorb(row, made)
-        sides = [_labels(at), _labels(space.resolve_all(values.at)), _labels(space.resolve_all(frame))]
-        lhs, rhs, out = sides
-        used = {x for x in (*lhs, *rhs) if x is not None}
-        if any(len([x for x in side if x is not None]) != len({*side} - {None}) for side in sides):
-            return None
-        if used - {*out} != {key} or {*out} - {None} - used:
-            return None
-        return Value("contraction", product.name, b.node, value.shape, value.dtype, (made, values.of),
-                     {"lhs": lhs, "rhs": rhs, "out": out})  # fmt: skip
+        labels = {"lhs": _labels(at), "rhs": _labels(values_at), "out": _labels(out)}
+        return Value("contraction", product.name, b.node, value.shape, value.dtype, (made, laid), labels)
 
 
 def _scores(b: Builder, row: Row, weights: Form, frame: Coords, whole: Value, others: list[Value]) -> Value | None:

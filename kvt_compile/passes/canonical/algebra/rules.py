@@ -187,7 +187,18 @@ _RULES: dict[str, Rule] = {
     "tanh": _tanh,
     "clamp": _clamp,
 }
+
+
+def _opaque_power(row: Row, value: Value, at: Coords) -> Form | None:
+    """pow of a number that has no meaning as scores: e**1.0."""
+    call, operands = value.attrs.get("call"), list(value.operands)
+    if call is None or len(operands) != 1 or len(call.args) != 2 or not is_number(call.args[1]):
+        return None
+    return _power(row, row.form(operands[0], at), call.args[1])
+
+
 _OF_OPAQUE: dict[str, Rule] = {
+    "pow": _opaque_power,
     "expm1": _fn((1.0, 1.0), (-1.0, 0.0)),
     "cosh": _fn((0.5, 1.0), (0.5, -1.0)),
     "sinh": _fn((0.5, 1.0), (-0.5, -1.0)),
