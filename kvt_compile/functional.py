@@ -162,7 +162,7 @@ def _attention(
     tensors = _fold(q, batch, heads), _fold(k, batch, kv_heads), _fold(v, batch, kv_heads)
     rest = score, "p", resolve(topk, k.shape[-2]), sizes, constant(dropout_p), seed, lowering, tolerance
     out = torch.ops.kvt.attention(*tensors, captured, *rest, *select)[0]
-    return out.reshape(*lead, q.shape[-2], v.shape[-1])  # type: ignore[no-any-return]
+    return out if len(lead) == 2 else out.reshape(*lead, q.shape[-2], v.shape[-1])  # type: ignore[no-any-return]
 
 
 def _scale(scale: float | None, q: Tensor) -> float:
@@ -194,6 +194,8 @@ def _broadcast(q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> tuple[in
 
 def _fold(x: Tensor, batch: Sequence[int], heads: int) -> Tensor:
     """`[..., H, N, D]` -> `[B, heads, N, D]`; a view wherever the strides allow."""
+    if x.shape[:-2] == (*batch, heads) and len(batch) == 1:
+        return x
     tokens, features = x.shape[-2:]
     return x.expand(*batch, heads, tokens, features).reshape(math.prod(batch), heads, tokens, features)
 

@@ -23,7 +23,7 @@ import torch
 
 from kvt_compile.kernels.c import CLowering, cache, launch, source, toolchain
 from kvt_compile.kernels.c import lowering as c_lowering
-from kvt_compile.kernels.op import lowerings
+from kvt_compile.kernels.op import lowerings, ready
 from kvt_compile.kernels.op.spec import SoftmaxSpec
 from kvt_compile.kernels.plain import aten
 from kvt_compile.kernels.warn import warn_once
@@ -60,6 +60,7 @@ def fresh() -> None:
     """The C lowering as in a new process."""
     launch.kernel.cache_clear()
     lowerings.choose.cache_clear()
+    ready.forget()
     c_lowering._no_compiler.cache_clear()
     cache._temporary_folder.cache_clear()
     warn_once.cache_clear()

@@ -85,6 +85,7 @@ def _softmax(spec: SoftmaxSpec) -> str:
         spec=spec,
         types=(spec.dtype, spec.out_dtype),
         matrix_types=(),
+        paired=False,
         wide="float64" in (spec.dtype, spec.out_dtype),
         functions=(),
         softmax_fields=SOFTMAX_FIELDS,

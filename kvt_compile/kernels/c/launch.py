@@ -26,6 +26,7 @@ from kvt_compile.kernels.dropout import keep_scale
 from kvt_compile.kernels.op.call import AttentionCall
 from kvt_compile.kernels.op.captured import check_captured
 from kvt_compile.kernels.op.lowerings import Gradients
+from kvt_compile.kernels.op.ready import Runner
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.remember import remembered
 from kvt_compile.kernels.tiles import TileLists, tile_lists
@@ -37,6 +38,7 @@ Layout = tuple[tuple[int, ...], tuple[int, ...]]
 TASKS = 12
 """A backward with fewer (batch, head) pairs also splits the queries, at the price of partial sums of dk and dv.  Shapes
 alone decide, so that results do not depend on the number of threads."""
+NO_MEMORY = "a k-NN attention kernel found no memory for its scratch space"
 MOST_KEYS = 2**40
 """Expanded keys need no memory, but scratch of this size does, and beyond it a kernel's sizes would leave 64 bits."""
 
@@ -57,7 +59,7 @@ class Kernel:
         """Run an entry point; an argument not given is 0.  Raises MemoryError when it finds no scratch memory."""
         packed = self._layout.pack(*(arguments.get(name, 0) for name in self._names)) + shapes
         if getattr(self.library, entry)(ctypes.c_char_p(packed)):
-            raise MemoryError("a k-NN attention kernel found no memory for its scratch space")
+            raise MemoryError(NO_MEMORY)
 
 
 def _struct(named: Sequence[tuple[str, str]]) -> struct.Struct:
@@ -86,6 +88,34 @@ def forward(call: AttentionCall, settings: Settings) -> tuple[Tensor, Tensor, Te
         arguments |= {"out": out.data_ptr(), "lse": logsumexp.data_ptr(), "threshold": threshold.data_ptr()}
         _launch(call, settings, "kvt_forward", arguments)
     return out, logsumexp, threshold
+
+
+def runner(call: AttentionCall, settings: Settings) -> Runner | None:
+    """What runs a forward laid out as `call`, which has no dropout; None where there is nothing to compute."""
+    if 0 in (*call.rows, call.keys):
+        return None
+    matrices, captured_layouts = _layouts(call.q, call.k, call.v), _layouts(*call.captured)
+    shapes = _shapes(call.spec, matrices, captured_layouts, call.topk, tuple(call.sizes))
+    entry = kernel(call.spec, settings).library.kvt_forward
+    slots = {f"c{n}" for n in range(len(call.captured))}
+    given = {"q", "k", "v", "out", "lse", "threshold", "threads"} | slots
+    pack = struct.Struct("=" + "".join("q" if name in given else "8x" for _, name in call_fields(call.spec))).pack
+    rows, result = call.rows, (*call.rows, call.spec.value_dim)
+    value_dtype, accumulate = call.v.dtype, call.spec.accumulate
+
+    def run(q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        out = q.new_empty(result, dtype=value_dtype)
+        logsumexp, threshold = q.new_empty(rows, dtype=accumulate), q.new_empty(rows, dtype=accumulate)
+        pointers = q.data_ptr(), k.data_ptr(), v.data_ptr()
+        if 0 in pointers:
+            pointers = _pointer("q", q), _pointer("k", k), _pointer("v", v)
+        more = [c.data_ptr() or _pointer(f"c{n}", c) for n, c in enumerate(captured)]
+        results = out.data_ptr(), logsumexp.data_ptr(), threshold.data_ptr()
+        if entry(ctypes.c_char_p(pack(*pointers, *results, torch.get_num_threads(), *more) + shapes)):
+            raise MemoryError(NO_MEMORY)
+        return out, logsumexp, threshold
+
+    return run
 
 
 def backward(
@@ -230,4 +260,4 @@ def _shapes(
     return _struct(named).pack(*(values.get(name, 0) for _, name in named))
 
 
-__all__ = ["Kernel", "backward", "backward_plan", "forward", "kernel"]
+__all__ = ["Kernel", "backward", "backward_plan", "forward", "kernel", "runner"]

@@ -18,6 +18,7 @@ from kvt_compile.kernels.c.toolchain import BuildError, find_compiler
 from kvt_compile.kernels.language.expressions import NotGenerated
 from kvt_compile.kernels.op.call import AttentionCall
 from kvt_compile.kernels.op.lowerings import Gradients, Lowering
+from kvt_compile.kernels.op.ready import Runner
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.plain import aten
 from kvt_compile.kernels.source import Source
@@ -54,6 +55,9 @@ class CLowering:
         if not self.built(call.spec):
             return self.fallback.forward(call)
         return launch.forward(call, self.settings)
+
+    def runner(self, call: AttentionCall) -> Runner | None:
+        return launch.runner(call, self.settings) if self.built(call.spec) else None
 
     def backward(
         self, call: AttentionCall, grad_out: Tensor, out: Tensor, logsumexp: Tensor, threshold: Tensor

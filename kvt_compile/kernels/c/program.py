@@ -21,6 +21,16 @@ from kvt_compile.kernels.language.types import is_whole_power
 
 
 @dataclass(frozen=True)
+class Row:
+    """A load whose last index is the key, of the type of the scores: a row of it is moved, not read one by one."""
+
+    start: str
+    """Address of the element of query i and key j."""
+    step: str
+    """Distance of the next key's."""
+
+
+@dataclass(frozen=True)
 class Part:
     """A named value that does not hold the tile's variable."""
 
@@ -29,6 +39,8 @@ class Part:
     ctype: str
     vtype: str
     reads_memory: bool
+    row: Row | None = None
+    """Where keys stand one after the other, this is the row of a query."""
 
 
 @dataclass(frozen=True)
@@ -115,12 +127,23 @@ class Builder:
         wanted = printed.text if truth else self.scalar.real(printed)
         if place in ("lane", "tile"):
             text, ctype = (f"-(lane_int){wanted}", "lane_int") if truth else (wanted, "real")
-            self.parts[place].append(Part(name, text, ctype, "ivec" if truth else "vec", bool(language.loads(x))))
+            vtype, row = "ivec" if truth else "vec", self.row(x) if place == "tile" else None
+            self.parts[place].append(Part(name, text, ctype, vtype, bool(language.loads(x)), row))
             self.known[x] = Value(f"{name}_v", mask=truth)
         else:
             self.parts[place].append(Part(name, wanted, "int" if truth else "real", "", False))
             self.known[x] = Value(name, mask=truth, scalar=True)
         return self.known[x]
+
+    def row(self, x: sympy.Expr) -> Row | None:
+        real = "float64" if self.scalar.wide else "float32"
+        if not isinstance(x, language.load) or self.scalar.spec.captured[x.slot].dtype != real:
+            return None
+        last = len(x.index) - 1
+        if self.scalar.position(x, last) != "j" or any("j" in depends_on(index) for index in x.index[:last]):
+            return None
+        step = f"c{x.slot}_stride{last}"
+        return Row(f"c{x.slot} + {self.scalar.offset(x, lambda dim: f'c{x.slot}_stride{dim}')}", step)
 
     def note_slots(self, x: sympy.Expr) -> None:
         self.slots.update(y.slot for y in language.loads(x))

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvt_compile.kernels.op import ready
 from kvt_compile.kernels.op.call import AttentionCall
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.source import Source
@@ -73,11 +74,13 @@ def register(name: str, lowering: Lowering | str) -> Callable[[], None]:
     before = dict(_PLACES)
     _PLACES[name] = lowering
     choose.cache_clear()
+    ready.forget()
 
     def undo() -> None:
         _PLACES.clear()
         _PLACES.update(before)
         choose.cache_clear()
+        ready.forget()
 
     return undo
 

@@ -1,0 +1,108 @@
+"""A call laid out like one before takes a short way: the same result, and every check that could fail anew is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+import kvt_compile.kernels.op.ops  # noqa: F401 - registers the ops
+from kvt_compile.kernels.op import lowerings, ready
+from kvt_compile.kernels.plain.aten import AtenLowering
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered() -> None:
+    ready.forget()
+
+
+def tensors(seed: int = 0, keys: int = 9, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    torch.manual_seed(seed)
+    return [torch.randn(1, 2, n, 8).to(dtype) for n in (5, keys, keys)]
+
+
+def call(q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor] = (), **other: object) -> tuple[Tensor, ...]:
+    score = "s + c0[h, j]" if captured else "s"
+    rest = {"topk": 3, "sizes": [], "dropout_p": 0.0, "seed": None, "lowering": "c"} | other
+    return torch.ops.kvt.attention(q, k, v, list(captured), score, "p", **rest)  # type: ignore[no-any-return]
+
+
+def same(x: Sequence[Tensor], y: Sequence[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(x, y, strict=True))
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_the_second_call_is_the_first_with_other_numbers(captured: bool) -> None:
+    bias = [torch.randn(2, 9)] if captured else []
+    call(*tensors(0), bias)
+    assert len(ready._runners) == 1
+    short = call(*tensors(1), bias)
+    ready.forget()
+    assert same(short, call(*tensors(1), bias))
+
+
+def test_what_changes_a_result_is_part_of_the_key() -> None:
+    q, k, v = tensors()
+    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    first = call(q, k, v)
+    assert same(call(*turned), first)
+    assert not same(call(q, k, v, topk=4), first)
+    assert len(call(*tensors(keys=10))) == 3
+    assert call(*tensors(dtype=torch.bfloat16))[0].dtype == torch.bfloat16
+    assert same(call(q, k, v, [torch.zeros(2, 9)]), call(q, k, v, [torch.zeros(4, 18)[::2, ::2]]))
+    assert len(ready._runners) == 7
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda q, k, v: call(q, k, v[:, :, 1:]), "number of keys"),
+        (lambda q, k, v: call(q, k.double(), v), "dtype differs"),
+        (lambda q, k, v: call(q, k, v, topk=0), "topk is 0"),
+        (lambda q, k, v: call(q, k, v, tolerance=2.0), "tolerance is 2"),
+        (lambda q, k, v: call(q, k, v, [torch.zeros(2, 5)]), "size 5"),
+        (lambda q, k, v: call(q.to_sparse(), k, v), "sparse"),
+    ],
+)
+def test_what_is_wrong_is_told_after_a_call_that_was_right(fault: object, message: str) -> None:
+    q, k, v = tensors()
+    call(q, k, v)
+    call(q, k, v, [torch.zeros(2, 9)])
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        fault(q, k, v)  # type: ignore[operator]
+
+
+def test_memory_that_was_freed_is_noticed() -> None:
+    q, k, v = tensors()
+    call(q, k, v)
+    q.untyped_storage().resize_(0)
+    with pytest.raises((ValueError, RuntimeError), match=r"no memory|storage"):
+        call(q, k, v)
+
+
+def test_another_lowering_of_the_name_is_asked() -> None:
+    class Zeros(AtenLowering):
+        def forward(self, call: object) -> tuple[Tensor, Tensor, Tensor]:
+            return tuple(torch.zeros_like(x) for x in super().forward(call))  # type: ignore[arg-type, return-value]
+
+    q, k, v = tensors()
+    first = call(q, k, v)
+    undo = lowerings.register("c", Zeros())
+    try:
+        assert call(q, k, v)[0].count_nonzero() == 0
+    finally:
+        undo()
+    assert same(call(q, k, v), first)
+
+
+def test_gradients_and_dropout_go_the_long_way_where_they_must() -> None:
+    q, k, v = (x.requires_grad_() for x in tensors())
+    out = call(q, k, v)[0]
+    again = call(q, k, v)[0]
+    assert again.requires_grad
+    assert torch.equal(*(torch.autograd.grad(x.sum(), q)[0] for x in (out, again)))
+    known = len(ready._runners)
+    call(q, k, v, dropout_p=0.5, seed=torch.tensor([1]))
+    assert len(ready._runners) == known
