@@ -1,6 +1,6 @@
 """Attention under a selection against dense SDPA, and against FlexAttention with a block mask of its own: CPU time.
 
-    python benchmarks/selection.py [--threads 1 2] [--turns 5] [--only window ...] [--flex] [--json PATH]
+    python benchmarks/selection.py [--threads 1 2] [--turns 5] [--only window ...] [--flex] [--blocks 12] [--json PATH]
 
 Every line is a ratio of medians measured in one run, the contestants taking turns.  Time is CPU time of the process
 (all its threads), which other programs on the machine change little; targets stand beside the results.
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from _shared import step
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 import kvt_compile
 from kvt_compile.kernels.op.selection import selection_of
@@ -168,12 +168,70 @@ def growth(threads: int, turns: int) -> Line:
     return Line("window(13), 16,384 tokens", "16 times 1,024 tokens", threads, sixteen, 16 * one, 16**0.1)
 
 
+class Block(nn.Module):
+    """A block of ViT-B: 12 heads of 64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.proj = nn.LayerNorm(768), nn.Linear(768, 3 * 768), nn.Linear(768, 768)
+        self.mlp = nn.Sequential(nn.LayerNorm(768), nn.Linear(768, 3072), nn.GELU(), nn.Linear(3072, 768))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(batch, tokens, 3, 12, 64).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, 768))
+        return x + self.mlp(x)
+
+
+class ViT(nn.Module):
+    """ViT-B/16 with as many blocks as are asked for, and a class token."""
+
+    def __init__(self, blocks: int, size: int) -> None:
+        super().__init__()
+        self.patch, self.cls = nn.Conv2d(3, 768, 16, 16), nn.Parameter(torch.randn(1, 1, 768))
+        self.place = nn.Parameter(0.02 * torch.randn(1, 1 + (size // 16) ** 2, 768))
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.patch(image).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.place
+        for block in self.blocks:
+            x = block(x)
+        return x[:, 0]
+
+
+def model(threads: int, turns: int, blocks: int) -> list[Line]:
+    """A vision transformer at 1,024 x 1,024: 4,097 tokens, dense torch.compile against ours."""
+    torch.manual_seed(0)
+    vit, image = ViT(blocks, 1024), torch.randn(1, 3, 1024, 1024)
+    dense = torch.compile(vit)
+    ours = torch.compile(vit, backend="kvt", options={"select": "window(13) | prefix"})
+    lines = []
+    for training in (False, True):
+
+        def one(run: Callable[[Tensor], Tensor], training: bool = training) -> None:
+            with torch.set_grad_enabled(training):
+                out = run(image)
+                if training:
+                    torch.autograd.grad(out.sum(), list(vit.parameters()))
+
+        mine, other = medians(turns, lambda: one(ours), lambda: one(dense))
+        what = (
+            f"ViT-B/16, {blocks} blocks, 1024x1024, window(13) | prefix, {'training step' if training else 'inference'}"
+        )
+        lines.append(Line(what, "dense torch.compile", threads, mine, other, 0.65))
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--only", nargs="+", default=[case.name for case in CASES] + ["growth"])
     parser.add_argument("--flex", action="store_true", help="compile FlexAttention too (half a minute)")
+    parser.add_argument(
+        "--blocks", type=int, default=0, help="a vision transformer of so many blocks as well (12: whole)"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     lines: list[Line] = []
@@ -184,6 +242,8 @@ def main() -> None:
                 lines += measure(case, threads, args.turns)
         if "growth" in args.only:
             lines.append(growth(threads, args.turns))
+        if args.blocks:
+            lines += model(threads, args.turns, args.blocks)
         if args.flex:
             lines.append(flex(threads, args.turns))
     table = Table("what", "against", "threads", "ms", "theirs", "ratio", "target", "computed")

@@ -6,6 +6,7 @@ highest-scoring keys (KVT, arXiv 2106.00515).
 
 import kvt_compile.parallel.registration  # noqa: F401 - rules for DTensors
 from kvt_compile.adjust import options, set_topk
+from kvt_compile.adjust_select import set_select
 from kvt_compile.backend import RefusalError
 from kvt_compile.backends import inductor_pass, passes_for
 from kvt_compile.calibration import CalibratedPolicy, CalibrationError, calibrate
@@ -38,6 +39,7 @@ __all__ = [
     "options",
     "passes_for",
     "rewrite",
+    "set_select",
     "set_topk",
     "topk_attention",
     "verify",

@@ -133,7 +133,7 @@ def request_tuning(result: PassResult, options: Options) -> None:
     It changes no result, so it is no argument of the ops: it belongs to the kernel, which all models of a process that
     compute the same thing share, and whoever compiled last decides."""
     for decision in result.decisions:
-        if decision.topk is not None and (spec := spec_of(decision.site)) is not None:
+        if decision.topk is not None and (spec := spec_of(decision.site, decision.select)) is not None:
             tune.request(spec, options.autotune)
 
 

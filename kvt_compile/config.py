@@ -14,7 +14,9 @@ from typing import Any, Literal, get_args
 from kvt_compile.kernels.op import lowerings
 from kvt_compile.kernels.tune import Mode
 from kvt_compile.passes.decide import DEFAULT_TOPK, Policy, Rule, validate_rule
+from kvt_compile.passes.selecting import GridRule, PrefixRule, SelectRule, validate_places, validate_select
 from kvt_compile.passes.site import Axis
+from kvt_compile.select.values import SelectionError
 from kvt_compile.topk import validate_tolerance
 
 OnRefusal = Literal["ignore", "warn", "error"]
@@ -35,6 +37,14 @@ class Options:
     dense), a mapping from module-path pattern to any of these (first match wins, no match leaves dense), or a callable
     that takes an `AttentionSite` and returns one of them.  A site that selects keys by itself keeps its own k, unless a
     pattern of a mapping matches it."""
+    select: SelectRule = None
+    """Which keys are kept, in place of topk: a value of `kvt_compile.select` or its text (`"(window(13) | prefix) &
+    topk(64)"`), a mapping from module-path pattern to one, or a callable that takes an `AttentionSite`."""
+    grid: GridRule = None
+    """How tokens are laid out, where the graph does not say it: sizes of 1 to 3 axes, one of them -1 for whatever is
+    left, or a mapping from module-path pattern to such."""
+    prefix: PrefixRule = None
+    """How many tokens stand before the grid, where the graph does not say it, or a mapping as above."""
     include: tuple[str, ...] = ()
     """Only rewrite sites whose module path matches one of these patterns (`fnmatch` style); empty means all."""
     exclude: tuple[str, ...] = ()
@@ -72,7 +82,8 @@ class Options:
         axes |= {"channel"} if self.channel_attention == "rewrite" else set()
         axes |= {"batch"} if self.batch_attention == "rewrite" else set()
         axes |= {"unknown"} if self.unknown_attention == "rewrite" else set()
-        return Policy(self.topk, self.include, self.exclude, self.force_rewrite, frozenset(axes))
+        places = self.select, self.grid, self.prefix
+        return Policy(self.topk, self.include, self.exclude, self.force_rewrite, frozenset(axes), *places)
 
 
 NAMES = tuple(field.name for field in fields(Options))
@@ -88,6 +99,14 @@ def make_options(given: Mapping[str, Any], compiling: bool = False) -> Options:
     values = dict(given)
     if "topk" in values:
         validate_rule(values["topk"])
+    if values.get("select") is not None:
+        if "topk" in values:
+            raise OptionError("topk and select were both given; write select='... & topk(64)'")
+        try:
+            values["select"] = validate_select(values["select"])
+        except SelectionError as error:
+            raise OptionError(str(error)) from None
+    validate_places(values.get("grid"), values.get("prefix"))
     for name in ("include", "exclude"):
         if name in values:
             values[name] = _patterns(name, values[name])

@@ -94,8 +94,9 @@ def build_report(results: Iterable[PassResult], options: Options, graphs: tuple[
                     topk=shown,
                     reason=decision.reason,
                     own=decision.own,
-                    lowering="" if topk is None else lowering_of(decision.site, options.lowering),
-                    spec=None if topk is None else spec_of(decision.site),
+                    select=decision.select,
+                    lowering="" if topk is None else lowering_of(decision.site, options.lowering, decision.select),
+                    spec=None if topk is None else spec_of(decision.site, decision.select),
                     graph=number,
                 )
             )

@@ -16,7 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+from kvt_compile.passes.selecting import GridRule, PrefixRule, Selected, SelectRule, selected
 from kvt_compile.passes.site import AttentionSite, Axis, OwnK
+from kvt_compile.select.values import SelectionError
 from kvt_compile.topk import TopK, as_fraction, validate
 
 Rule = TopK | None | Mapping[str, TopK | None] | Callable[[AttentionSite], TopK | None]
@@ -40,6 +42,10 @@ class Policy:
     exclude: tuple[str, ...] = ()
     force_rewrite: bool = False
     axes: frozenset[Axis] = field(default_factory=lambda: frozenset({"token"}))
+    select: SelectRule = None
+    """In place of `topk`: which keys are kept."""
+    grid: GridRule = None
+    prefix: PrefixRule = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ class Decision:
     reason: str = ""
     own: bool = False
     """Whether it is the model's own k that stays."""
+    select: Selected | None = None
+    """Which keys may be kept at all and where tokens stand; None: all may."""
 
 
 def validate_rule(rule: Rule) -> Rule:
@@ -80,11 +88,32 @@ def decide(site: AttentionSite, policy: Policy) -> Decision:
         return Decision(site, None, "in `exclude`")
     if site.axis not in policy.axes:
         return Decision(site, None, _left_dense(site))
-    if site.own is not None and not _names(policy.topk, site):
+    rule = policy.topk if policy.select is None else policy.select
+    if site.own is not None and not _names(rule, site):
         return _keeps_its_own(site, site.own, policy)
+    if policy.select is not None:
+        return _by_selection(site, policy)
     topk = _apply(policy.topk, site)
     if topk is None:
         return Decision(site, None, "topk is None for this site")
+    return _by_topk(site, topk, policy)
+
+
+def _by_selection(site: AttentionSite, policy: Policy) -> Decision:
+    try:
+        topk, select = selected(site, policy.select, policy.grid, policy.prefix)
+    except SelectionError as error:
+        return Decision(site, None, str(error))
+    if select is None:
+        return _by_topk(site, topk, policy)
+    if not policy.force_rewrite and select.kept == 1.0:
+        dense = _by_topk(site, topk, policy)
+        if dense.topk is None:
+            return Decision(site, None, f"{select} keeps all {site.keys} keys")
+    return Decision(site, topk, select=select)
+
+
+def _by_topk(site: AttentionSite, topk: TopK, policy: Policy) -> Decision:
     if not policy.force_rewrite and isinstance(site.keys, int) and keys_kept(topk, site.keys) >= site.keys:
         return Decision(site, None, f"k = {keys_kept(topk, site.keys)} keeps all {site.keys} keys")
     return Decision(site, topk)
@@ -100,7 +129,7 @@ def _keeps_its_own(site: AttentionSite, own: OwnK, policy: Policy) -> Decision:
     return Decision(site, topk, own=True)
 
 
-def _names(rule: Rule, site: AttentionSite) -> bool:
+def _names(rule: Rule | SelectRule, site: AttentionSite) -> bool:
     return isinstance(rule, Mapping) and any(
         _matches(site, pattern) for pattern in rule if not isinstance(pattern, Rest)
     )
@@ -141,8 +170,10 @@ def _apply(rule: Rule, site: AttentionSite) -> TopK | None:
 def unmatched_patterns(policy: Policy, sites: Sequence[AttentionSite]) -> str | None:
     """A sentence about the first pattern that matches no site of the model, or None when every one does."""
     patterns = [("include", p) for p in policy.include] + [("exclude", p) for p in policy.exclude]
-    if isinstance(policy.topk, Mapping):
-        patterns += [("topk", p) for p in policy.topk]
+    for option in ("topk", "select", "grid", "prefix"):
+        rule = getattr(policy, option)
+        if isinstance(rule, Mapping):
+            patterns += [(option, p) for p in rule]
     paths = [site.where.module for site in sites]
     for option, pattern in patterns:
         if not any(_matches(site, pattern) for site in sites):

@@ -20,6 +20,7 @@ from typing import Literal
 
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.passes.finding.seen import seen_text
+from kvt_compile.passes.selecting import Selected
 from kvt_compile.passes.site import AttentionSite, Axis, Captured, Refusal, Size, Where
 from kvt_compile.report.names import renamed, renamed_sources, short_names, with_name
 
@@ -69,8 +70,30 @@ class SiteReport:
     """The model's own k, where it selects keys by itself: `100`, `s0//2`.  It stays unless `topk` names the site."""
     keeps_own: bool = False
     """Whether it stays."""
+    select: str = ""
+    """Which keys may be kept: `window(13) | prefix`; empty where all may."""
+    grid: str = ""
+    """Where the tokens stand, if the selection asks: `14x14 + 1`."""
+    kept: float | None = None
+    """The share of pairs of query and key that the selection allows; None where that is known only at run time."""
     canonical: str = field(default="", compare=False, repr=False)
     """What the finder read, as text: the values around its softmax, one a line (`Report.canonical`)."""
+
+    @property
+    def selection(self) -> str:
+        """`window(13) | prefix on 14x14 + 1: 66 % of the keys`; empty where there is none."""
+        where = f" on {self.grid}" if self.grid else ""
+        return f"{self.select}{where}{'' if self.kept is None else f': {self.share} of the keys'}"
+
+    @property
+    def share(self) -> str:
+        """`66 %`: how many keys a selection allows; empty where that is not known beforehand."""
+        return "" if self.kept is None else f"{100 * self.kept:.3g} %"
+
+    @property
+    def unranked(self) -> bool:
+        """Whether a selection keeps all that it allows, so that k says nothing."""
+        return bool(self.select) and self.topk == self.keys
 
     @classmethod
     def of(
@@ -83,6 +106,7 @@ class SiteReport:
         spec: KernelSpec | SoftmaxSpec | None = None,
         graph: int = 0,
         own: bool = False,
+        select: Selected | None = None,
     ) -> SiteReport:
         """The row of a site for which `topk` was decided; `reason` says why where that is None (left dense)."""
         dense = topk is None
@@ -110,6 +134,9 @@ class SiteReport:
             graph=graph,
             own_k=str(site.own or ""),
             keeps_own=own,
+            select="" if select is None else select.text,
+            grid="" if select is None or select.geometry is None else str(select.geometry),
+            kept=None if select is None else select.kept,
             canonical="" if site.anchor is None else renamed_sources(seen_text(site.anchor)),
         )
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from kvt_compile.kernels.op import lowerings
 from kvt_compile.kernels.op.spec import CapturedSpec, KernelSpec, SoftmaxSpec, dtype_name
 from kvt_compile.passes.canonical.values import Value, meta_value
+from kvt_compile.passes.selecting import Selected
 from kvt_compile.passes.site import AttentionSite, Fused
 
 
-def spec_of(site: AttentionSite) -> KernelSpec | SoftmaxSpec | None:
-    """The spec of the site's node; None when a head dimension is dynamic, so that it is known only at run time."""
+def spec_of(site: AttentionSite, select: Selected | None = None) -> KernelSpec | SoftmaxSpec | None:
+    """The spec of the site's node under a selection; None when a head dimension is dynamic, so that it is known only at
+    run time."""
     plan = site.plan
     if not isinstance(plan, Fused):
         dtype = plan.scores.dtype
@@ -27,12 +29,13 @@ def spec_of(site: AttentionSite) -> KernelSpec | SoftmaxSpec | None:
         captured=tuple(CapturedSpec(dtype_name(x.dtype), len(x.shape)) for x in plan.captured if x.dtype is not None),
         sizes=len(plan.sizes),
         dropout=plan.dropout > 0.0,
+        select="" if select is None else select.text,
     )
 
 
-def lowering_of(site: AttentionSite, asked: str) -> str:
+def lowering_of(site: AttentionSite, asked: str, select: Selected | None = None) -> str:
     """The name of the lowering that will run the site when `asked` is the option's value."""
-    spec = spec_of(site)
+    spec = spec_of(site, select)
     return asked if spec is None else lowerings.choose(asked, spec, _device(site)).name
 
 

@@ -57,7 +57,7 @@ def _sites(report: Findings) -> Table:
             _lines(*_path(modules, SITE_WIDTH), (_file(site.location), "dim")),
             _lines((site.outcome, COLORS[site.outcome]), (site.lowering, "dim")),
             _lines(*_shape(site)),
-            "" if site.topk is None else str(site.topk),
+            "" if site.topk is None else site.share if site.unranked else str(site.topk),
             _lines(*_algebra(site)),
         )
     return table
@@ -103,6 +103,8 @@ def _algebra(site: SiteReport) -> list[str | tuple[str, str]]:
     for tensor in site.captured:
         size = "×".join(str(n) for n in tensor.shape) or "scalar"
         lines.append((f"{tensor.name}: {size}{', trained' if tensor.requires_grad else ''}", "dim"))
+    if site.select:
+        lines.append((f"keeps {site.selection}", "dim"))
     if site.own_k:
         lines.append((f"own k = {site.own_k}{'' if site.keeps_own or site.topk is None else ', replaced'}", "dim"))
     if site.reason:

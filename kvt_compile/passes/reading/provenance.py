@@ -85,18 +85,18 @@ def kind_of_axis(space: Space, value: Value, coords: Coords, axis: Iterable[Atom
             return "token"
         if value.kind == "contraction" and not value.attrs["mixing"]:
             return "token"
-        if _makes_channels(value, here):
+        if makes_channels(value, here):
             return "channel"
         if value.name in _BATCH_FIRST and len(value.shape) > 2 and 0 in here and set(coords[0].digits) <= wanted:
             return "batch"
-        back = _step_back(space, value, coords, wanted, here)
+        back = step_back(space, value, coords, wanted, here)
         if back is None:
             return Lost(value) if value.kind == "opaque" else "token"
         value, coords = back
     return "token"
 
 
-def _makes_channels(value: Value, dims: set[int]) -> bool:
+def makes_channels(value: Value, dims: set[int]) -> bool:
     """Whether these axes of the value are the features a layer computed."""
     if value.name in _CONVOLUTIONS:
         return dims == {1}
@@ -110,7 +110,7 @@ def _makes_channels(value: Value, dims: set[int]) -> bool:
     )
 
 
-def _step_back(
+def step_back(
     space: Space, value: Value, coords: Coords, wanted: set[Atom], here: set[int]
 ) -> tuple[Value, Coords] | None:
     if value.kind == "layout":

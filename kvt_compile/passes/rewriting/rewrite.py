@@ -16,6 +16,7 @@ from kvt_compile.kernels.op import ops as _ops  # noqa: F401 - registers torch.o
 from kvt_compile.passes.canonical.values import Value, meta_value
 from kvt_compile.passes.decide import Decision, share_of
 from kvt_compile.passes.rewriting.emit import Emitter
+from kvt_compile.passes.selecting import Selected
 from kvt_compile.passes.site import Fused, OwnK, ScoresKept, Thinned
 from kvt_compile.topk import TopK
 
@@ -50,7 +51,7 @@ def rewrite(gm: fx.GraphModule, decisions: Iterable[Decision], lowering: str = "
         plan = decision.site.plan
         how = lowering, 0.0 if decision.own else tolerance  # what the model does is not the user's to be lax about
         if isinstance(plan, Fused):
-            new = _fuse(gm, plan, decision.topk, how, renamed)
+            new = _fuse(gm, plan, decision.topk, how, renamed, decision.select)
         elif isinstance(plan, Thinned):
             new = _thin(gm.graph, plan, decision.topk, how, renamed)
         else:
@@ -64,7 +65,14 @@ def rewrite(gm: fx.GraphModule, decisions: Iterable[Decision], lowering: str = "
     return True
 
 
-def _fuse(gm: fx.GraphModule, plan: Fused, topk: TopK | OwnK, how: How, renamed: dict[fx.Node, fx.Node]) -> fx.Node:
+def _fuse(
+    gm: fx.GraphModule,
+    plan: Fused,
+    topk: TopK | OwnK,
+    how: How,
+    renamed: dict[fx.Node, fx.Node],
+    select: Selected | None,
+) -> fx.Node:
     emit = Emitter(gm.graph, plan.node, plan.node, renamed)
     emit.know_sizes(plan.q, plan.k, plan.v)
     g = plan.groups
@@ -77,7 +85,7 @@ def _fuse(gm: fx.GraphModule, plan: Fused, topk: TopK | OwnK, how: How, renamed:
     rate, seed = _dropout(gm, plan, emit, q)
     call = emit.call(
         torch.ops.kvt.attention.default, q, k, v, captured, plan.score, plan.weight,
-        _keys_to_keep(emit, topk, emit.size(g.keys)), sizes, rate, seed, *how,
+        _keys_to_keep(emit, topk, emit.size(g.keys)), sizes, rate, seed, *how, *_selection(select),
     )  # fmt: skip
     out = emit.call(operator.getitem, call, 0)
     out = emit.arrange(out, (g.batch, heads, g.queries, g.value_features), plan.out)
@@ -85,6 +93,14 @@ def _fuse(gm: fx.GraphModule, plan: Fused, topk: TopK | OwnK, how: How, renamed:
     _replace(gm.graph, plan.node, out, renamed)
     _remove(gm.graph, plan)
     return call
+
+
+def _selection(select: Selected | None) -> tuple[Any, ...]:
+    """The last arguments of the node: it is no part of a larger call, then what it keeps and where its tokens stand."""
+    if select is None:
+        return ()
+    geometry = select.geometry
+    return None, select.text, list(geometry.grid) or None if geometry else None, geometry.prefix if geometry else 0
 
 
 def _dropout(gm: fx.GraphModule, plan: Fused, emit: Emitter, q: fx.Node) -> tuple[Any, Any]:

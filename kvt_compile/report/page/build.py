@@ -126,6 +126,8 @@ def _saved(report: Findings) -> tuple[str, str, str] | None:
 
 def _share(site: SiteReport) -> str:
     """`50 %` of the keys are kept."""
+    if site.select:
+        return site.selection
     if isinstance(site.topk, int) and isinstance(site.keys, int) and site.keys:
         return f"{100 * site.topk / site.keys:.0f} %"
     return ""

@@ -1,0 +1,129 @@
+"""Site + policy -> by which selection its queries keep keys, and where its tokens stand; or why it stays dense.
+
+select = "window(13) | prefix"                       every site
+select = {"blocks.*": "window(13) & topk(64)"}       by module path, first match wins, as for topk
+grid = (14, 14), prefix = 1                          where the graph does not say it, or says something else
+
+Where tokens stand is read from the graph (`reading/grid.py`); what the user says goes before it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kvt_compile.passes.reading.grid import grid_of
+from kvt_compile.passes.site import AttentionSite, Fused
+from kvt_compile.select.geometry import Geometry, check_geometry, needs_grid, needs_prefix, resolve_grid
+from kvt_compile.select.share import kept_share
+from kvt_compile.select.text import parse
+from kvt_compile.select.values import SelectionError, Selector, for_node, split
+from kvt_compile.topk import TopK
+
+Select = Selector | str | None
+SelectRule = Select | Mapping[str, Select] | Callable[[AttentionSite], Select]
+Grid = int | tuple[int, ...] | None
+GridRule = Grid | Mapping[str, Grid]
+PrefixRule = int | None | Mapping[str, int | None]
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What a node is told besides k."""
+
+    text: str
+    geometry: Geometry | None
+    """None where the selection does not ask for it."""
+    kept: float | None
+    """The share of pairs it allows, before anything is ranked; None where that is not known beforehand."""
+
+    def __str__(self) -> str:
+        where = f" on {self.geometry}" if self.geometry else ""
+        return f"{self.text}{where}{'' if self.kept is None else f', {100 * self.kept:.3g} %'}"
+
+
+def rule_for(rule: Any, site: AttentionSite) -> Any:
+    """What a rule by module path says of a site; None where it says nothing."""
+    if isinstance(rule, Mapping):
+        for pattern, value in rule.items():
+            if any(fnmatch.fnmatchcase(name, pattern) for name in site.where.names):
+                return value
+        return None
+    return rule(site) if callable(rule) else rule
+
+
+def selected(site: AttentionSite, rule: SelectRule, grid: GridRule, prefix: PrefixRule) -> tuple[TopK, Selected | None]:
+    """(k, what else the node is told; None where the k best of all keys are kept).
+
+    Raises SelectionError with the reason why the site stays dense."""
+    value = rule_for(rule, site)
+    if value is None:
+        raise SelectionError("select is None for this site")
+    chosen = parse(value) if isinstance(value, str) else value
+    text, best = for_node(chosen)
+    topk: TopK = 1.0 if best is None else best
+    if not text:
+        return topk, None
+    if not isinstance(site.plan, Fused):
+        raise SelectionError(f"it cannot be fused ({site.tier_reason}), and {text} is generated for fused sites only")
+    asked = needs_grid(chosen)
+    if not isinstance(site.queries, int) or not isinstance(site.keys, int) or not isinstance(site.heads, int):
+        if needs_prefix(chosen):
+            raise SelectionError(f"how many tokens it has is known only at run time, and {text} asks where they stand")
+        return topk, Selected(text, None, None)
+    geometry = _geometry(site, site.keys, grid, prefix) if needs_prefix(chosen) else Geometry(())
+    if not asked:
+        geometry = Geometry((), geometry.prefix)
+    allowed, _ = split(chosen)
+    if allowed is None:
+        return topk, Selected(text, None, None)
+    check_geometry(allowed, geometry, site.queries, site.keys)
+    share = kept_share(allowed, geometry, site.heads, site.queries, site.keys)
+    return topk, Selected(text, geometry if needs_prefix(chosen) else None, share)
+
+
+def _geometry(site: AttentionSite, tokens: int, grid: GridRule, prefix: PrefixRule) -> Geometry:
+    read = grid_of(site.plan)
+    said, before = rule_for(grid, site), rule_for(prefix, site)
+    if said is not None:
+        before = before if before is not None else read.prefix if read else 0
+        return Geometry(resolve_grid(said, before, tokens), before)
+    if read is None:
+        raise SelectionError(
+            "where its tokens stand cannot be read from the graph; say it with grid= (one size may be -1) and prefix=, "
+            f"for this site grid={{{site.where.module or '*'!r}: ...}}"
+        )
+    return read if before is None else Geometry(read.grid, before)
+
+
+def validate_select(rule: SelectRule) -> SelectRule:
+    """The rule with its texts read.  Raises SelectionError or TypeError."""
+    if isinstance(rule, Mapping):
+        return {pattern: _value(value) for pattern, value in rule.items()}
+    return rule if callable(rule) else _value(rule)
+
+
+def _value(value: Any) -> Selector | None:
+    if value is None or isinstance(value, Selector):
+        return value
+    if isinstance(value, str):
+        return parse(value)
+    raise TypeError(
+        f"select is {value!r} ({type(value).__name__}), expected a value of kvt_compile.select, its text such as "
+        "'window(13) & topk(64)', None, or a mapping from module path to one of them"
+    )
+
+
+def validate_places(grid: GridRule, prefix: PrefixRule) -> None:
+    """Raises TypeError unless both rules hold numbers."""
+    for value in grid.values() if isinstance(grid, Mapping) else (grid,):
+        sizes = value if isinstance(value, tuple | list) else () if value is None else (value,)
+        if not all(isinstance(x, int) and not isinstance(x, bool) and (x == -1 or x >= 1) for x in sizes):
+            raise TypeError(
+                f"grid is {value!r}, expected sizes of 1 to 3 axes such as (14, 14), -1 for whatever is left"
+            )
+    for value in prefix.values() if isinstance(prefix, Mapping) else (prefix,):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise TypeError(f"prefix is {value!r}, expected how many tokens stand before the grid")

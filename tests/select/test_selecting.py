@@ -1,0 +1,252 @@
+"""A selection in a model: where tokens stand is read from the graph or told; a site without an answer stays dense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kvt_compile
+from kvt_compile.config import OptionError
+
+Change = Callable[[Tensor], Tensor]
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int = 16, heads: int = 2) -> None:
+        super().__init__()
+        self.heads, self.norm, self.qkv, self.proj = (
+            heads,
+            nn.LayerNorm(dim),
+            nn.Linear(dim, 3 * dim),
+            nn.Linear(dim, dim),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, dim = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(batch, tokens, 3, self.heads, dim // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, dim))
+
+
+class Transformer(nn.Module):
+    """A vision transformer of two blocks; `change` is what happens to the tokens before the blocks."""
+
+    def __init__(self, prefix: int = 1, change: Change = lambda x: x, grid: tuple[int, int] = (5, 7)) -> None:
+        super().__init__()
+        self.patch, self.change, self.prefix = nn.Conv2d(3, 16, 4, 4), change, prefix
+        self.cls = nn.Parameter(torch.randn(1, prefix, 16))
+        self.place = nn.Parameter(torch.randn(1, grid[0] * grid[1], 16))
+        self.blocks = nn.ModuleList(Attention() for _ in range(2))
+        self.mlp = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.change(self.patch(image).flatten(2).transpose(1, 2) + self.place)
+        if self.prefix:
+            x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1)
+        for block in self.blocks:
+            x = x + block(x)
+            x = x + self.mlp(x)
+        return x
+
+
+class Windowed(nn.Module):
+    """Windows of 4 x 4 tokens of a map of 8 x 12."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.block = nn.Conv2d(3, 16, 2, 2), Attention()
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.patch(image).permute(0, 2, 3, 1)
+        batch, height, width, dim = x.shape
+        x = x.view(batch, height // 4, 4, width // 4, 4, dim).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, dim)
+        return self.block(x)
+
+
+IMAGE = torch.randn(2, 3, 20, 28)
+
+
+def explained(model: nn.Module, image: Tensor = IMAGE, **options: Any) -> list[str]:
+    """Of each site its selection, or why it is left dense."""
+    return [site.reason or site.selection for site in kvt_compile.explain(model.eval(), image, **options).sites]
+
+
+@pytest.mark.parametrize(
+    ("model", "image", "grid"),
+    [
+        (Transformer(), IMAGE, "5x7 + 1"),
+        (Transformer(prefix=5), IMAGE, "5x7 + 5"),
+        (Transformer(prefix=0), IMAGE, "5x7"),
+        (Transformer(change=lambda x: F.gelu(x) * 2.0), IMAGE, "5x7 + 1"),
+        (Windowed(), torch.randn(2, 3, 16, 24), "4x4"),
+    ],
+    ids=["class token", "registers", "no prefix", "pointwise between", "windows of a map"],
+)
+def test_where_tokens_stand_is_read_from_the_graph(model: nn.Module, image: Tensor, grid: str) -> None:
+    found = explained(model, image, select="window(3) | prefix")
+    assert found
+    assert all(x.startswith(f"window(3) | prefix on {grid}: ") for x in found)
+
+
+ORDER = torch.randperm(35, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x[:, ORDER],
+        lambda x: x.index_select(1, ORDER),
+        lambda x: x.flip(1),
+        lambda x: x.roll(3, 1),
+        lambda x: x.sort(1).values,
+        lambda x: x.gather(1, ORDER[None, :, None].expand_as(x)),
+        lambda x: torch.cat([x[:, 5:], x[:, :5]], 1),
+        lambda x: torch.einsum("bnd,nm->bmd", x, torch.eye(35)[ORDER]),
+    ],
+    ids=["index", "index_select", "flip", "roll", "sort", "gather", "swapped parts", "a product with a permutation"],
+)
+def test_tokens_that_were_moved_are_nowhere(change: Change) -> None:
+    found = explained(Transformer(change=change), select="window(3) | prefix")
+    assert len(found) == 2
+    assert all(x.startswith("where its tokens stand cannot be read from the graph; say it with grid=") for x in found)
+
+
+def test_what_is_added_to_tokens_moves_none_of_them() -> None:
+    model = Transformer(change=lambda x: x + x[:, ORDER])
+    assert all("on 5x7 + 1" in x for x in explained(model, select="window(3) | prefix"))
+
+
+def test_what_the_user_says_goes_first() -> None:
+    model = Transformer(change=lambda x: x[:, ORDER])
+    assert "on 5x7 + 1" in explained(model, select="window(3) | prefix", grid=(5, 7), prefix=1)[0]
+    assert "on 7x5 + 1" in explained(Transformer(), select="window(3) | prefix", grid=(7, -1))[0]
+    assert "36 tokens without a prefix of 0 do not divide so" in explained(model, select="window(3)", grid=(5, -1))[0]
+    by_path = {"blocks.0": (5, 7), "blocks.1": (35,)}
+    found = explained(model, select="window(3) | prefix", grid=by_path, prefix={"*": 1})
+    assert [x.split(":")[0] for x in found] == ["window(3) | prefix on 5x7 + 1", "window(3) | prefix on 35 + 1"]
+
+
+def expected(model: Transformer, image: Tensor, map_of: Tensor) -> Tensor:
+    """The model with a mask in every attention."""
+    dense = F.scaled_dot_product_attention
+    try:
+        F.scaled_dot_product_attention = lambda q, k, v: dense(q, k, v, map_of)  # type: ignore[assignment]
+        return model(image)
+    finally:
+        F.scaled_dot_product_attention = dense
+
+
+def neighbours() -> Tensor:
+    """window(3) | prefix on 5 x 7 + 1."""
+    kept = torch.ones(36, 36, dtype=torch.bool)
+    for i in range(35):
+        for j in range(35):
+            y, x = min(max(i // 7, 1), 3), min(max(i % 7, 1), 5)
+            kept[i + 1, j + 1] = abs(j // 7 - y) <= 1 and abs(j % 7 - x) <= 1
+    return kept
+
+
+@pytest.mark.parametrize("way", ["rewrite", "compile"])
+def test_the_model_is_the_dense_one_with_the_map_as_its_mask(way: str) -> None:
+    torch.manual_seed(0)
+    model = Transformer().double()
+    image = IMAGE.double()
+    if way == "rewrite":
+        mine: Any = kvt_compile.rewrite(model, image, select="window(3) | prefix").module
+    else:
+        options = {"select": "window(3) | prefix", "then": "eager"}
+        mine = torch.compile(model, backend="kvt", options=options)
+    out, target = mine(image), expected(model, image, neighbours())
+    torch.testing.assert_close(out, target)
+    weight = torch.randn_like(out)
+    parameters = list(model.parameters())
+    for one, other in zip(
+        torch.autograd.grad(out, parameters, weight), torch.autograd.grad(target, parameters, weight), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_what_keeps_every_key_is_dense_or_equal_to_it() -> None:
+    model = Transformer().double()
+    image = IMAGE.double()
+    assert explained(model, image, select="window(7) | prefix")[0].endswith("keeps all 36 keys")
+    forced = kvt_compile.rewrite(model, image, select="window(7) | prefix", force_rewrite=True)
+    assert forced.report.counts["fused"] == 2
+    torch.testing.assert_close(forced.module(image), model(image))
+
+
+def test_a_mapping_and_a_function_choose_by_site() -> None:
+    model = Transformer()
+    found = explained(model, select={"blocks.0": "window(3) | prefix", "*": None})
+    assert [x.split(" on ")[0] for x in found] == ["window(3) | prefix", "select is None for this site"]
+    found = explained(model, select=lambda site: "sinks(4)" if site.where.module == "blocks.1" else None)
+    assert found == ["select is None for this site", "sinks(4): 11.1 % of the keys"]
+
+
+def test_topk_is_one_word_of_it() -> None:
+    one = kvt_compile.explain(Transformer(), IMAGE, select="topk(9)").sites
+    other = kvt_compile.explain(Transformer(), IMAGE, topk=9).sites
+    assert [site.topk for site in one] == [site.topk for site in other] == [9, 9]
+    assert not any(site.select for site in one)
+
+
+def test_a_program_with_a_selection_is_saved_and_loaded(tmp_path: Any) -> None:
+    model = Transformer().eval()
+    program = torch.export.export(model, (IMAGE,))
+    result = kvt_compile.rewrite(program, select="(window(3) | prefix) & topk(5)")
+    assert result.program is not None
+    torch.export.save(result.program, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    torch.testing.assert_close(loaded(IMAGE), result.module(IMAGE))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"select": "window(3)", "topk": 3}, "both given"),
+        ({"select": "wndow(3)"}, "did you mean 'window'"),
+        ({"select": {"nope": "sinks(1)"}}, "matches no attention site"),
+    ],
+)
+def test_wrong_options_are_told(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        kvt_compile.explain(Transformer(), IMAGE, **options)
+
+
+@pytest.mark.parametrize("options", [{"select": 3}, {"grid": "5x7"}, {"grid": (0, 5)}, {"prefix": -1}])
+def test_options_of_another_type_are_told(options: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="expected"):
+        kvt_compile.explain(Transformer(), IMAGE, **options)
+
+
+def test_another_selection_without_another_capture() -> None:
+    torch.manual_seed(0)
+    model = Transformer().eval()
+    module = kvt_compile.rewrite(model, IMAGE, select="window(3) | prefix").module
+    for text in ("halo(2, 1) | prefix", "(window(5) | prefix) & topk(4)", "topk(3)"):
+        kvt_compile.set_select(module, text)
+        fresh = kvt_compile.rewrite(model, IMAGE, select=text).module
+        torch.testing.assert_close(module(IMAGE), fresh(IMAGE))
+    kvt_compile.set_select(module, None)
+    torch.testing.assert_close(module(IMAGE), model(IMAGE))
+    kvt_compile.set_select(module, {"blocks.0": "window(3) | prefix"}, grid=(5, 7), prefix=1)
+    fresh = kvt_compile.rewrite(model, IMAGE, select={"blocks.0": "window(3) | prefix", "*": None}).module
+    torch.testing.assert_close(module(IMAGE), fresh(IMAGE))
+
+
+def test_what_cannot_be_set_changes_nothing() -> None:
+    model = Transformer().eval()
+    module = kvt_compile.rewrite(model, IMAGE, topk=5).module
+    before = module(IMAGE)
+    with pytest.raises(kvt_compile.SelectionError, match="asks where tokens stand"):
+        kvt_compile.set_select(module, {"blocks.0": "sinks(1)", "blocks.1": "window(3)"})
+    with pytest.raises(OptionError, match="matches no attention site"):
+        kvt_compile.set_select(module, {"nope": "sinks(1)"})
+    with pytest.raises(OptionError, match="no selected attention in Linear"):
+        kvt_compile.set_select(nn.Linear(2, 2), "sinks(1)")
+    assert torch.equal(module(IMAGE), before)
