@@ -19,8 +19,8 @@ import kvt_compile
 
 WATCHED = (fx.Graph, fx.Node, fx.GraphModule, FakeTensor, nn.Module)
 TIMES = 4
-SPARE = 40
-"""Objects a call that torch keeps for its own log of compilations."""
+SPARE = 80
+"""Objects a call that torch keeps for its own log of compilations: 65 in torch 2.11, half of it in later ones."""
 
 
 class Attention(nn.Module):
@@ -102,7 +102,7 @@ def test_looking_leaves_nothing(grown: dict[str, dict[str, int]], name: str) -> 
     # where a graph breaks, torch keeps the fake inputs of every frame it gave up, though no graph
     assert set(grown[name]) <= {"all", *(["FakeTensor"] if name == "graph breaks" else [])}, grown[name]
     if name != "a graph module":  # torch keeps some sizes of the last few graphs
-        assert grown[name].get("all", 0) <= SPARE * TIMES * (25 if name == "graph breaks" else 1), grown[name]
+        assert grown[name].get("all", 0) <= SPARE * TIMES * (13 if name == "graph breaks" else 1), grown[name]
 
 
 def test_the_report_of_each_look_is_whole() -> None:

@@ -283,4 +283,6 @@ def test_openvino_runs_what_is_around_our_operators() -> None:
     pytest.importorskip("openvino")
     code = f"import sys; sys.path[:0] = {[str(path) for path in IMPORTABLE]}\n{OPENVINO}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    if "did not run the dense model" in done.stderr and torch.__version__ < (2, 13):
+        pytest.skip(f"OpenVINO runs no model with torch {torch.__version__}: it falls back to Inductor by itself")
     assert done.stdout.strip().endswith("fine"), done.stderr
