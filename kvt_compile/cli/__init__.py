@@ -5,7 +5,10 @@ A user's mistake ends in one sentence on stderr and exit code 2; a traceback mea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Annotated
 
@@ -56,7 +59,23 @@ def _root(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `kvt ARGUMENTS` (default: the process's own) and ends the process: 0 done, 2 a user's mistake."""
     try:
-        app(args=None if arguments is None else list(arguments), prog_name="kvt")
+        with _one_voice():
+            app(args=None if arguments is None else list(arguments), prog_name="kvt")
     except UserError as error:
         typer.echo(f"kvt: {shown(str(error))}", err=True)
         raise SystemExit(2) from None
+
+
+@contextmanager
+def _one_voice() -> Iterator[None]:
+    """Torch 2.14 logs the traceback of a model that fails; what there is to say of it is in our sentence."""
+
+    def silent(record: logging.LogRecord) -> bool:
+        return "TORCH_LOGS" in os.environ
+
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log.addFilter(silent)
+    try:
+        yield
+    finally:
+        log.removeFilter(silent)

@@ -98,7 +98,8 @@ _FUNCTIONS: dict[str, Any] = {
     "gt": lambda x, y: torch.as_tensor(x > y), "ge": lambda x, y: torch.as_tensor(x >= y),
     "eq": lambda x, y: torch.as_tensor(x == y), "ne": lambda x, y: torch.as_tensor(x != y),
     "exp": torch.exp, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "abs": torch.abs, "relu": torch.relu,
-    "sqrt": torch.sqrt, "clamp": torch.clamp, "maximum": torch.maximum, "minimum": torch.minimum, "oo": float("inf"),
+    "sqrt": torch.sqrt, "clamp": torch.clamp, "hardtanh": torch.clamp,
+    "maximum": torch.maximum, "minimum": torch.minimum, "oo": float("inf"),
 }  # fmt: skip
 
 

@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 B, H, N, D = 2, 3, 5, 4
+CLAMP = "hardtanh" if torch.__version__ >= (2, 14) else "clamp"
+"""What a clamp is in a score: torch 2.14 took its gradient at a bound away."""
 """Sizes of the modules: batch, heads, tokens, features of a head.  All different."""
 C = H * D
 

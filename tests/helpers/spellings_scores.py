@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from spellings import B, C, D, H, Hand, N, spelling
+from spellings import CLAMP, B, C, D, H, Hand, N, spelling
 from torch import Tensor, nn
 
 # ---- scale -----------------------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def soft_cap(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (torch.tanh(q @ k.mT / 5.0) * 5.0).softmax(-1) @ v
 
 
-@spelling("fused", score="clamp(s, -1.0, 1.0)")
+@spelling("fused", score=f"{CLAMP}(s, -1.0, 1.0)")
 def clamped(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).clamp(-1, 1).softmax(-1) @ v
 

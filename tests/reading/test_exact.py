@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from spellings import CLAMP
 from torch import Tensor, nn
 
 import kvt_compile
@@ -80,7 +81,10 @@ MODELS = {
     # kinks
     "relu6": Model(lambda s, m: F.relu6(s), torch.ones(()), "hardtanh(s, 0.0, 6.0)", draw=whole),
     "hardtanh": Model(lambda s, m: F.hardtanh(s, -2.0, 3.0), torch.ones(()), draw=whole),
-    "clamp": Model(lambda s, m: s.clamp(-2.0, 3.0), torch.ones(()), "clamp(s, -2.0, 3.0)", draw=whole),
+    "clamp": Model(lambda s, m: s.clamp(-2.0, 3.0), torch.ones(()), f"{CLAMP}(s, -2.0, 3.0)", draw=whole),
+    "clamp, its bounds exchanged": Model(lambda s, m: s.clamp(3.0, -2.0) * m + s, torch.ones(()), draw=whole),
+    "clamp from below": Model(lambda s, m: s.clamp(min=-1.0) * m, torch.tensor(0.5), draw=whole),
+    "clamp from above": Model(lambda s, m: torch.clamp_max(s, 1.0) * m, torch.tensor(0.5), draw=whole),
     "relu": Model(lambda s, m: F.relu(s) * m, torch.ones(()), draw=whole),
     "abs": Model(lambda s, m: s.abs() * m, torch.ones(()), draw=whole),
     "maximum": Model(lambda s, m: torch.maximum(s, m), torch.tensor(1.0), draw=whole),

@@ -236,6 +236,12 @@ def _whole_division(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[T
     return run
 
 
+def _clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """With the whole gradient at its bounds; that of torch.clamp depends on torch's version."""
+    bound = torch.where((x > high) | (high < low), high, torch.where(low < high, low, low.detach()))
+    return torch.where((x >= low) & (x <= high), x, torch.where(x == x, bound, x.detach()))
+
+
 _OF_INDICES: dict[type, Callable[[Tensor, Tensor], Tensor]] = {
     sympy.Add: torch.add,
     sympy.Mul: torch.mul,
@@ -253,7 +259,6 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "mod": _whole_division(torch.remainder),
     "maximum": torch.maximum,
     "minimum": torch.minimum,
-    # not maximum of minimum: clamp keeps the whole gradient at its bounds
-    "clamp": torch.clamp,
-    "hardtanh": lambda x, low, high: torch.nn.functional.hardtanh(x, float(low), float(high)),
+    "clamp": _clamp,
+    "hardtanh": lambda x, low, high: torch.where((x > low) & (x < high), x, x.detach().clamp(low, high)),
 }

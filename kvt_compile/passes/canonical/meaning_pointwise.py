@@ -17,6 +17,7 @@ from kvt_compile.kernels.language import score
 from kvt_compile.passes.canonical.made import made
 from kvt_compile.passes.canonical.meaning import MEANINGS, Builder, Meaning, is_bool, is_float, meaning
 from kvt_compile.passes.canonical.values import Value, meta_value
+from kvt_compile.torch_versions import numbers
 
 _FLOAT_FUNCTIONS: dict[str, Callable[[sympy.Expr], sympy.Expr]] = {
     "neg": score.neg,
@@ -136,12 +137,16 @@ def _log_of(b: Builder, x: Value) -> Value:
     return made(Value("pointwise", "log", b.node, x.shape, x.dtype, (x,), {"fn": score.log}))
 
 
+_CLAMPED = score.hardtanh if numbers(torch.__version__) >= (2, 14) else score.clamp
+"""The same numbers.  At a bound torch's clamp has the whole gradient, and from 2.14 on none."""
+
+
 @meaning("clamp")
 def _clamp(b: Builder, input: Value, min: Any = None, max: Any = None) -> Value | None:
     low, high = (-math.inf if min is None else min), (math.inf if max is None else max)
     if isinstance(low, Value | fx.Node) or isinstance(high, Value | fx.Node):
         return None
-    return b.pointwise("clamp", score.clamp, input, low, high)
+    return b.pointwise("clamp", _CLAMPED, input, low, high)
 
 
 @meaning("hardtanh")
