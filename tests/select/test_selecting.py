@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -250,3 +251,29 @@ def test_what_cannot_be_set_changes_nothing() -> None:
     with pytest.raises(OptionError, match="no selected attention in Linear"):
         kvt_compile.set_select(nn.Linear(2, 2), "sinks(1)")
     assert torch.equal(module(IMAGE), before)
+
+
+FACTORY = """
+import torch
+from test_selecting import Transformer
+
+
+def factory():
+    return Transformer(), (torch.randn(1, 3, 20, 28),)
+"""
+
+
+def test_the_command_line_shows_a_selection(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    from kvt_compile.cli import main
+
+    (tmp_path / "model.py").write_text(FACTORY)
+    spec = f"{tmp_path / 'model.py'}:factory"
+    with pytest.raises(SystemExit) as ended:
+        main(["explain", spec, "--select", "window(3) | prefix", "--json"])
+    assert not ended.value.code
+    sites = json.loads(capsys.readouterr().out)["sites"]
+    assert [(site["select"], site["grid"]) for site in sites] == [("window(3) | prefix", "5x7 + 1")] * 2
+    for wrong in (["--topk", "3"], ["--grid", "5,7"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["explain", spec, "--select", "window(3) | prefix", *wrong])
+        assert ended.value.code
