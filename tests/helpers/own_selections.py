@@ -367,7 +367,13 @@ def up_to_the_kth_is_masked(m: Module, q: Tensor, k: Tensor, v: Tensor) -> Tenso
     return t.masked_fill(t <= t.topk(K)[0][..., -1:], -INF).softmax(-1) @ v
 
 
-@other("of its weights")
+@other("decides about its weights")
+def weights_are_dropped_by_scores(m: Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    t = scores(q, k)
+    return (t.softmax(-1) * torch.zeros_like(t).scatter(-1, t.topk(K)[1], 1.0)) @ v
+
+
+@other("decides about its weights")
 def weights_are_not_normalised_again(m: Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     w = scores(q, k).softmax(-1)
     return (w * torch.zeros_like(w).scatter(-1, w.topk(K)[1], 1.0)) @ v

@@ -26,6 +26,7 @@ CALLS: dict[str, Callable[[Any, Path], Any]] = {
     "inspect_model": lambda example, folder: example.main(small=True, page=folder / "page.html"),
     "hugging_face": lambda example, folder: example.main(),
     "own_policy": lambda example, folder: example.main(),
+    "official_kvt": lambda example, folder: example.main(depth=1),
     "op_in_a_model": lambda example, folder: example.main(),
 }
 WRITES = {

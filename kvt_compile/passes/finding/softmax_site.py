@@ -130,10 +130,10 @@ class _Attempt:
 
     def _refuse_selections(self) -> None:
         """What the model selects by itself is k-NN attention and was read as that, or nothing is selected on top."""
-        for first, last in ((self.leaf_of_product.value, self.anchor), (self.anchor, self.product)):
-            if (ranking := selection_between(first, last)) is not None:
-                why = self.anchor.attrs.get("unread") or f"{ranking.name} of its weights decides about them"
-                raise Miss("selection", ranking, OWN_SELECTION.format(why))
+        ranking = selection_between(self.leaf_of_product.value, self.product)
+        if ranking is not None:
+            why = self.anchor.attrs.get("unread") or f"{ranking.name} decides about its weights"
+            raise Miss("selection", ranking, OWN_SELECTION.format(why))
 
     def _weights_leaf(self, reader: Reader, summed: set[object]) -> Leaf:
         """The softmax, read where its axis is the one the product sums over."""

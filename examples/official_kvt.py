@@ -1,12 +1,18 @@
-"""k-NN attention as KVT's own model spells it (arXiv 2106.00515), written anew from its definition, in a small ViT.
+"""A model that selects keys by itself: KVT's own attention (arXiv 2106.00515), written anew from its definition.
 
-t = scale * q kT;  index = topk(t, k)[1];  mask = 0/1 by scatter;  t = where(mask > 0, t, -inf);  softmax;  @ v
+    t = scale * q kT;  index = topk(t, k)[1];  mask = 0/1 by scatter;  t = where(mask > 0, t, -inf);  softmax;  @ v
+
+It is recognised, and fused with its own k: the same outputs and gradients, and no matrix of tokens x tokens.
+
+python examples/official_kvt.py
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+import kvt_compile
 
 
 class KNNAttention(nn.Module):
@@ -70,3 +76,43 @@ class KVT(nn.Module):
             x = block(x)
         out: Tensor = self.head(self.norm(x)[:, 0])
         return out
+
+
+def main(size: int = 64, patch: int = 8, depth: int = 2) -> None:
+    torch.manual_seed(0)
+    model = KVT(size, patch, dim=64, heads=4, depth=depth, topk=20, classes=10).double()
+    images = torch.randn(2, 3, size, size, dtype=torch.float64)
+
+    print(kvt_compile.explain(model, images))  # ... own k = 20
+    result = kvt_compile.rewrite(model, images)  # no topk: the model has chosen
+    assert [(site.outcome, site.topk, site.own_k) for site in result.report.sites] == [("fused", 20, "20")] * depth
+
+    parameters = list(model.parameters())
+    before, after = model(images), result.module(images)
+    torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-9)
+    gradients = torch.autograd.grad(before.square().sum(), parameters)
+    fused = torch.autograd.grad(after.square().sum(), list(result.module.parameters()))
+    for mine, theirs in zip(fused, gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9)
+    print(f"outputs and the gradients of {len(parameters)} parameters are the model's own")
+    print(f"kept for the backward: {kept_for_backward(model, images) >> 10} KiB before, "
+          f"{kept_for_backward(result.module, images) >> 10} KiB after")  # fmt: skip
+
+
+def kept_for_backward(model: nn.Module, images: Tensor) -> int:
+    """Bytes of all tensors that autograd keeps of a forward, parameters left out."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def note(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        out = model(images)
+    del out
+    return sum(x.untyped_storage().nbytes() for place, x in kept.items() if place not in known)
+
+
+if __name__ == "__main__":
+    main()
