@@ -74,6 +74,18 @@ def test_what_is_wrong_is_told_after_a_call_that_was_right(fault: object, messag
         fault(q, k, v)  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("lowering", ["c", "aten"])
+def test_a_captured_tensor_that_is_minus_another_is_not_taken_for_it(lowering: str) -> None:
+    q, k, v = (x.requires_grad_() for x in tensors())
+    bias = torch.randn(2, 9)
+    lazy = torch._neg_view(bias)
+    assert lazy.is_neg()
+    for _ in range(2):
+        ours, theirs = call(q, k, v, [lazy], lowering=lowering), call(q, k, v, [-bias], lowering=lowering)
+        assert same(ours, theirs)
+        assert same(*(torch.autograd.grad(x[0].sum(), (q, k, v)) for x in (ours, theirs)))
+
+
 def test_memory_that_was_freed_is_noticed() -> None:
     q, k, v = tensors()
     call(q, k, v)

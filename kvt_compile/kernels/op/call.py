@@ -44,7 +44,8 @@ class AttentionCall:
     @classmethod
     def of(cls, a: AttentionArguments, *, topk: int, needs_grad: Sequence[bool] = ()) -> AttentionCall:
         """`topk`: how many keys are kept, at most as many as there are.  Raises SpecError."""
-        captured, sizes = a.captured or (), a.sizes or ()
+        # the dispatcher carries out a lazy minus of q, k and v, but not of the tensors of an optional list
+        captured, sizes = [x.resolve_neg() for x in a.captured or ()], a.sizes or ()
         shapes = a.q, a.k, a.v, captured
         spec = KernelSpec.of(*shapes, a.score, a.weight, len(sizes), a.dropout_p, needs_grad, a.select)
         selection = selection_of(a.select, a.grid, a.prefix, a.q.shape[2], a.k.shape[2])

@@ -32,7 +32,7 @@ def key(a: AttentionArguments) -> Hashable:
         return None
     captured: tuple[Hashable, ...] = ()
     for x in a.captured or ():
-        if not x.is_cpu or x.layout is not strided:
+        if not x.is_cpu or x.layout is not strided or x.is_neg():
             return None
         captured += (x.shape, x.stride(), x.dtype)
     layouts = q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype, captured
