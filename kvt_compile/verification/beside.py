@@ -109,7 +109,7 @@ class Beside:
             (check,) = compare_tensors([(name, x, plain, exact[name])], FLOAT64 if wide else 1.0)
             # sums are float32 where the tensors are shorter
             roundings = ROUNDINGS * torch.finfo(x.dtype if wide else torch.float32).eps
-            budget = roundings if wide else max(check.budget, roundings)
+            budget = max(check.budget, roundings)
             rows.append(replace(check, name=f"{name} of the attention itself", budget=budget))
         self.worst = worst([self.worst, *rows])
 

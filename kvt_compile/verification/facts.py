@@ -29,6 +29,9 @@ class Difference:
     """64 where only float64 could say: rounding sends the model another way (a choice, a kink), or the dtype is a short
     one.  The site itself was then compared in the model's own dtype with float64 on the same inputs."""
 
+    certain: bool = False
+    """Whether no rounding explains it: names, dtypes, which gradients there are."""
+
     @property
     def ok(self) -> bool:
         return self.error <= self.budget

@@ -50,7 +50,9 @@ class Run:
     backward: bool
     """Whether gradients are computed."""
     inputs: bool = True
-    """Whether floating-point inputs get one."""
+    """Whether floating-point inputs get one, but for ..."""
+    fixed: frozenset[int] = frozenset()
+    """... the positional ones of these numbers."""
 
     def __call__(self, call: Callable[..., Any] | None = None) -> Outcome:
         """Runs the model, or `call`, which runs on the model's parameters."""
@@ -69,12 +71,14 @@ class Run:
     def _fresh(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Copies of the inputs; what is one tensor stays one."""
         made: dict[int, Tensor] = {}
+        fixed = {id(self.args[n]) for n in self.fixed}
 
         def fresh(x: Any) -> Any:
             if not isinstance(x, Tensor):
                 return x
             if id(x) not in made:
                 wanted = self.backward and self.inputs and (x.is_floating_point() or x.is_complex())
+                wanted = wanted and id(x) not in fixed
                 made[id(x)] = x.detach().clone().requires_grad_(wanted)
             return made[id(x)]
 
@@ -89,7 +93,8 @@ class Run:
             torch.randn(x.shape, generator=generator, dtype=torch.float64) / max(x.numel(), 1) for x in outputs
         ]
         used = [d.to(x.device, x.dtype) for d, x in zip(directions, outputs, strict=True)]
-        torch.autograd.backward(list(outputs), used)
+        if used:
+            torch.autograd.backward(list(outputs), used)
         leaves = {n: x for n, x in inputs.items() if x.requires_grad} | dict(self.model.named_parameters())
         return {f"gradient of {n}": _dense(x.grad) for n, x in leaves.items()}
 

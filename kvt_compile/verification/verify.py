@@ -8,6 +8,7 @@ float64    where the model's own precision cannot say: the rewritten model in fl
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -182,38 +183,43 @@ class _Case:
 
     @cached_property
     def exact(self) -> Outcome:
-        return self.dense if self.wide else self._other(torch.float64, "it is the measure of what rounding may do")
+        if self.wide:
+            return self.dense
+        try:
+            return self._eager(self._converted(torch.float64))
+        except Exception as error:
+            raise VerificationError(
+                f"the model does not run in float64, and that is the measure of rounding: {first_line(error)}"
+            ) from error
 
     @cached_property
     def short(self) -> Outcome:
-        """What rounding does: the model in its own precision, in float32 where that is float64."""
-        return self._other(torch.float32, "how far it is from float64 is the measure") if self.wide else self.dense
-
-    def _other(self, dtype: torch.dtype, why: str) -> Outcome:
-        name = str(dtype).removeprefix("torch.")
-        try:
-            return self._eager(self._converted(dtype))
-        except Exception as error:
-            raise VerificationError(f"the model does not run in {name}, and {why}: {first_line(error)}") from error
+        """What rounding does: the model in its own precision; in float32 where that is float64, if it runs in it."""
+        if not self.wide:
+            return self.dense
+        with contextlib.suppress(Exception):
+            return self._eager(self._converted(torch.float32))
+        return self.dense
 
     # ---- the verdict -----------------------------------------------------------------------------------------------
 
     def verdict(self, folder: str | Path | None = None, write: bool = True, one_by_one: bool = True) -> Findings:
         with self.rewritten(self.run) as (call, rewrites):
-            together = self.run(call)
+            together = self.compared(call, rewrites, EVERY)
             sites = list(rewrites.sites())
             self._check_options(rewrites)
             self._check_dropout(site for _, site in sites)
             dropped, left = tuple(self._dropped(rewrites)), tuple(_left(rewrites))
             found = Findings((), None, dropped, left, self.backward, note=self._note())
             if not sites:
-                return found
-            checks = self.settled({EVERY: self.compare(together)}, call, rewrites)
+                return found if together.ok else replace(found, together=together)
+            checks = self.settled({EVERY: together}, call, rewrites)
             if not one_by_one and checks[EVERY].ok:
                 return replace(found, together=checks[EVERY])
             alone = {way: self.compared(call, rewrites, way) for way in (Way(only=key) for key, _ in sites)}
             checks |= self.settled(alone, call, rewrites)
-            with rewrites.use(Way(1)):
+            bite = None
+            with rewrites.use(Way(1)), contextlib.suppress(Exception):
                 bite = distance(self.run(call), self.dense)
             rows = tuple(_row(site, checks[Way(only=key)]) for key, site in sites)
             found = replace(found, sites=rows, together=checks[EVERY], bite=bite)
@@ -241,12 +247,9 @@ class _Case:
             yield call, rewrites
 
     def compared(self, call: Callable[..., Any], rewrites: Rewrites, way: Way) -> Difference:
+        """One way, in the model's own precision."""
         with rewrites.use(way):
-            return self.compare(self.run(call))
-
-    def compare(self, found: Outcome) -> Difference:
-        """A result of the model's own precision."""
-        return compare(found, self.short, self.exact, unit=FLOAT64 if self.wide else 1.0)
+            return _judged(self.run, call, self.short, self.exact, FLOAT64 if self.wide else 1.0)
 
     def settled(
         self, checks: dict[Way, Difference], call: Callable[..., Any], rewrites: Rewrites
@@ -258,7 +261,7 @@ class _Case:
             return checks
         wide = self._converted(torch.float64)
         with self.rewritten(wide) as (wide_call, wide_rewrites):
-            wide(wide_call)
+            _judged(wide, wide_call, self.dense, self.exact, FLOAT64)  # captures
             if [d.site.tier for d in _decided(wide_rewrites)] != [d.site.tier for d in _decided(rewrites)]:
                 raise VerificationError(
                     "the model's own precision cannot say, and in float64 it has other attentions: "
@@ -266,7 +269,7 @@ class _Case:
                 )
             for way in open_:
                 with wide_rewrites.use(way):
-                    check = compare(wide(wide_call), self.dense, self.exact, unit=FLOAT64)
+                    check = _judged(wide, wide_call, self.dense, self.exact, FLOAT64)
                 with beside_the_reference(self.options.lowering) as site, rewrites.use(replace(way, lowering=NAME)):
                     self.run(call)
                 checks[way] = worst([replace(check, bits=64), site.worst])
@@ -305,6 +308,15 @@ class _Case:
         elif not self.run.inputs:
             notes.append("no gradients of inputs: the model writes to them")
         return "; ".join(notes)
+
+
+def _judged(run: Run, call: Callable[..., Any], dense: Outcome, exact: Outcome, unit: float) -> Difference:
+    """A run of the rewritten model; that it raises is a difference, too."""
+    try:
+        found = run(call)
+    except Exception as error:
+        return Difference("the run", math.inf, 0.0, first_line(error), "none: the model itself runs", certain=True)
+    return compare(found, dense, exact, unit=unit)
 
 
 def _fails(options: dict[str, Any], model: nn.Module, inputs: Sequence[Any]) -> bool:

@@ -38,6 +38,8 @@ class Way:
 
 
 EVERY = Way()
+NONE = Way(only=(-1, -1))
+"""The model as it is, through the same graphs."""
 
 
 @dataclass

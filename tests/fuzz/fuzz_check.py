@@ -23,6 +23,8 @@ from torch.utils import _pytree as pytree
 
 from kvt_compile.passes.decide import Policy
 from kvt_compile.passes.pipeline import PassResult, run_passes
+from kvt_compile.verification.compare import unlike
+from kvt_compile.verification.outcome import Outcome, Run
 
 EXACT, ROUNDED = 1e-9, 2e-3
 """Relative tolerances in float64: plain, and with a cast to float32 that a fused kernel does without."""
@@ -69,7 +71,14 @@ class _Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         n.meta["val"] = result if n.op == "get_attr" else pytree.tree_map_only(Tensor, Tensor.detach, result)
+        if n.op == "placeholder" and result.is_floating_point():
+            n.meta["val"].requires_grad_()
         return result
+
+
+def with_gradients(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Copies that a gradient may be asked for."""
+    return [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
 
 
 def traced(model: nn.Module, inputs: Sequence[Tensor]) -> fx.GraphModule:
@@ -84,7 +93,7 @@ def traced_with_fakes(model: nn.Module, inputs: Sequence[Tensor]) -> fx.GraphMod
     """The same with fake tensors, as a real capture leaves them."""
     graph = fx.GraphModule(model, _Tracer().trace(model))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = [mode.from_tensor(x, static_shapes=True) for x in inputs]
+    fakes = [mode.from_tensor(x, static_shapes=True) for x in with_gradients(inputs)]
     with torch.no_grad():
         FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*fakes)
     return graph
@@ -93,43 +102,18 @@ def traced_with_fakes(model: nn.Module, inputs: Sequence[Tensor]) -> fx.GraphMod
 # ---- running ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Everything one run shows.  `gradients` is None when autograd refuses the program's writes."""
-
-    outputs: tuple[Tensor, ...]
-    inputs: tuple[Tensor, ...]
-    gradients: dict[str, Tensor] | None
-
-
 def run(call: Callable[..., Any], program: Program, parameters: nn.Module, *, backward: bool = True) -> Outcome:
-    """Runs a module on fresh copies of the program's inputs; gradients of a fixed random projection of its outputs."""
+    """Runs a module on fresh copies of the program's inputs; gradients of a fixed random projection of its outputs.
+
+    Those are empty where autograd refuses the program's writes."""
+
+    def run(*inputs: Tensor) -> tuple[Any, ...]:
+        found = call(*inputs)
+        return found if isinstance(found, tuple) else (found,)
+
     fixed = {tag.partition(":")[2] for tag in program.tags if tag.startswith("no_grad_input")}
-    inputs = {
-        name: x.clone().requires_grad_(x.is_floating_point() and name not in fixed)
-        for name, x in program.inputs.items()
-    }
-    with torch.set_grad_enabled(backward):
-        found = call(*inputs.values())
-    outputs = found if isinstance(found, tuple) else (found,)
-    gradients: dict[str, Tensor] | None = None
-    if backward:
-        wanted = {n: x for n, x in (*inputs.items(), *parameters.named_parameters()) if x.requires_grad}
-        generator = torch.Generator().manual_seed(1)
-        loss = sum(
-            (
-                (x * torch.randn(x.shape, generator=generator, dtype=torch.float64)).sum()
-                for x in outputs
-                if x.requires_grad
-            ),
-            torch.zeros(()),
-        )
-        if loss.requires_grad:
-            found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
-            gradients = {
-                n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(wanted.items(), found, strict=True)
-            }
-    return Outcome(tuple(x.detach() for x in outputs), tuple(x.detach() for x in inputs.values()), gradients)
+    numbers = frozenset(n for n, name in enumerate(program.inputs) if name in fixed)
+    return Run(parameters, tuple(program.inputs.values()), {}, backward, fixed=numbers)(run)
 
 
 def run_original(program: Program, knn: Sequence[bool] = (), selection: Selection | None = None) -> Outcome:
@@ -145,24 +129,10 @@ def run_original(program: Program, knn: Sequence[bool] = (), selection: Selectio
 
 
 def differences(actual: Outcome, expected: Outcome, tolerance: float) -> list[str]:
-    """What differs, in words."""
-    pairs = [(f"output {n}", x, y) for n, (x, y) in enumerate(zip(actual.outputs, expected.outputs, strict=True))]
-    pairs += [
-        (f"input {n} afterwards", x, y) for n, (x, y) in enumerate(zip(actual.inputs, expected.inputs, strict=True))
-    ]
-    if actual.gradients is not None and expected.gradients is not None:
-        pairs += [(f"gradient of {n}", actual.gradients[n], y) for n, y in expected.gradients.items()]
-    return [text for name, x, y in pairs if (text := _difference(name, x, y, tolerance))]
-
-
-def _difference(name: str, actual: Tensor, expected: Tensor, tolerance: float) -> str:
-    if actual.shape != expected.shape or actual.dtype != expected.dtype:
-        return f"{name}: {tuple(actual.shape)} {actual.dtype}, expected {tuple(expected.shape)} {expected.dtype}"
-    if not expected.numel():
-        return ""
-    scale = 1.0 + float(expected.double().abs().max())
-    error = float((actual.double() - expected.double()).abs().max())
-    return "" if error <= tolerance * scale else f"{name}: off by {error:.3g} of {scale:.3g}"
+    """What differs, in words: values, what is written to, gradients, and which of them there are."""
+    if not actual.gradients or not expected.gradients:
+        actual, expected = (replace(x, gradients={}, attached=frozenset()) for x in (actual, expected))
+    return list(map(str, unlike(actual, expected, tolerance)))
 
 
 def rounding_decides(program: Program, tolerance: float, knn: Sequence[bool] = (), topk: int = 1) -> bool:
@@ -238,8 +208,8 @@ def check(
     """
     tolerance = EXACT if program.exact else ROUNDED
     dense = run_original(program)
-    assume(all(x.isfinite().all() for x in dense.outputs))
-    assume(dense.gradients is None or all(x.isfinite().all() for x in dense.gradients.values()))
+    assume(all(x.isfinite().all() for x in dense.outputs.values()))
+    assume(all(x.isfinite().all() for x in dense.gradients.values() if x is not None))
     module = program.build()
     graph = capture(module, list(program.inputs.values()))
     order = {node: n for n, node in enumerate(graph.graph.nodes)}
@@ -254,7 +224,7 @@ def check(
         for name, x in (*program.parameters.items(), *program.buffers.items()):
             module.get_parameter(name).data.copy_(x) if name in program.parameters else module.get_buffer(name).copy_(x)
         interpreter = fx.Interpreter(graph)  # generating code for each change would take longer than running it
-        return run(interpreter.run, program, module, backward=dense.gradients is not None)
+        return run(interpreter.run, program, module, backward=bool(dense.gradients))
 
     selected = actual()
     # weights that are normalised again are the softmax of other scores, and select by those: the oracle knows the first alone
@@ -282,7 +252,7 @@ def _assert_selects(
         except RuntimeError as error:  # its weights by hand may lie otherwise in memory than the program's own
             assume("view size is not compatible" not in str(error))
             raise
-        assume(not selection.close and all(x.isfinite().all() for x in expected.outputs))
+        assume(not selection.close and all(x.isfinite().all() for x in expected.outputs.values()))
         misses.append(differences(selected, expected, tolerance))
         if not misses[-1]:
             return

@@ -28,7 +28,7 @@ TESTS = Path(__file__).parents[1]
 sys.path[:0] = map(str, (TESTS / "fuzz", TESTS / "helpers", TESTS.parent))
 
 import fuzz_programs
-from fuzz_check import check, traced, traced_with_fakes
+from fuzz_check import check, traced, traced_with_fakes, with_gradients
 from fuzz_graphs import Program
 
 
@@ -43,7 +43,7 @@ def through_dynamo(model: nn.Module, inputs: Sequence[Tensor]) -> fx.GraphModule
     torch.compiler.reset()
     try:
         with torch.no_grad():
-            torch.compile(model, backend=keep, fullgraph=True)(*(x.clone() for x in inputs))
+            torch.compile(model, backend=keep, fullgraph=True)(*with_gradients(inputs))
     except torch._dynamo.exc.Unsupported:  # such as out= with a view that is not contiguous: no graph, nothing to judge
         reject()
     return with_signature_of(model, graphs[0], inputs)

@@ -26,6 +26,8 @@ class Wrong:
         return getattr(self.other, name)
 
     def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        if self.part == "raises" and self.where(call):
+            raise RuntimeError("a lowering that fails")
         out, logsumexp, threshold = self.other.forward(call)
         return out * self._by("out", call), logsumexp, threshold
 
@@ -44,7 +46,8 @@ class Wrong:
 
 @contextmanager
 def wrong(part: str, *, factor: float = 1.001, where: Where = lambda call: True, name: str = "aten") -> Iterator[None]:
-    """The lowering `name` with a wrong "out", "k" (its gradient), "captured" (their gradients) or "weights"."""
+    """The lowering `name` with a wrong "out", "k" (its gradient), "captured" (their gradients) or "weights"; or it
+    "raises"."""
     undo = lowerings.register(name, Wrong(lowerings.get(name), part, factor, where))  # type: ignore[arg-type]
     try:
         yield

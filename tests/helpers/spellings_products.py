@@ -40,6 +40,13 @@ def baddbmm_of_nothing(m: Any, x: Tensor) -> Tensor:
     return (scores.softmax(-1) @ v).view(B, H, N, D)
 
 
+@spelling("refused")
+def baddbmm_of_a_bias_that_is_not_added(m: Any, x: Tensor) -> Tensor:
+    """Its gradient is zeros, and there would be none."""
+    q, k, v = (y.flatten(0, 1) for y in m.heads(x))
+    return torch.baddbmm(m.p("bias", 1, N, N), q, k.mT, beta=0, alpha=0.5).softmax(-1) @ v
+
+
 @spelling("fused", score="0.7*c0[0, i, j] + 0.5*s")
 def baddbmm_of_a_bias(m: Any, x: Tensor) -> Tensor:
     q, k, v = (y.flatten(0, 1) for y in m.heads(x))

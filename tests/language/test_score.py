@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import sympy
@@ -131,6 +132,39 @@ def test_derivative_at_a_kink_is_torch_s(text: str, at: float, slope: float) -> 
     program = compile_expression(derivative(language.parse(text), language.s))
     s = torch.full((1, 1, 1, 1), at, dtype=torch.float64)
     assert tile(program, environment(s)).item() == slope
+
+
+MET = [
+    ("clamp(s, c0, c1)", torch.clamp),
+    ("clamp(s, c0, oo)", lambda s, low, high: torch.clamp(s, min=low)),
+    ("clamp(s, -oo, c1)", lambda s, low, high: torch.clamp(s, max=high)),
+    ("maximum(s, c0) + minimum(c1, s)", lambda s, low, high: torch.maximum(s, low) + torch.minimum(high, s)),
+    ("sqrt(s)*c0 + c1", lambda s, low, high: s.sqrt() * low + high),
+    ("sqrt(abs(s - c0))", lambda s, low, high: (s - low).abs().sqrt()),
+    ("sqrt(relu(s))", lambda s, low, high: s.relu().sqrt()),
+    ("s**0.5", lambda s, low, high: s**0.5),
+    ("sqrt(clamp(s, 0.0, 1.0))*c1", lambda s, low, high: s.clamp(0.0, 1.0).sqrt() * high),
+    ("where(gt(s, c0), sqrt(s), c0)", lambda s, low, high: torch.where(s > low, s.sqrt(), low)),
+    ("sqrt(where(gt(s, c0), s, 0.0))", lambda s, low, high: torch.where(s > low, s, 0.0).sqrt()),
+    ("sqrt(maximum(s, c0)*s)", lambda s, low, high: (torch.maximum(s, low) * s).sqrt()),
+]
+
+
+@pytest.mark.parametrize(("text", "function"), MET, ids=[text for text, _ in MET])
+@pytest.mark.parametrize(
+    "at", [(0.0, 0.0, 1.0), (1.0, 0.0, 1.0), (0.0, 0.0, 0.0), (0.0, 1.0, -1.0), (0.0, -1.0, 0.0)], ids=str
+)
+def test_derivatives_are_torch_s_where_a_bound_or_a_zero_is_met(
+    text: str, function: Callable[..., Tensor], at: tuple[float, float, float]
+) -> None:
+    """s, c0 and c1 are equal, or zero: infinite and undefined slopes too."""
+    leaves = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in at]
+    expected = torch.autograd.grad(function(*leaves), leaves, allow_unused=True)
+    expression = language.parse(text)
+    env = environment(leaves[0].detach().view(1, 1, 1, 1), [x.detach() for x in leaves[1:]])
+    for by, slope in zip((language.s, language.load(0), language.load(1)), expected, strict=True):
+        found = tile(compile_expression(derivative(expression, by)), env).reshape(())
+        torch.testing.assert_close(found, torch.zeros_like(found) if slope is None else slope, equal_nan=True)
 
 
 def grid_of(s: Tensor) -> list[Tensor]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import kvt_compile
 from kvt_compile import OptionError, Verification, VerificationError
-from kvt_compile.verification.compare import compare
+from kvt_compile.verification.compare import compare, settled
 from kvt_compile.verification.outcome import Outcome
 
 
@@ -241,6 +241,22 @@ def test_wrong_in_short_precision_alone() -> None:
         found = verify(Stack().bfloat16(), images().bfloat16())
     assert found.first is not None
     assert "of the attention itself" in found.first.worst.name
+
+
+def test_a_lowering_that_raises_is_named_too() -> None:
+    with wrong("raises", where=lambda call: call.q.shape[-1] == 16):
+        found = verify(TwoSizes(), images())
+    assert [site.ok for site in found.sites] == [True, False]
+    assert found.first is not None
+    assert found.first.worst.found == "RuntimeError: a lowering that fails"
+
+
+def test_float64_has_no_say_about_kinds() -> None:
+    """That a gradient is missing, or a dtype another, is not explained by rounding."""
+    dense = outcome(X, output=X)
+    for found in (outcome(None, output=X), outcome(X, output=X.bfloat16())):
+        assert settled(compare(found, dense, dense))
+    assert not settled(compare(outcome(X, output=X + 1), dense, dense))
 
 
 def outcome(gradient: Tensor | None = None, attached: bool = True, **outputs: Any) -> Outcome:

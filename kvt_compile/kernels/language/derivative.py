@@ -1,6 +1,6 @@
 """Derivatives of score expressions: torch's own rule for every operation, kinks included, and the chain rule.
 
-    d(50.0*tanh(0.02*s))/ds   ->   50.0*((1.0 - tanh(0.02*s)**2)*0.02)
+    d(50.0*tanh(0.02*s))/ds   ->   50.0*(1.0 - tanh(0.02*s)**2)*0.02
 
 A rule of 1 or 0 is left out of products and sums; nothing else is simplified.
 """
@@ -104,24 +104,48 @@ RULES: dict[str, tuple[Rule | None, ...]] = {
 """Operation -> its derivative by each argument; None, or no line at all, where no gradient flows."""
 
 
+_MULTIPLIES = frozenset({"abs"})
+"""Torch multiplies with this rule, so that an infinite gradient times 0 is NaN; with any other it selects: what a rule
+of 0 shuts off is 0, whatever comes from further down."""
+
+
 def derivative(expression: sympy.Expr, by: sympy.Expr) -> sympy.Expr:
-    """d expression / d by, where `by` is a symbol (s, p) or one captured load; other loads count as constants."""
-    return _derivative(expression, by, {})
+    """d expression / d by, where `by` is a symbol (s, p) or one captured load; other loads count as constants.
+
+    From the result back to `by`, as torch's backward goes: the order decides what is infinite, NaN or shut off.
+    """
+    gradients = {expression: one}
+    order = _from_the_result(expression, by)
+    for x in order:
+        name = type(x).__name__
+        for rule, argument in zip(RULES.get(name, ()), x.args, strict=False):
+            if rule is not None and (argument == by or argument in order):
+                passed = _passed(gradients.get(x, zero), rule(*x.args), name in _MULTIPLIES)
+                gradients[argument] = _sum(gradients.get(argument, zero), passed)
+    return gradients.get(by, zero)
 
 
-def _derivative(x: sympy.Expr, by: sympy.Expr, known: dict[sympy.Expr, sympy.Expr]) -> sympy.Expr:
-    if x == by:
-        return one
-    if not isinstance(x, language.Operation):
-        return zero
-    if x not in known:
-        total = zero
-        for rule, argument in zip(RULES.get(type(x).__name__, ()), x.args, strict=False):
-            inner = _derivative(argument, by, known)
-            if rule is not None and inner != zero:
-                total = _sum(total, _product(rule(*x.args), inner))
-        known[x] = total
-    return known[x]
+def _from_the_result(expression: sympy.Expr, by: sympy.Expr) -> dict[sympy.Expr, None]:
+    """The operations of an expression through which a gradient flows to `by`, each before its arguments."""
+    flows: dict[sympy.Expr, bool] = {by: True}
+
+    def visit(x: sympy.Expr) -> bool:
+        if x not in flows:
+            rules = RULES.get(type(x).__name__, ()) if isinstance(x, language.Operation) else ()
+            parts = [rule is not None and visit(y) for rule, y in zip(rules, x.args, strict=False)]
+            flows[x] = any(parts)
+        return flows[x]
+
+    visit(expression)
+    return dict.fromkeys(x for x in reversed(flows) if flows[x] and x != by)
+
+
+def _passed(gradient: sympy.Expr, rule: sympy.Expr, multiplies: bool) -> sympy.Expr:
+    """What an operation passes on of the gradient it gets."""
+    if isinstance(rule, where) and not multiplies and gradient != one:
+        condition, yes, no = rule.args
+        return where(condition, _passed(gradient, yes, False), _passed(gradient, no, False))
+    return _product(gradient, rule)
 
 
 def reaches(x: sympy.Expr, by: sympy.Expr) -> bool:

@@ -11,10 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 import sympy
+import torch
 
 from kvt_compile.kernels.language import score
 from kvt_compile.passes.canonical.meaning import Builder, is_float, meaning
-from kvt_compile.passes.canonical.values import Dim, Value, same
+from kvt_compile.passes.canonical.values import Dim, Value, meta_value, same
 
 Labels = tuple[Any, ...]
 
@@ -90,10 +91,28 @@ def baddbmm(b: Builder, input: Value, batch1: Value, batch2: Value, *, beta: Any
     return _scaled_sum(b, input, matmul(b, batch1, batch2), beta, alpha)
 
 
+def _gets_none(value: Value) -> bool:
+    """Whether nothing has a gradient through it: it was just made, or comes from outside and needs none."""
+    if value.kind != "source":
+        name = value.node.target if isinstance(value.node.target, str) else getattr(value.node.target, "__name__", "")
+        return not value.attached or str(name).partition(".")[0] in _FACTORIES
+    found = meta_value(value.node)
+    return isinstance(found, torch.Tensor) and not found.requires_grad
+
+
+_FACTORIES = frozenset(
+    f"{prefix}{name}{suffix}"
+    for name in ("zeros", "ones", "empty", "full")
+    for prefix, suffix in (("", ""), ("new_", ""), ("", "_like"))
+)
+
+
 def _scaled_sum(b: Builder, input: Value, product: Value | None, beta: Any, alpha: Any) -> Value | None:
     if product is None:
         return None
-    if beta == 0:  # torch ignores the added tensor altogether, NaNs included
+    if beta == 0:  # torch ignores the added tensor altogether, NaNs included, but for a gradient of zeros
+        if not _gets_none(input):
+            return None
         return b.pointwise("mul", score.mul, product, alpha)
     return b.pointwise("scaled_sum", _sum_of_scaled, input, product, beta, alpha)
 

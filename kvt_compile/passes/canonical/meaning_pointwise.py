@@ -144,7 +144,7 @@ _CLAMPED = score.hardtanh if numbers(torch.__version__) >= (2, 14) else score.cl
 @meaning("clamp")
 def _clamp(b: Builder, input: Value, min: Any = None, max: Any = None) -> Value | None:
     low, high = (-math.inf if min is None else min), (math.inf if max is None else max)
-    if isinstance(low, Value | fx.Node) or isinstance(high, Value | fx.Node):
+    if isinstance(low, fx.Node) or isinstance(high, fx.Node):
         return None
     return b.pointwise("clamp", _CLAMPED, input, low, high)
 
