@@ -1,7 +1,8 @@
 """Random programs for as long as asked, a fresh seed each round: `python tests/fuzz/fuzz_long.py --minutes 60 --seed 0`.
 
 Failures are shrunk, printed and appended to the log with the seed that found them; the exit status says whether there
-were any.  Beside the fast capture that the test suite uses, some rounds go through torch.compile's own.
+were any.  Beside the fast capture that the test suite uses, some rounds go through torch.compile's own, and those with modes, transforms
+and hooks through `kvt_compile.verify`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ sys.path[:0] = map(str, (TESTS / "fuzz", TESTS / "helpers", TESTS.parent))
 import fuzz_programs
 from fuzz_check import check, traced, traced_with_fakes, with_gradients
 from fuzz_graphs import Program
+from fuzz_modes import check_modes, modes
 
 
 def through_dynamo(model: nn.Module, inputs: Sequence[Tensor]) -> fx.GraphModule:
@@ -79,7 +81,12 @@ def replace(old: fx.Node, new: fx.Node) -> None:
     old.graph.erase_node(old)
 
 
-CAPTURES = {"traced": (traced, 400), "fakes": (traced_with_fakes, 60), "dynamo": (through_dynamo, 25)}
+CAPTURES = {
+    "traced": (traced, 400),
+    "fakes": (traced_with_fakes, 60),
+    "dynamo": (through_dynamo, 25),
+    "verify": (traced, 20),
+}
 STRATEGIES = ("positives", "writes", "anything")
 
 
@@ -88,6 +95,7 @@ def rounds(first: int, until: float, log: Path) -> int:
     number, failed = first, 0
     counts: collections.Counter[str] = collections.Counter()
     while time.monotonic() < until:
+        failed += not one_round("modes", "verify", number, counts, log)
         for strategy in STRATEGIES:
             for name in ("traced", "traced", "fakes", "dynamo")[number % 2 :: 2]:
                 if time.monotonic() >= until:
@@ -101,15 +109,19 @@ def rounds(first: int, until: float, log: Path) -> int:
 def one_round(strategy: str, name: str, number: int, counts: collections.Counter[str], log: Path) -> bool:
     """One hypothesis run; True when nothing was found."""
     capture, size = CAPTURES[name]
+    programs = modes() if strategy == "modes" else getattr(fuzz_programs, strategy)()
 
     @seed(number)
     @settings(
         max_examples=size, deadline=None, database=None, phases=(Phase.generate, Phase.shrink), print_blob=False,
         suppress_health_check=list(HealthCheck), verbosity=Verbosity.quiet,
     )  # fmt: skip
-    @given(getattr(fuzz_programs, strategy)(), st.integers(1, 5))
+    @given(programs, st.integers(1, 5))
     def search(program: Program, topk: int) -> None:
-        check(program, topk, capture=capture, reference=topk == 2)
+        if strategy == "modes":
+            check_modes(program)
+        else:
+            check(program, topk, capture=capture, reference=topk == 2)
         counts[f"{strategy}/{name}"] += 1
 
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fuzz_check import check, traced_with_fakes
 from fuzz_graphs import Program
+from fuzz_modes import check_modes, modes
 from fuzz_programs import anything, positives, writes
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -32,9 +33,21 @@ def test_near_attention_keeps_its_meaning(program: Program, k: int) -> None:
 
 
 @given(positives() | writes(), topk)
-@settings(many, max_examples=60)
+@settings(many, max_examples=40)
 def test_with_fake_tensors(program: Program, k: int) -> None:
     check(program, k, capture=traced_with_fakes)
+
+
+def test_modes_transforms_and_hooks_keep_their_meaning() -> None:
+    rewritten: list[bool] = []
+
+    @given(modes())
+    @settings(many, max_examples=8)
+    def search(program: Program) -> None:
+        rewritten.append(check_modes(program))
+
+    search()
+    assert any(rewritten)
 
 
 def test_the_generator_makes_what_it_says() -> None:
