@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvt_compile import verify
+from kvt_compile.torch_versions import numbers
 
 Score = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -63,8 +64,10 @@ def inputs() -> list[Tensor]:
 @pytest.mark.parametrize("case", KINKS)
 def test_gradients_at_a_kink_are_torch_s(case: str, lowering: str) -> None:
     found = verify(Model(*KINKS[case]), *inputs(), lowering=lowering, one_by_one=False, reproduce_in=False)
-    assert found.together is not None, found.left
     assert found.ok, found
+    if found.together is None:  # from torch 2.14 on a tie with a tensor as bound is split, and such a clamp is not read
+        assert "clamp" in case
+        assert numbers(torch.__version__) >= (2, 14)
 
 
 @pytest.mark.parametrize("lowering", ["aten", "c"])

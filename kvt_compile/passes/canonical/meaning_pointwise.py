@@ -146,6 +146,8 @@ def _clamp(b: Builder, input: Value, min: Any = None, max: Any = None) -> Value 
     low, high = (-math.inf if min is None else min), (math.inf if max is None else max)
     if isinstance(low, fx.Node) or isinstance(high, fx.Node):
         return None
+    if (isinstance(low, Value) or isinstance(high, Value)) and _CLAMPED is not score.clamp:
+        return None  # that torch splits a tie with a tensor as bound
     return b.pointwise("clamp", _CLAMPED, input, low, high)
 
 
