@@ -22,6 +22,11 @@ def kept_share(x: Selector, geometry: Geometry, heads: int, queries: int, keys: 
         return kept_regions(x, total) / total
     if any(isinstance(y, Regions) for y in leaves(x)) or not queries or not keys:
         return None
+    with torch.device("cpu"):
+        return _of_some(x, geometry, heads, queries, keys)
+
+
+def _of_some(x: Selector, geometry: Geometry, heads: int, queries: int, keys: int) -> float:
     some = torch.linspace(0, queries - 1, min(queries, QUERIES)).round().long()
     shape = torch.arange(heads)[:, None, None], some[:, None], torch.arange(keys)
     found = allowed(x, Places(geometry, heads, torch.zeros((), dtype=torch.int64), *shape))

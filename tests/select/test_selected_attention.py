@@ -199,3 +199,14 @@ def test_a_saved_program_cannot_say_what_is_no_selection() -> None:
     ):
         with pytest.raises(SelectionError, match=message):
             torch.ops.kvt.attention(q, k, v, [], "s", "p", 3, [], 0.0, None, "auto", 0.0, None, text, grid, 2)
+
+
+@pytest.mark.parametrize("text", ["window(4) | prefix", "regions(3, (2, 2)) | prefix"])
+def test_lists_lie_on_the_cpu_whatever_the_default_device_is(text: str) -> None:
+    q, k, v = qkv(dtype=torch.float32)
+    with torch.device("meta"):
+        found = kvt_compile.attention(q, k, v, select=text, grid=GRID, prefix=PREFIX, lowering="c")
+        gradient = torch.autograd.grad(found.square().sum(), q)[0]
+    expected = kvt_compile.attention(q, k, v, select=text, grid=GRID, prefix=PREFIX, lowering="aten")
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.square().sum(), q)[0])

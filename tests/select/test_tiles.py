@@ -102,6 +102,14 @@ def test_memory_does_not_grow_with_the_square() -> None:
     assert made("window(99)", (64, 64), 0, 32)[3].run.shape == (128, 3)  # every key: one run a tile, no bits
 
 
+def test_more_keys_than_a_list_can_count_are_refused() -> None:
+    selection = selection_of("sinks(4)", None, 0, 3, 2**31)
+    assert selection is not None
+    q, k = torch.zeros(1, 1, 3, 1), torch.zeros(1).expand(1, 1, 2**31, 1)
+    with pytest.raises(MemoryError, match="2147483648 keys"):
+        tile_lists(selection, q, k, 32)
+
+
 def test_patches_are_as_square_as_the_room_lets_them_be() -> None:
     assert patch_sizes([64, 64], 32) == [4, 8]
     assert patch_sizes([1, 64], 32) == [1, 32]

@@ -28,6 +28,9 @@ from kvt_compile.select.maps import Places, allowed, region, region_counts
 from kvt_compile.select.text import parse
 from kvt_compile.select.values import Either, Mass, Prefix, Regions, Selector, Shifted, TopK, leaves, split
 
+MOST = 2**31 - 1
+"""Queries and keys are counted in 32 bits."""
+
 
 @dataclass(frozen=True, eq=False)
 class TileLists:
@@ -71,9 +74,12 @@ def tile_lists(selection: Selection, q: Tensor, k: Tensor, lanes: int) -> TileLi
     """The lists of one call for tiles of `lanes` queries: q `[B, Hq, Nq, D]`, k `[B, Hk, Nk, D]`, on the CPU."""
     assert selection.allowed is not None
     sizes = q.shape[1], q.shape[2], k.shape[2]
-    if not _by_content(selection.allowed):
-        return _of_geometry(selection.allowed, selection.geometry, *sizes, lanes)
-    return _of_regions(selection.allowed, selection.geometry, q, k, lanes)
+    if max(sizes) > MOST:
+        raise MemoryError(f"{sizes[1]} queries and {sizes[2]} keys: lists of so many fit in no memory")
+    with torch.device("cpu"):  # whatever the default device is: a kernel takes pointers into these
+        if not _by_content(selection.allowed):
+            return _of_geometry(selection.allowed, selection.geometry, *sizes, lanes)
+        return _of_regions(selection.allowed, selection.geometry, q, k, lanes)
 
 
 def _by_content(x: Selector) -> bool:
