@@ -26,8 +26,8 @@ from kvt_compile.report.report import Report
 def explain(model: nn.Module | fx.GraphModule | ExportedProgram, *example_inputs: Any, **keywords: Any) -> Report:
     """Reports every attention of a model, what would become of it, and every softmax that would be left alone.
 
-    The model is captured by torch.compile as it would be in use, graph breaks included, and run once, and once more
-    where the graph breaks, to see what runs outside of every graph.  Parameters, buffers and random state are as before
+    The model is captured by torch.compile as it would be in use, graph breaks included, and run twice, the second time
+    to see what runs outside of every graph.  Parameters, buffers and random state are as before
     afterwards.
 
     Args:
@@ -48,8 +48,7 @@ def explain(model: nn.Module | fx.GraphModule | ExportedProgram, *example_inputs
             results = [run_passes(captured.graph, options.policy, origins=origins, apply=False, watch=recorder)]
     else:
         results = _through_dynamo(model, example_inputs, kwargs, options, recorder)
-        if len(results) != 1:  # the graph broke somewhere
-            hidden = calls_outside(model, example_inputs, kwargs, results)
+        hidden = calls_outside(model, example_inputs, kwargs, results)
     if wrong := unmatched_patterns(options.policy, [d.site for result in results for d in result.decisions]):
         raise OptionError(wrong)
     report = build_report(results, options, recorder.finish(options.lowering, options.topk_tolerance))

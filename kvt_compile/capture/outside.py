@@ -6,6 +6,7 @@ softmax of, for that module, is outside.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from types import FrameType
@@ -21,7 +22,12 @@ from kvt_compile.passes.finding.describe import in_torch
 from kvt_compile.passes.pipeline import PassResult
 from kvt_compile.passes.site import Where
 
-_ATTENTION = ("softmax", "scaled_dot_product_attention")
+_OWN = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_ATTENTION = (
+    "softmax", "softmin", "scaled_dot_product_attention", "multi_head_attention_forward",
+    "_native_multi_head_attention", "_transformer_encoder_layer_fwd",
+)  # fmt: skip
+"""What attention is called, composites that dispatch themselves included: nothing in them is seen."""
 
 
 def calls_outside(
@@ -45,9 +51,14 @@ def _places(result: PassResult) -> list[Where]:
 
 
 def _same(call: Where, seen: Where) -> bool:
-    """Whether a call is one that a graph has: a softmax may be a module of its own in the module that calls it."""
+    """Whether a call is one that a graph has: a softmax may be a module of its own in the module that calls it, and a
+    model of torch's modules alone has no line."""
     paths = ((f"{a}.", f"{b}.") for a in call.names for b in seen.names if a and b)
-    return (call.file, call.line) == (seen.file, seen.line) and (
+    at_the_line = not call.file or (call.file, call.line) == (
+        seen.file,
+        seen.line,
+    )
+    return at_the_line and (
         not (call.module and seen.module) or any(a.startswith(b) or b.startswith(a) for a, b in paths)
     )
 
@@ -75,6 +86,8 @@ class _Calls(TorchFunctionMode):
         file, line, module = "", 0, None
         while frame is not None and not (file and module is not None):
             inner = in_torch(frame.f_code.co_filename)
+            if frame.f_code.co_filename.startswith(_OWN) and frame.f_code is not _Calls.__torch_function__.__code__:
+                break  # whoever runs the model to look at it
             if not file and not inner:
                 file, line = frame.f_code.co_filename, frame.f_lineno
             owner = frame.f_locals.get("self")

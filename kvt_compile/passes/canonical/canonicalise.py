@@ -174,6 +174,8 @@ def _piece(state: State, builder: Builder, parent: fx.Node, item: int) -> Value 
     call = read_call(parent, state.modules)
     if call is None:
         return None
+    if call.name.startswith("_scaled_dot_product"):
+        return _fused_attention(state, builder, parent, item)
     args, kwargs = lookup(state, call.args), lookup(state, call.kwargs)
     x = args[0] if args else kwargs.get("input")
     pieces = meta_value(parent)
@@ -199,6 +201,26 @@ def _piece(state: State, builder: Builder, parent: fx.Node, item: int) -> Value 
     if not all(isinstance(size, int) for size in sizes[:item]):
         return None
     return slice_of(builder, x, dim, start, sizes[item])
+
+
+def _fused_attention(state: State, builder: Builder, parent: fx.Node, item: int) -> Value | None:
+    """The output of an operator that SDPA runs (`aten._scaled_dot_product_flash_attention_for_cpu`, ...), which have
+    log-sum-exps, seeds or weights beside it: those must not be read."""
+    schema = getattr(parent.target, "_schema", None)
+    others = [user for user in parent.users if user is not builder.node and user.users]
+    if item != 0 or schema is None or others or parent not in state.env:
+        return None
+    given = {x.name: y for x, y in zip(schema.arguments, parent.args, strict=False)} | dict(parent.kwargs)
+    if given.get("dropout_mask") is not None or given.get("return_debug_mask"):
+        return None
+    q, k, v = (lookup(state, given.get(name)) for name in ("query", "key", "value"))
+    mask = given.get("attn_mask", given.get("attn_bias"))
+    options = {name: lookup(state, given[name]) for name in ("is_causal", "dropout_p", "scale", "enable_gqa")
+               if given.get(name) is not None}  # fmt: skip
+    found = builder.call("scaled_dot_product_attention", (q, k, v, lookup(state, mask)), options)
+    if found is not None:
+        state.env[parent].attrs["within"] = found
+    return found
 
 
 def _opaque(state: State, node: fx.Node, fake: Any) -> None:

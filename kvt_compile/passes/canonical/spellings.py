@@ -33,7 +33,6 @@ ALIASES: dict[str, str] = {
     # softmax and attention
     "_softmax": "softmax", "_safe_softmax": "softmax", "_log_softmax": "log_softmax",
     "__rpow__": "rpow",
-    "_scaled_dot_product_attention_math": "scaled_dot_product_attention",
     # layout
     "_unsafe_view": "view", "_reshape_alias": "reshape", "swapaxes": "transpose", "swapdims": "transpose",
     "moveaxis": "movedim", "concat": "cat", "concatenate": "cat", "tile": "repeat", "broadcast_to": "expand",

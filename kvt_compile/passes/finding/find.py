@@ -45,14 +45,15 @@ def find(graph: CanonicalGraph) -> Found:
             found, miss = read_softmax(graph, facts, value)
         elif value.kind == "sdpa":
             found, miss = _sdpa(facts, value)
-        elif value.kind == "opaque" and value.name in _SOFTMAX_LIKE:
-            found, miss = [], Miss("scores", value, f"{value.name} {_SOFTMAX_LIKE[value.name]}")
+        elif _softmax_like(value):
+            words = _SOFTMAX_LIKE.get(value.name, _OPERATOR)
+            found, miss = [], Miss("scores", value, f"{value.name} {words}")
         else:
             continue
         sites += found
         if miss is not None:
             refusals.append(Refusal(value.node, place(value.node), miss.reason, miss.step, miss.value.node, value))
-    for found_map in find_maps(graph, facts, frozenset(_SOFTMAX_LIKE)):
+    for found_map in find_maps(graph, facts, _is_anchor):
         site = None if _stays_dense(graph.modes[found_map.product.node]) else thinned(graph, facts, found_map)
         if site is not None:
             sites.append(site)
@@ -68,8 +69,18 @@ _SOFTMAX_LIKE = {
 }
 
 
+_OPERATOR = "is read in more than its output, or has arguments that are not understood"
+"""Of an operator that SDPA runs, which has log-sum-exps or weights beside its output."""
+
+
 def _is_anchor(value: Value) -> bool:
-    return value.kind in ("softmax", "sdpa") or (value.kind == "opaque" and value.name in _SOFTMAX_LIKE)
+    return value.kind in ("softmax", "sdpa") or _softmax_like(value)
+
+
+def _softmax_like(value: Value) -> bool:
+    """Whether it is one of the operations that compute a softmax in a way that is not read."""
+    known = value.name in _SOFTMAX_LIKE or value.name.startswith("_scaled_dot_product")
+    return value.kind == "opaque" and known and "within" not in value.attrs
 
 
 def _stays_dense(mode: Mode) -> str:

@@ -7,7 +7,7 @@ Without a softmax there is no anchor to start at, so this starts at the second p
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 
 from kvt_compile.passes.canonical.canonicalise import CanonicalGraph
@@ -81,13 +81,12 @@ def same_operands(product: Value) -> bool:
     return left is right
 
 
-def find_maps(graph: CanonicalGraph, facts: Facts, softmax_like: frozenset[str]) -> list[Map]:
+def find_maps(graph: CanonicalGraph, facts: Facts, is_anchor: Callable[[Value], bool]) -> list[Map]:
     """Every map between two products of computed tensors that no softmax takes part in."""
     sweep = _Sweep()
     found: list[Map] = []
     for value in graph.values:
-        soft = value.kind in ("softmax", "sdpa") or (value.kind == "opaque" and value.name in softmax_like)
-        found += [x for x in sweep.step(value, soft) if _is_map(graph, facts, x, sweep.scores)]
+        found += [x for x in sweep.step(value, is_anchor(value)) if _is_map(graph, facts, x, sweep.scores)]
     return list({x.product: x for x in reversed(found)}.values())[::-1]
 
 

@@ -10,6 +10,19 @@ NEAR = ("values", "scores", "axes", "provenance", "weights", "closed", "selectio
 ONE_KEY = "there is a single key, so there is nothing to select"
 OWN_SELECTION = "it selects keys by itself, and not as k-NN attention: {}"
 LEARNED = "the {} are a learned table that no layer was applied to, not tokens"
+CONSTANT = "the {} are a constant that the model makes of no input, not tokens"
+
+
+def not_tokens(value: Value, name: str) -> str:
+    """Why keys or values that are computed of no input are no tokens."""
+    queue, seen = [value], {value}
+    while queue:
+        here = queue.pop()
+        if here.kind == "source":
+            return LEARNED.format(name)
+        queue += [x for x in here.operands if x not in seen]
+        seen.update(here.operands)
+    return CONSTANT.format(name)
 
 
 class Miss(Exception):  # noqa: N818 - an outcome of the search, not an error

@@ -18,7 +18,7 @@ from kvt_compile.passes.canonical.values import Value
 from kvt_compile.passes.finding.assemble import Assembled, Reading, assemble
 from kvt_compile.passes.finding.closed import closed_interior
 from kvt_compile.passes.finding.describe import describe_fused, describe_kept
-from kvt_compile.passes.finding.miss import LEARNED, NEAR, ONE_KEY, OWN_SELECTION, Miss
+from kvt_compile.passes.finding.miss import NEAR, ONE_KEY, OWN_SELECTION, Miss, not_tokens
 from kvt_compile.passes.finding.own.absorb import selection_between
 from kvt_compile.passes.reading.facts import Facts, may_ask
 from kvt_compile.passes.reading.invariance import without_row_constants
@@ -46,7 +46,7 @@ def read_softmax(graph: CanonicalGraph, facts: Facts, anchor: Value) -> tuple[li
         return [], Miss("values", anchor, "nobody reads what is computed of it")
     consumers, others = _consumers(graph, anchor)
     if not consumers:
-        return [], Miss("values", anchor, "its weights are not multiplied with values by a matrix product")
+        return [], Miss("values", anchor, _no_product(anchor))
     sites: list[AttentionSite] = []
     misses: list[Miss] = []
     kept: AttentionSite | None = None
@@ -73,6 +73,19 @@ def read_softmax(graph: CanonicalGraph, facts: Facts, anchor: Value) -> tuple[li
     if nearest.step in ("scores", "values") and "unread" in anchor.attrs and anchor.inputs[0] in facts.widely:
         nearest = Miss("selection", anchor, OWN_SELECTION.format(anchor.attrs["unread"]))
     return [], nearest
+
+
+def _no_product(anchor: Value) -> str:
+    """Why no product with values was found: the weights may be multiplied with a parameter instead."""
+    queue, seen = [anchor], {anchor}
+    while queue:
+        here = queue.pop()
+        if here.kind == "contraction":
+            return "its weights are not multiplied with values, but with a parameter"
+        if here is anchor or here.kind in ("pointwise", "layout"):
+            queue += [x for x in here.users if x not in seen]
+            seen.update(here.users)
+    return "its weights are not multiplied with values by a matrix product"
 
 
 def _consumers(graph: CanonicalGraph, anchor: Value) -> tuple[list[_Consumer], list[Value]]:
@@ -201,13 +214,13 @@ class _Attempt:
                 continue
             key = sides.index(True)
             if operands[key][0] not in self.facts.computed:
-                reason = LEARNED.format("keys")
+                reason = not_tokens(operands[key][0], "keys")
                 continue
             candidates.append((leaf, key, operands))
         if not candidates:
             raise Miss("scores", self.anchor, reason)
         if self.value[0] not in self.facts.computed:
-            raise Miss("values", self.product, LEARNED.format("values"))
+            raise Miss("values", self.product, not_tokens(self.value[0], "values"))
         # relative positions are multiplied with the queries too: with real keys at hand they are a bias
         candidates = [c for c in candidates if c[2][c[1]][0] in self.facts.activation] or candidates
         self.leaf_of_product, key, operands = candidates[0]

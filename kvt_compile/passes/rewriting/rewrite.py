@@ -196,7 +196,12 @@ def _remove(graph: fx.Graph, plan: Fused) -> None:
     to be free of side effects go.
     """
 
+    parent = plan.node.args[0] if plan.node.target is operator.getitem else None
     graph.erase_node(plan.node)
+    if isinstance(parent, fx.Node):  # an operator that has other outputs, which nobody reads
+        for node in [*parent.users, parent]:
+            if not node.users:
+                graph.erase_node(node)
     inside = {value.node for value in plan.interior}
     for node in [user for value in inside for user in value.users]:  # what `x[i] += y` ends with
         writes = node.target is operator.setitem and node not in inside and not node.users

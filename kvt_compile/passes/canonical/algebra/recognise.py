@@ -19,6 +19,7 @@ from kvt_compile.passes.canonical.algebra.forms import (
     Element,
     Exp,
     Form,
+    Program,
     TooLong,
     Total,
     not_negative,
@@ -28,13 +29,15 @@ from kvt_compile.passes.canonical.algebra.forms import (
     times,
 )
 from kvt_compile.passes.canonical.algebra.program import laid_out, written
-from kvt_compile.passes.canonical.algebra.row import Row
+from kvt_compile.passes.canonical.algebra.row import Row, made_of
 from kvt_compile.passes.canonical.coords import ZERO, Coord, Coords, Space
 from kvt_compile.passes.canonical.meaning import Builder
 from kvt_compile.passes.canonical.values import Value, meta_value, same
 
 _ENDS = frozenset({"div", "mul", "exp", "exp2", "pow", "power_of_number", "where", "reciprocal", "add", "sub"})
 """What the last operation of a softmax can be."""
+_NOT_MEANT = ("fn", "call", "given", "within")
+"""What is kept beside a value and says nothing more of what it computes than its name."""
 _SUMS = frozenset({"sum", "mean", "logsumexp"})
 _CARRY = ("pointwise", "layout", "border", "select_by")
 
@@ -47,8 +50,11 @@ class Recogniser:
     sums: set[Value] = field(default_factory=set)
     softmaxes: set[Value] = field(default_factory=set)
     """Softmaxes, and what is made of one: its logarithm has a sum in it."""
+    same: dict[Value, Value] = field(default_factory=dict)
+    """What computes the same as an earlier value, as the maximum of an exponential that is written twice -> that."""
     products: dict[Value, Value] = field(default_factory=dict)
     """What is a product, at most scaled and rearranged -> that product."""
+    _first: dict[object, Value] = field(default_factory=dict)
 
     def look(self, b: Builder, value: Value) -> Value:
         """The value, or the softmax (the product with one) that it is."""
@@ -69,7 +75,23 @@ class Recogniser:
                 return found
         return value
 
+    def _number(self, value: Value) -> None:
+        """Finds the first value that is computed alike."""
+        computes = value.kind in ("layout", "reduce", "border") or (value.kind == "opaque" and value.name == "detach")
+        if not computes and (value.kind != "pointwise" or value.name == "dropout"):
+            return
+        inputs = tuple(self.same.get(x, x) if isinstance(x, Value) else (type(x), x) for x in value.inputs)
+        attrs = tuple((key, x) for key, x in value.attrs.items() if key not in _NOT_MEANT)
+        key = (value.kind, value.name, value.shape, value.dtype, inputs, attrs)
+        try:
+            first = self._first.setdefault(key, value)
+        except TypeError:  # an argument that is a list
+            return
+        if first is not value:
+            self.same[value] = first
+
     def _note(self, value: Value) -> None:
+        self._number(value)
         if value.kind == "reduce":
             if value.name in _SUMS and len(value.attrs["dims"]) == 1:
                 self.sums.add(value)
@@ -102,7 +124,7 @@ class Recogniser:
                 continue
             space = Space()
             frame = tuple(space.fresh(f"o{d}", size) for d, size in enumerate(value.shape))
-            row = Row(space, frame[dim])
+            row = Row(space, frame[dim], same=self.same)
             form = _settled(row, value, frame)
             found = self._written(b, row, value, form, frame, dim)
             if found is not None:
@@ -141,7 +163,7 @@ class Recogniser:
                 continue
             space = Space()
             frame = tuple(space.fresh(f"o{d}", n) for d, n in enumerate(value.shape))
-            row = Row(space, space.fresh("j", size), stops=frozenset({values, *_parts(values)}))
+            row = Row(space, space.fresh("j", size), frozenset({values, *_parts(values)}), self.same)
             found = self._normalised_after(b, row, value, _settled(row, value, frame), product, values, frame)
             if found is not None:
                 return found
@@ -196,15 +218,26 @@ def _scores(b: Builder, row: Row, weights: Form, frame: Coords, whole: Value, ot
     if weights.program is not None and any(entry.kind == "log" for entry in weights.program):
         programs.reverse()  # log(exp(s) - 1 + 1) is s
     for program in programs:
+        program = _without_shifts(row, program)
         scores = written(b, row.space, program, frame) if program else None
         if scores is None or any(entry.kind == "log" and _of_softmax(entry.value) for entry in program or ()):
             continue  # weights that are changed and normalised again have their own softmax
         at = frame[len(frame) - len(scores.shape) :]
-        again = over(Row(row.space, row.row).exponent(scores, at), weights)
+        again = over(Row(row.space, row.row, same=row.same).exponent(scores, at), weights)
         says_the_same = again is not None and not any(map(row.atom_along, again.atoms))
         if says_the_same and _keeps_gradients([whole], [scores, *others]):
             return scores
     return None
+
+
+def _without_shifts(row: Row, program: Program) -> Program:
+    """The program without what is taken of the row itself and added to all of it."""
+    along = [entry.value for entry in program or () if row.along(entry.at)]
+    return program and tuple(
+        entry
+        for entry in program
+        if entry.kind != "exp" or row.along(entry.at) or not any(made_of(entry.value, x) for x in along)
+    )
 
 
 def _of_softmax(value: Value) -> bool:
@@ -233,7 +266,7 @@ def _labels(at: Coords) -> tuple[Coord | None, ...]:
 def _settled(row: Row, value: Value, frame: Coords) -> Form:
     """Read twice: the first reading splits the coordinates that reshapes split."""
     row.form(value, frame)
-    again = Row(row.space, row.row, row.stops)
+    again = Row(row.space, row.row, row.stops, row.same)
     return again.form(value, frame)
 
 

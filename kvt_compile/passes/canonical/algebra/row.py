@@ -10,7 +10,7 @@ wherever they stand, summed or not.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -57,9 +57,15 @@ OPAQUE_EXPONENTS: dict[str, Rule] = {}
 class Row:
     """Reads values along one row: the coordinate `row` of a space."""
 
-    def __init__(self, space: Space, row: Coord, stops: frozenset[Value] = frozenset()) -> None:
-        """stops: values that are elements whatever they are made of."""
-        self.space, self.row, self.stops = space, row, stops
+    def __init__(
+        self,
+        space: Space,
+        row: Coord,
+        stops: frozenset[Value] = frozenset(),
+        same: Mapping[Value, Value] | None = None,
+    ) -> None:
+        """stops: values that are elements whatever they are made of.  same: what is computed as an earlier value is."""
+        self.space, self.row, self.stops, self.same = space, row, stops, {} if same is None else same
         self._memo: dict[tuple[Value, Coords, bool], Form] = {}
 
     def read(self) -> set[Value]:
@@ -88,9 +94,10 @@ class Row:
         return self._memo[key]
 
     def _element(self, value: Value, at: Coords) -> Form:
+        first = self.same.get(value, value)
         if value.dtype is torch.bool:
-            return of_atom(Chosen(value, at, True), (Entry(1.0, "mask", value, at),))
-        return of_atom(Element(value, at), (Entry(1.0, "log", value, at),))
+            return of_atom(Chosen(first, at, True), (Entry(1.0, "mask", value, at),))
+        return of_atom(Element(first, at), (Entry(1.0, "log", value, at),))
 
     def _form(self, value: Value, at: Coords) -> Form:
         found: Form | None = None
@@ -150,20 +157,33 @@ class Row:
         elif value.kind == "reduce" and value.name == "logsumexp":
             found = self._reduced(value, at, exponent=True)
         if found is None:
-            return of_atom(Exp(value, at), (Entry(1.0, "exp", value, at),))
+            return of_atom(Exp(self.same.get(value, value), at), (Entry(1.0, "exp", value, at),))
         if value.name == "log":
             return found  # exp(log(x)) is x
         return replace(found, program=self._program_of_exponent(value, at))
 
     def _program_of_exponent(self, value: Value, at: Coords) -> Program:
         """The exponent as the model has it, without what its own row is shifted by."""
-        left = self._shifted(value, at)
-        while left is not None:
-            value, at = left
-            left = self._shifted(value, at)
-        if not self.along(at):
-            return () if value.kind == "reduce" else (Entry(1.0, "exp", value, at),)
-        return (Entry(1.0, "exp", value, at),)
+        power = 1.0
+        while (left := self._shifted(value, at) or self._scaled(value, at)) is not None:
+            value, at, *factor = left
+            power *= factor[0] if factor else 1.0
+        if not self.along(at) and value.kind == "reduce":
+            return ()
+        return (Entry(power, "exp", value, at),)
+
+    def _scaled(self, value: Value, at: Coords) -> tuple[Value, Coords, float] | None:
+        """x - c and the number of number * (x - c)."""
+        if value.kind != "pointwise" or value.name not in ("mul", "div", "neg") or not self._follows(value):
+            return None
+        *numbers, x = value.inputs if isinstance(value.inputs[-1], Value) else reversed(value.inputs)
+        if not isinstance(x, Value) or (value.name == "div" and x is not value.inputs[0]):
+            return None
+        number = numbers[0] if numbers else -1.0
+        place = aligned(at, x)
+        if not isinstance(number, int | float) or number == 0 or self._shifted(x, place) is None:
+            return None
+        return x, place, 1.0 / number if value.name == "div" else float(number)
 
     def _shifted(self, value: Value, at: Coords) -> tuple[Value, Coords] | None:
         """x of x - c or x + c, where c is one number for each row and made of what x is made of."""

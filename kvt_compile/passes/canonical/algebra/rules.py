@@ -91,7 +91,7 @@ def mask(row: Row, condition: Value, at: Coords, on: bool) -> Form:
     while condition.kind == "pointwise" and condition.name == "logical_not" and isinstance(condition.inputs[0], Value):
         condition, on = condition.inputs[0], not on
     place = row.space.resolve_all(aligned(at, condition))
-    return of_atom(Chosen(condition, place, on), (Entry(1.0, "mask", condition, place, on),))
+    return of_atom(Chosen(row.same.get(condition, condition), place, on), (Entry(1.0, "mask", condition, place, on),))
 
 
 def _identity(row: Row, value: Value, at: Coords) -> Form | None:
