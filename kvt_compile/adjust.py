@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from kvt_compile.config import OptionError
+from kvt_compile.kernels.op import lowerings
 from kvt_compile.kernels.op import ops as _ops  # noqa: F401 - registers torch.ops.kvt
 from kvt_compile.passes.canonical.values import meta_value
 from kvt_compile.passes.finding.describe import place
@@ -61,7 +62,7 @@ class KeysToKeep(nn.Module):
         self.topk, self.adjusted = topk, True
 
     def forward(self, keys: Tensor, captured: int) -> int:
-        count = keys.shape[self.dim]
+        count = keys.shape[self.dim] * lowerings.inside().ranks
         if not self.adjusted and (self.own or not _forced):
             return captured
         return keep(self.topk, count)

@@ -19,7 +19,7 @@ from kvt_compile import torch_versions
 from kvt_compile.capture.frames import guard_paths, note_paths
 from kvt_compile.capture.skipped import tell_if_disabled, tell_of_transforms
 from kvt_compile.config import OptionError, Options, split_options
-from kvt_compile.kernels import tune
+from kvt_compile.kernels import lowerings, tune
 from kvt_compile.kernels.warn import warn_once
 from kvt_compile.passes.canonical.modes import ambient
 from kvt_compile.passes.pipeline import PassResult, run_passes
@@ -91,9 +91,17 @@ def apply_passes(gm: fx.GraphModule, options: Options) -> PassResult:
     Raises RefusalError as `on_refusal` asks."""
     recorder = GraphRecorder() if graphs.log.isEnabledFor(logging.DEBUG) else None
     note_paths(gm)
+    inside = lowerings.inside()
     result = run_passes(
-        gm, options.policy, lowering=options.lowering, tolerance=options.topk_tolerance, watch=recorder, entry=ambient()
+        gm,
+        options.policy,
+        lowering=asked_lowering(options),
+        tolerance=options.topk_tolerance,
+        watch=recorder,
+        entry=ambient(),
+        ranks=inside.ranks,
     )
+    check_all_rewritten(result, inside)
     if recorder is not None:
         graphs.log_changes(recorder.finish())
     guard_paths(options.policy, result.decisions)
@@ -125,6 +133,36 @@ def backend_of(then: str | Backend) -> Backend:
         return by_inductor
     found: Backend = torch._dynamo.lookup_backend(then)
     return found
+
+
+def asked_lowering(options: Options) -> str:
+    """The lowering that new nodes ask for here.  Raises OptionError for one that has no place here."""
+    inside = lowerings.inside()
+    if inside.lowering != "auto" and options.lowering != "auto":
+        raise OptionError(
+            f"lowering is {options.lowering!r} inside of context_parallel, expected 'auto': which lowering computes a "
+            "rank's part is decided there"
+        )
+    return inside.lowering if options.lowering == "auto" else options.lowering
+
+
+def check_all_rewritten(result: PassResult, inside: lowerings.Inside) -> None:
+    """Raises RefusalError where keys are cut over several ranks and attention would be over those of one."""
+    if inside.ranks == 1:
+        return
+    left = [f"{r.node.name} in {r.where}: {r.reason}" for r in result.refusals]
+    for decision in result.decisions:
+        if decision.topk is None:
+            left.append(f"attention in {decision.site.where}: {decision.reason}")
+        elif decision.site.tier != "fused":
+            left.append(
+                f"attention in {decision.site.where}: its weights are used besides ({decision.site.tier_reason})"
+            )
+    if left:
+        raise RefusalError(
+            "inside of context_parallel these would attend to this rank's own keys only; move them outside of it, or "
+            "write them so that they are rewritten:\n  " + "\n  ".join(left)
+        )
 
 
 def request_tuning(result: PassResult, options: Options) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import kvt_compile.kernels.op.ops  # noqa: F401 - registers torch.ops.kvt
+from kvt_compile.kernels.op import lowerings
 from kvt_compile.select.geometry import needs_grid, needs_prefix, resolve_grid
 from kvt_compile.select.text import parse
 from kvt_compile.select.values import Selector, for_node
@@ -160,7 +161,11 @@ def _attention(
     tolerance = constant(validate_tolerance(topk_tolerance))
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device) if dropout_p > 0.0 else None
     tensors = _fold(q, batch, heads), _fold(k, batch, kv_heads), _fold(v, batch, kv_heads)
-    rest = score, "p", resolve(topk, k.shape[-2]), sizes, constant(dropout_p), seed, lowering, tolerance
+    inside = lowerings.inside()
+    if lowering == "auto":
+        lowering = inside.lowering
+    keep = resolve(topk, k.shape[-2] * inside.ranks)
+    rest = score, "p", keep, sizes, constant(dropout_p), seed, lowering, tolerance
     out = torch.ops.kvt.attention(*tensors, captured, *rest, *select)[0]
     return out if len(lead) == 2 else out.reshape(*lead, q.shape[-2], v.shape[-1])  # type: ignore[no-any-return]
 

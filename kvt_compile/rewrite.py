@@ -10,12 +10,13 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from kvt_compile.adjust import make_adjustable
-from kvt_compile.backend import report_refusals, request_tuning
+from kvt_compile.backend import asked_lowering, check_all_rewritten, report_refusals, request_tuning
 from kvt_compile.capture.capture import capture
 from kvt_compile.capture.environment import LOCK
 from kvt_compile.capture.modes import allow_modes, mode_of
 from kvt_compile.config import OptionError, make_options
 from kvt_compile.explain import build_report
+from kvt_compile.kernels import lowerings
 from kvt_compile.passes.decide import unmatched_patterns
 from kvt_compile.passes.pipeline import run_passes
 from kvt_compile.report.graphs import GraphRecorder
@@ -58,13 +59,15 @@ def rewrite(
         result = run_passes(
             captured.graph,
             chosen.policy,
-            lowering=chosen.lowering,
+            lowering=asked_lowering(chosen),
             tolerance=chosen.topk_tolerance,
             origins=captured.origins,
             watch=recorder,
+            ranks=lowerings.inside().ranks,
         )
     if wrong := unmatched_patterns(chosen.policy, [d.site for d in result.decisions]):
         raise OptionError(wrong)
+    check_all_rewritten(result, lowerings.inside())
     report_refusals(result, chosen)
     request_tuning(result, chosen)
     report = build_report([result], chosen, recorder.finish())

@@ -52,7 +52,7 @@ def of_shard(
 @lru_cache(maxsize=1024)
 def _shifted(text: str, axis: str, size: int, local: Local) -> str:
     expression = language.parse(text)
-    symbol = next(x for x in (language.b, language.h, language.i) if str(x) == axis)
+    symbol = next(x for x in (language.b, language.h, language.i, language.j) if str(x) == axis)
     moved = symbol + language.size_symbol(size) - 1
 
     def shift(x: sympy.Expr) -> sympy.Expr:

@@ -39,7 +39,9 @@ ROWS = {"b": 0, "h": 1, "i": 2}
 """Dimensions of q and of what has a number for every query."""
 KEYS = {"b": 0, "h": 1}
 _OF_ROWS = ("q", "out", "logsumexp", "threshold", "grad_out")
-_UNDERSTOOD = {x.name for x in dataclasses.fields(BackwardArguments)} - {"selection", "geometry"}
+_UNDERSTOOD = {"k", "v", "captured", "score", "weight", "topk", "sizes", "dropout_p", "seed", "lowering", "tolerance"}
+_UNDERSTOOD |= {*_OF_ROWS, "draw", "needs_grad", "select", "grid", "prefix"}
+"""Arguments whose meaning for a shard is known here."""
 
 
 @dataclasses.dataclass(frozen=True)

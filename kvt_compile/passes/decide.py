@@ -13,7 +13,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from kvt_compile.passes.selecting import GridRule, PrefixRule, Selected, SelectRule, selected
@@ -80,8 +80,11 @@ def share_of(topk: TopK) -> Fraction | None:
     return Fraction(*as_fraction(topk)) if isinstance(topk, float) else None
 
 
-def decide(site: AttentionSite, policy: Policy) -> Decision:
-    """The decision for one site.  With a dynamic number of keys the comparison is left to the rewrite."""
+def decide(site: AttentionSite, policy: Policy, ranks: int = 1) -> Decision:
+    """The decision for one site.  With a dynamic number of keys the comparison is left to the rewrite.
+
+    ranks: over how many the queries and keys are cut; then a site that would stay dense, over a part of the keys, is
+    rewritten and keeps all."""
     if policy.include and not any(_matches(site, pattern) for pattern in policy.include):
         return Decision(site, None, "not in `include`")
     if any(_matches(site, pattern) for pattern in policy.exclude):
@@ -89,6 +92,8 @@ def decide(site: AttentionSite, policy: Policy) -> Decision:
     if site.axis not in policy.axes:
         return Decision(site, None, _left_dense(site))
     rule = policy.topk if policy.select is None else policy.select
+    if ranks > 1:
+        return _over_ranks(site, policy, ranks, own=site.own is not None and not _names(rule, site))
     if site.own is not None and not _names(rule, site):
         return _keeps_its_own(site, site.own, policy)
     if policy.select is not None:
@@ -97,6 +102,15 @@ def decide(site: AttentionSite, policy: Policy) -> Decision:
     if topk is None:
         return Decision(site, None, "topk is None for this site")
     return _by_topk(site, topk, policy)
+
+
+def _over_ranks(site: AttentionSite, policy: Policy, ranks: int, own: bool) -> Decision:
+    if own:
+        return Decision(site, None, "its own k is counted among a part of the keys (name the site in `topk`)")
+    if policy.select is not None:
+        return Decision(site, None, "the grid of a selection is that of all tokens, and this is a part of them")
+    topk = _apply(policy.topk, _whole(site, ranks))
+    return Decision(site, 1.0 if topk is None else topk)
 
 
 def _by_selection(site: AttentionSite, policy: Policy) -> Decision:
@@ -137,6 +151,14 @@ def _names(rule: Rule | SelectRule, site: AttentionSite) -> bool:
 
 def _matches(site: AttentionSite, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in site.where.names)
+
+
+def _whole(site: AttentionSite, ranks: int) -> AttentionSite:
+    """The site as a rule sees it: with the queries and keys of all ranks."""
+    if ranks == 1:
+        return site
+    queries, keys = (x * ranks if isinstance(x, int) else f"{ranks}*({x})" for x in (site.queries, site.keys))
+    return replace(site, queries=queries, keys=keys)
 
 
 def _left_dense(site: AttentionSite) -> str:

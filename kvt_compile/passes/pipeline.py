@@ -50,6 +50,7 @@ def run_passes(
     apply: bool = True,
     watch: Watch | None = None,
     entry: Mode | None = None,
+    ranks: int = 1,
 ) -> PassResult:
     """Runs every pass over a graph and the graphs nested in it (checkpoint and control-flow bodies).
 
@@ -62,16 +63,17 @@ def run_passes(
         apply: False only finds and decides (composites are still expanded, with the same meaning).
         watch: is shown every graph between the passes; it must not change it.
         entry: the mode the graph runs in from its start, where it is known (a graph of Dynamo: `ambient()`).
+        ranks: over how many the queries and keys of every site are cut: `topk` speaks of the keys of all.
 
     Nothing of the process the passes run in is seen by the operators they run on fake tensors, and nothing sees those.
     """
     with undisturbed():
-        return _run(gm, policy, lowering, tolerance, origins, apply, watch, entry or Mode())
+        return _run(gm, policy, lowering, tolerance, origins, apply, watch, entry or Mode(), ranks)
 
 
 def _run(
     gm: fx.GraphModule, policy: Policy, lowering: str, tolerance: float, origins: dict[str, str] | None, apply: bool,
-    watch: Watch | None, entry: Mode,
+    watch: Watch | None, entry: Mode, ranks: int,
 ) -> PassResult:  # fmt: skip
     changed = False
     decisions: list[Decision] = []
@@ -80,11 +82,11 @@ def _run(
         resolve_packets(graph)
         expand_composites(graph, mode)
         found = find(canonicalise(graph, origins, mode))
-        decided = [decide(site, policy) for site in found.sites]
+        decided = [decide(site, policy, ranks) for site in found.sites]
         if watch:
             watch("found", name, graph, decided, found.refusals)
         if apply:
-            changed |= rewrite(graph, decided, lowering, tolerance)
+            changed |= rewrite(graph, decided, lowering, tolerance, ranks)
             if watch:
                 watch("rewritten", name, graph, decided, found.refusals)
         decisions += decided

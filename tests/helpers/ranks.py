@@ -21,8 +21,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-PATIENCE = 120.0
-"""Seconds a check may take, a machine that is busy included; collectives give up before."""
+PATIENCE = 300.0
+"""Seconds a check may take, on a busy machine too; collectives give up a little earlier."""
 
 
 class RankError(AssertionError):
@@ -105,7 +105,7 @@ def _serve(end: Connection, store: str, rank: int, world: int) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=PATIENCE - 20)
     )
     while True:
         try:

@@ -28,6 +28,7 @@ CALLS: dict[str, Callable[[Any, Path], Any]] = {
     "own_policy": lambda example, folder: example.main(),
     "official_kvt": lambda example, folder: example.main(depth=1),
     "op_in_a_model": lambda example, folder: example.main(),
+    "many_ranks": lambda example, folder: example.main([]),
 }
 WRITES = {
     "train_digits": {"curves.png"},

@@ -36,6 +36,8 @@ class AttentionCall:
     tolerance: float = 0.0
     """Allows, and does not ask for, another number of keys in every row: any in `topk.kept_range(topk, tolerance)`.  A
     lowering that selects exactly may ignore it.  A backward needs none: the thresholds say what was kept."""
+    asked: int = 0
+    """`topk` as it was asked for: more than the keys of this call, where those are not all."""
     part: Sequence[int] | None = None
     """What the operators call `draw`; None where the call is no part of a larger one."""
     selection: Selection | None = None
@@ -49,7 +51,7 @@ class AttentionCall:
         shapes = a.q, a.k, a.v, captured
         spec = KernelSpec.of(*shapes, a.score, a.weight, len(sizes), a.dropout_p, needs_grad, a.select)
         selection = selection_of(a.select, a.grid, a.prefix, a.q.shape[2], a.k.shape[2])
-        return cls(spec, *shapes, topk, sizes, a.dropout_p, a.seed, a.tolerance, a.draw, selection)
+        return cls(spec, *shapes, topk, sizes, a.dropout_p, a.seed, a.tolerance, a.topk, a.draw, selection)
 
     @property
     def rows(self) -> torch.Size:

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -83,6 +83,53 @@ def register(name: str, lowering: Lowering | str) -> Callable[[], None]:
         ready.forget()
 
     return undo
+
+
+class Inside(NamedTuple):
+    """What every attention of the process has to know now."""
+
+    lowering: str = "auto"
+    """What it asks for."""
+    ranks: int = 1
+    """Over how many ranks its keys are cut."""
+
+
+_inside: list[Inside] = []
+"""Innermost last.  A plain list: Dynamo guards on what it read of it."""
+
+
+def enter(inside: Inside) -> None:
+    """From here on attention is over keys that several ranks share (`kvt_compile.parallel.context_parallel`)."""
+    _inside.append(inside)
+
+
+def leave() -> None:
+    """The end of what `enter` began."""
+    _inside.pop()
+
+
+def inside() -> Inside:
+    """What holds now."""
+    return _inside[-1] if _inside else Inside()
+
+
+def check_inside(name: str) -> None:
+    """Raises LoweringError where attention asks for another lowering than the one it is inside of, or is inside of a
+    region in which torch has replaced `scaled_dot_product_attention`, and it alone, by one over all ranks."""
+    if not _inside:
+        replaced = getattr(torch.nn.functional.scaled_dot_product_attention, "__module__", None) or ""
+        if replaced.startswith("torch.distributed"):
+            raise LoweringError(
+                "k-NN attention inside of torch.distributed.tensor.experimental.context_parallel would attend to this "
+                "rank's own keys only: what torch replaces there is scaled_dot_product_attention alone. Use "
+                "kvt_compile.parallel.context_parallel"
+            )
+    elif name != _inside[-1].lowering:
+        raise LoweringError(
+            f"this attention asks for the lowering {name!r} inside of {_inside[-1].lowering!r}: it would attend to "
+            "this rank's own keys only. Compile and call the model inside of context_parallel, and what is not cut "
+            "along the sequence outside of it"
+        )
 
 
 def names() -> tuple[str, ...]:

@@ -87,6 +87,7 @@ def _attention(a: AttentionArguments) -> tuple[Tensor, Tensor, Tensor]:
     if (run := ready.runner(key)) is not None:
         return run(a.q, a.k, a.v, a.captured or ())
     check_attention(a)
+    lowerings.check_inside(a.lowering)
     call = AttentionCall.of(a, topk=min(a.topk, a.k.shape[2]))
     chosen = lowerings.choose(a.lowering, call.spec, a.q.device.type)
     with _without_autocast(a.q.device.type):
@@ -168,6 +169,7 @@ def _attention_backward_fake(a: BackwardArguments) -> tuple[Tensor, Tensor, Tens
 
 def _topk_softmax(a: SoftmaxArguments) -> Tensor:
     dim = check_softmax(a)
+    lowerings.check_inside(a.lowering)
     if a.scores.numel() == 0:
         return torch.empty(a.scores.shape, dtype=a.dtype, device=a.scores.device)
     chosen = lowerings.choose(a.lowering, SoftmaxSpec.of(a.scores.dtype, a.dtype), a.scores.device.type)

@@ -9,7 +9,7 @@ whole rows, so that selection and softmax need nothing from outside it.  Memory 
 
 t is -inf where a selection does not allow a key.
 
-Why the backward keeps the forward's keys: `_Algorithm.scores` computes both, from the same tile plan and so with the
+Why the backward keeps the forward's keys: `Algorithm.scores` computes both, from the same tile plan and so with the
 same matrix shapes, which gives the same bits; and the saved threshold lies midway between the smallest kept and the
 largest dropped score, so that even other bits (another thread count, another lowering's forward) fall on the same side
 unless they differ by half that gap.
@@ -41,7 +41,7 @@ from kvt_compile.select.values import Mass, TopK
 Slopes = list[tuple[language.load, sympy.Expr, Tensor]]
 
 
-class _Algorithm:
+class Algorithm:
     """The parts of one call that forward and backward share."""
 
     def __init__(self, call: AttentionCall) -> None:
@@ -110,7 +110,7 @@ class AtenLowering:
         return None
 
     def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-        run, device = _Algorithm(call), call.q.device
+        run, device = Algorithm(call), call.q.device
         # what a row without keys has; every other row is overwritten
         out = torch.zeros((*call.rows, call.spec.value_dim), dtype=call.v.dtype, device=device)
         logsumexp, threshold = (
@@ -129,7 +129,7 @@ class AtenLowering:
     def backward(
         self, call: AttentionCall, grad_out: Tensor, out: Tensor, logsumexp: Tensor, threshold: Tensor
     ) -> Gradients:
-        run, spec = _Algorithm(call), call.spec
+        run, spec = Algorithm(call), call.spec
         inputs = (call.q, call.k, call.v, *call.captured)
         # sums over tiles are wide: a bfloat16 sum would soon stop growing
         sums = [
@@ -137,8 +137,8 @@ class AtenLowering:
             for x, need in zip(inputs, spec.needs_grad, strict=True)
         ]
         dq, dk, dv, *dcaptured = sums
-        score_slopes = _slopes(spec.score_loads, spec.score_expression, dcaptured)
-        weight_slopes = _slopes(spec.weight_loads, spec.weight_expression, dcaptured)
+        score_slopes = slopes(spec.score_loads, spec.score_expression, dcaptured)
+        weight_slopes = slopes(spec.weight_loads, spec.weight_expression, dcaptured)
         by_s = derivative(spec.score_expression, language.s)
         by_p = derivative(spec.weight_expression, language.p)
         only_values = dq is None and dk is None and not score_slopes and not weight_slopes
@@ -154,12 +154,12 @@ class AtenLowering:
                     continue
                 dw = run.dropped(env, part.ungroup(grad @ values.transpose(-1, -2)).to(spec.accumulate))
                 for load, slope, into in weight_slopes:
-                    scatter(load, _times(dw, slope, env, p), env, into)
-                dp = _times(dw, by_p, env, p)
+                    scatter(load, times(dw, slope, env, p), env, into)
+                dp = times(dw, by_p, env, p)
                 dt = p * (dp - (p * dp).sum(-1, keepdim=True))
                 for load, slope, into in score_slopes:
-                    scatter(load, _times(dt, slope, env, p), env, into)
-                ds = part.group(_times(dt, by_s, env, p))
+                    scatter(load, times(dt, slope, env, p), env, into)
+                ds = part.group(times(dt, by_s, env, p))
                 if dq is not None:
                     part.rows(dq).copy_(part.ungroup(ds @ keys))
                 if dk is not None:
@@ -193,13 +193,13 @@ class AtenLowering:
 LOWERING = AtenLowering()
 
 
-def _slopes(loads: Sequence[language.load], expression: sympy.Expr, sums: Sequence[Tensor | None]) -> Slopes:
+def slopes(loads: Sequence[language.load], expression: sympy.Expr, sums: Sequence[Tensor | None]) -> Slopes:
     """(load, d expression / d load, where its gradient goes) for every load whose tensor needs one."""
     wanted = ((load, sums[load.slot]) for load in loads)
     return [(load, derivative(expression, load), into) for load, into in wanted if into is not None]
 
 
-def _times(x: Tensor, slope: sympy.Expr, env: Environment, p: Tensor) -> Tensor:
+def times(x: Tensor, slope: sympy.Expr, env: Environment, p: Tensor) -> Tensor:
     """x times the slope, over keys that have weight: a slope may be infinite or NaN where there is none."""
     if isinstance(slope, sympy.Number):
         return x if slope == language.one else x * float(slope)

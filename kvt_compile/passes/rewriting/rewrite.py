@@ -38,7 +38,13 @@ class DropoutRate(nn.Module):
         return self.p if self.training else 0.0
 
 
-def rewrite(gm: fx.GraphModule, decisions: Iterable[Decision], lowering: str = "auto", tolerance: float = 0.0) -> bool:
+def rewrite(
+    gm: fx.GraphModule,
+    decisions: Iterable[Decision],
+    lowering: str = "auto",
+    tolerance: float = 0.0,
+    ranks: int = 1,
+) -> bool:
     """Rewrites every decided site of the graph in place and returns whether anything changed.
 
     The graph is linted before and after; a site whose decision has no k is not touched.
@@ -51,7 +57,7 @@ def rewrite(gm: fx.GraphModule, decisions: Iterable[Decision], lowering: str = "
         plan = decision.site.plan
         how = lowering, 0.0 if decision.own else tolerance  # what the model does is not the user's to be lax about
         if isinstance(plan, Fused):
-            new = _fuse(gm, plan, decision.topk, how, renamed, decision.select)
+            new = _fuse(gm, plan, decision.topk, how, renamed, decision.select, ranks)
         elif isinstance(plan, Thinned):
             new = _thin(gm.graph, plan, decision.topk, how, renamed)
         else:
@@ -72,6 +78,7 @@ def _fuse(
     how: How,
     renamed: dict[fx.Node, fx.Node],
     select: Selected | None,
+    ranks: int,
 ) -> fx.Node:
     emit = Emitter(gm.graph, plan.node, plan.node, renamed)
     emit.know_sizes(plan.q, plan.k, plan.v)
@@ -85,7 +92,8 @@ def _fuse(
     rate, seed = _dropout(gm, plan, emit, q)
     call = emit.call(
         torch.ops.kvt.attention.default, q, k, v, captured, plan.score, plan.weight,
-        _keys_to_keep(emit, topk, emit.size(g.keys)), sizes, rate, seed, *how, *_selection(select),
+        _keys_to_keep(emit, topk, _times(emit, emit.size(g.keys), ranks)), sizes, rate, seed,
+        *how, *_selection(select),
     )  # fmt: skip
     out = emit.call(operator.getitem, call, 0)
     out = emit.arrange(out, (g.batch, heads, g.queries, g.value_features), plan.out)
@@ -117,6 +125,13 @@ def _dropout(gm: fx.GraphModule, plan: Fused, emit: Emitter, q: fx.Node) -> tupl
     # one int64 from torch's own generator, so that `torch.manual_seed` rules the dropout mask
     device = meta_value(q).device
     return rate, emit.call(aten.randint.low, 0, 1 << 62, [1], dtype=torch.int64, device=device)
+
+
+def _times(emit: Emitter, size: Any, ranks: int) -> Any:
+    """A size of all ranks together."""
+    if isinstance(size, int):
+        return size * ranks
+    return size if ranks == 1 else emit.call(operator.mul, size, ranks)
 
 
 def _keys_to_keep(emit: Emitter, topk: TopK | OwnK, keys: Any) -> Any:
