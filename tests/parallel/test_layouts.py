@@ -36,7 +36,7 @@ def _full(x: Tensor) -> Tensor:
 
 
 def _clean(name: str) -> str:
-    for wrapper in ("module.", "_orig_mod.", "_checkpoint_wrapped_module."):
+    for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module."):
         name = name.replace(wrapper, "")
     return name
 
@@ -157,8 +157,12 @@ def _tensor_parallel(module: nn.Module, mesh: Any, sequence: bool) -> None:
             plan |= {
                 "norm1": SequenceParallel(),
                 "norm2": SequenceParallel(),
-                "attn": PrepareModuleInput(input_layouts=(along, None), desired_input_layouts=(Replicate(), None)),
-                "mlp": PrepareModuleInput(input_layouts=(along,), desired_input_layouts=(Replicate(),)),
+                "attn": PrepareModuleInput(
+                    input_layouts=(along, None), desired_input_layouts=(Replicate(), None), use_local_output=True
+                ),
+                "mlp": PrepareModuleInput(
+                    input_layouts=(along,), desired_input_layouts=(Replicate(),), use_local_output=True
+                ),
             }
         parallelize_module(block, mesh, plan)
     if sequence:
@@ -175,10 +179,13 @@ def _tensor_parallel(module: nn.Module, mesh: Any, sequence: bool) -> None:
 def check_tensor_parallel(kind: str, sequence: bool) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
-    expected, module, mesh = _alone(kind), small.model(kind), init_device_mesh("cpu", (2,))
+    # torch 2.13 compiles no backward of this plan with sequence parallelism, whatever the backend
+    by_hand = sequence
+    expected, module, mesh = _alone(kind), small.model(kind, by_hand), init_device_mesh("cpu", (2,))
     _tensor_parallel(module, mesh, sequence)
-    for n, block in enumerate(module.blocks):
-        module.blocks[n] = _compiled(block)
+    if not by_hand:
+        for n, block in enumerate(module.blocks):
+            module.blocks[n] = _compiled(block)
     _steps(module, module, lambda x: x, torch.arange(16))
     _same(module, expected)
 

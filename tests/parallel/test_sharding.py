@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import random
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from oracles import Case, call, floats
 from torch import Tensor
+
+from kvt_compile.parallel.when_imported import when_imported
 
 Run = Callable[..., list[Any]]
 D = torch.float64
@@ -272,15 +276,36 @@ def test_a_compiled_model_on_dtensors(run: Run, dynamic: bool) -> None:
 
 CODE = """
 import sys, torch
+{first}
 import kvt_compile
-assert "torch.distributed.tensor" not in sys.modules
-assert "kvt_compile.parallel.rules" not in sys.modules
+known = "torch.distributed.tensor" in sys.modules
+assert ("kvt_compile.parallel.rules" in sys.modules) == known
 import torch.distributed.tensor
 assert "kvt_compile.parallel.rules" in sys.modules
 """
 
 
-@pytest.mark.parametrize("first", ["", "import torch.distributed.tensor, kvt_compile, sys\n"])
-def test_dtensor_is_imported_by_who_uses_it(first: str) -> None:
-    code = first + 'assert "kvt_compile.parallel.rules" in sys.modules' if first else CODE
-    subprocess.run([sys.executable, "-c", code], check=True)
+@pytest.mark.parametrize("first", ["", "import torch.distributed.tensor"])
+def test_dtensors_have_rules_as_soon_as_somebody_imports_them(first: str) -> None:
+    subprocess.run([sys.executable, "-c", CODE.format(first=first)], check=True)
+
+
+def test_an_action_follows_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    done: list[str] = []
+    (tmp_path / "kvt_tested_once.py").write_text("raise RuntimeError('not yet')")
+    when_imported("kvt_tested_once", lambda: done.append("acted"))
+    with pytest.raises(RuntimeError, match="not yet"):
+        importlib.import_module("kvt_tested_once")
+    assert not done
+    (tmp_path / "kvt_tested_once.py").write_text("VALUE = 'now it can be'")
+    importlib.invalidate_caches()
+    for _ in range(2):
+        assert importlib.import_module("kvt_tested_once").VALUE == "now it can be"
+        assert done == ["acted"]
+    when_imported("kvt_tested_once", lambda: done.append("at once"))
+    assert done == ["acted", "at once"]
+    when_imported("kvt_tested_never", done.clear)
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("kvt_tested_never")
+    assert done

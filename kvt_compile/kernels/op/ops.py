@@ -83,11 +83,11 @@ def _without_autocast(device: str) -> AbstractContextManager[None]:
 
 
 def _attention(a: AttentionArguments) -> tuple[Tensor, Tensor, Tensor]:
+    lowerings.check_inside(a.lowering)
     key = ready.key(a)
     if (run := ready.runner(key)) is not None:
         return run(a.q, a.k, a.v, a.captured or ())
     check_attention(a)
-    lowerings.check_inside(a.lowering)
     call = AttentionCall.of(a, topk=min(a.topk, a.k.shape[2]))
     chosen = lowerings.choose(a.lowering, call.spec, a.q.device.type)
     with _without_autocast(a.q.device.type):

@@ -40,6 +40,7 @@ _SAME = frozenset(
         *("flip", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "tril", "triu", "detach", "dropout"),
         *("dropout1d", "dropout2d", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout"),
         *("gumbel_softmax", "prelu", "rrelu", "to", "type", "float", "half", "bfloat16", "double", "type_as", "clone"),
+        *("to_local", "from_local", "redistribute", "full_tensor"),  # of DTensor: a rank's part has the same axes
         *("identity", "checkpoint", "narrow", "slice", "select_scatter", "slice_scatter", "diagonal_scatter", "diff"),
         *(
             "split",
