@@ -53,7 +53,7 @@ def counted() -> Iterator[Count]:
                 return NotImplemented
             out = func(*args, **(kwargs or {}))
             name = func.name()
-            if "_c10d_functional::" in name and "wait" not in name:
+            if "_c10d_functional::" in name and "wait" not in name and "_wrap_tensor" not in name:
                 into, ranks = _bytes(out), dist.get_world_size()
                 if "all_gather" in name:
                     count.add("all_gather", into * (ranks - 1) / ranks)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from traffic import counted, received
 
+import kvt_compile  # noqa: F401 - its operators, on the ranks that import this file
+
 Run = Callable[..., list[Any]]
 SIZES = {"B": 2, "Hq": 4, "Hk": 2, "N": 16, "D": 8, "Dv": 6, "e": 4}
 SHAPES = ((2, 4, 16, 8), (2, 2, 16, 8), (2, 2, 16, 6))
