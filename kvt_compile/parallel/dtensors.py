@@ -46,6 +46,7 @@ def _refuse_mixed(op: str, name: str, x: Tensor) -> NoReturn:
 
 def shard(x: DTensor, placements: Sequence[Placement]) -> Tensor:
     """What a rank has of a tensor once it lies as asked."""
+    x = x.detach()  # gradients are the op's own, and in torch 2.11 nothing that needs one can be redistributed here
     moved = x if x.placements == tuple(placements) else x.redistribute(x.device_mesh, placements)
     return moved.to_local()
 

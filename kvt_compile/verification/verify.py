@@ -28,7 +28,7 @@ from kvt_compile.config import NAMES, OptionError, Options, make_options
 from kvt_compile.passes.decide import unmatched_patterns
 from kvt_compile.passes.site import AttentionSite, Fused
 from kvt_compile.report.facts import location_of
-from kvt_compile.verification import copies, show
+from kvt_compile.verification import copies
 from kvt_compile.verification.beside import NAME, beside_the_reference
 from kvt_compile.verification.compare import FLOAT64, LOOSE, compare, distance, settled, worst
 from kvt_compile.verification.facts import Difference, Findings, SiteCheck
@@ -47,7 +47,9 @@ class Verification(Findings):
     @property
     def summary(self) -> str:
         """The verdict, in a sentence or two."""
-        return show.summary(self)
+        from kvt_compile.verification.show import summary  # takes time to import, as rich does
+
+        return summary(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; what is infinite is None."""
@@ -57,10 +59,14 @@ class Verification(Findings):
         return plain
 
     def __str__(self) -> str:
-        return show.as_text(self)
+        from kvt_compile.verification.show import as_text
+
+        return as_text(self)
 
     def __rich__(self) -> RenderableType:
-        return show.render(self)
+        from kvt_compile.verification.show import render
+
+        return render(self)
 
 
 def verify(

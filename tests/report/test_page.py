@@ -320,7 +320,7 @@ class TestPage:
         assert "kvt.attention(" in text
         steps = re.search(r'<ol class="steps">(.*?)</ol>', text)
         assert steps
-        assert re.findall(r'class="(done|failed|open)"', steps[1]) == ["done", "failed", *["open"] * 5]
+        assert re.findall(r'class="(done|failed|open)"', steps[1]) == ["done", "failed", *["open"] * 6]
 
     def test_is_well_formed_and_needs_nothing_else(self, report: Report) -> None:
         text = page(report)
