@@ -103,7 +103,6 @@ def attention(
     return _attention(q, k, v, kept, where, attn_mask, dropout_p, is_causal, scale, enable_gqa, lowering, 0.0)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _read(select: Selector | str) -> tuple[str, int | float | None, bool, bool]:
     """A selection -> the operator's text and k, and whether it asks for the grid and for the prefix.
 
@@ -114,6 +113,10 @@ def _read(select: Selector | str) -> tuple[str, int | float | None, bool, bool]:
             f"select is {select!r} ({type(select).__name__}), expected a selection or its text: 'window(13)'"
         )
     return (*for_node(chosen), needs_grid(chosen), needs_prefix(chosen))
+
+
+_read._dynamo_marked_constant = True  # type: ignore[attr-defined]
+"""What `torch.compiler.assume_constant_result` does, which imports all of torch._dynamo first: seconds."""
 
 
 def _attention(

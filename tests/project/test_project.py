@@ -134,6 +134,11 @@ class TestImports:
         )
         assert done.returncode == 0, done.stderr
 
+    @pytest.mark.parametrize("library", ["torch._dynamo", "torch.distributed.tensor"])
+    def test_what_takes_seconds_is_not_imported_with_the_library(self, library: str) -> None:
+        done = python(f"import sys, torch, kvt_compile; assert {library!r} not in sys.modules")
+        assert done.returncode == 0, done.stderr
+
     def test_no_print_in_the_library(self) -> None:
         calls = [
             f"{path.relative_to(ROOT)}:{node.lineno}"
