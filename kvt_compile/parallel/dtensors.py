@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -46,7 +46,8 @@ def _refuse_mixed(op: str, name: str, x: Tensor) -> NoReturn:
 
 def shard(x: DTensor, placements: Sequence[Placement]) -> Tensor:
     """What a rank has of a tensor once it lies as asked."""
-    x = x.detach()  # gradients are the op's own, and in torch 2.11 nothing that needs one can be redistributed here
+    # gradients are the op's own, and in torch 2.11 nothing that needs one can be redistributed here
+    x = cast(DTensor, x.detach())
     moved = x if x.placements == tuple(placements) else x.redistribute(x.device_mesh, placements)
     return moved.to_local()
 
