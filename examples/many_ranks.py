@@ -91,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-3)
     if rank == 0:
         print(f"{asked.layout} over {ranks} ranks of {asked.backend}: the gradients are those of one process")
+    dist.barrier()  # a rank that leaves while another still talks to it would end that one
     dist.destroy_process_group()
 
 
