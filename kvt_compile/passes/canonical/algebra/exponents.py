@@ -20,7 +20,7 @@ from kvt_compile.passes.canonical.algebra.forms import (
     to_power,
 )
 from kvt_compile.passes.canonical.algebra.row import EXPONENTS, OPAQUE_EXPONENTS, Row, Rule, aligned
-from kvt_compile.passes.canonical.algebra.rules import is_number, mask
+from kvt_compile.passes.canonical.algebra.rules import chosen, is_number
 from kvt_compile.passes.canonical.coords import Coords
 from kvt_compile.passes.canonical.values import Value, broadcasts
 
@@ -60,15 +60,7 @@ def _multiplied(row: Row, value: Value, at: Coords) -> Form | None:
 
 def _chosen_exponent(row: Row, value: Value, at: Coords) -> Form | None:
     """exp(where(m, x, -inf)) is exp(x) times the mask."""
-    condition, *sides = value.inputs
-    if not isinstance(condition, Value):
-        return None
-    forms = [row.exponent(x, aligned(at, x)) for x in sides]
-    zeros = [form.number == 0 for form in forms]
-    if zeros.count(True) != 1:
-        return None
-    on = zeros[1]
-    return times(forms[0 if on else 1], mask(row, condition, at, on))
+    return chosen(row, value, at, row.exponent)
 
 
 def _log(row: Row, value: Value, at: Coords) -> Form | None:

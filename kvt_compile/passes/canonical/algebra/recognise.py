@@ -9,6 +9,7 @@ Both are read off its form (`row.py`), so nothing here knows a spelling.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from kvt_compile.kernels.language import score
@@ -304,24 +305,23 @@ def _values_of(form: Form) -> list[Value]:
 def _keeps_gradients(before: list[Value], after: list[Value]) -> bool:
     """Whether every tensor that feeds what is replaced still feeds what replaces it: one that cancels has a gradient of
     zeros in the model, and would have none."""
-    known: set[Value] = set()
-    queue = list(after)
+    kept = set(_behind(after, set()))
+    return not any(here.kind == "source" and _is_real(here) and not _is_fixed(here) for here in _behind(before, kept))
+
+
+def _behind(values: list[Value], seen: set[Value]) -> Iterator[Value]:
+    """The values and all they are made of, but what was seen and what only that is made of."""
+    queue, seen = list(values), set(seen)
     while queue:
         here = queue.pop()
-        if here not in known:
-            known.add(here)
+        if here not in seen:
+            seen.add(here)
             queue += here.operands
-    queue, seen = list(before), set(known)
-    while queue:
-        here = queue.pop()
-        if here in seen:
-            continue
-        seen.add(here)
-        fixed = here.origin == "buffer" and not getattr(meta_value(here.node), "requires_grad", False)
-        if here.kind == "source" and _is_real(here) and not fixed:
-            return False
-        queue += here.operands
-    return True
+            yield here
+
+
+def _is_fixed(value: Value) -> bool:
+    return value.origin == "buffer" and not getattr(meta_value(value.node), "requires_grad", False)
 
 
 def _is_real(value: Value) -> bool:

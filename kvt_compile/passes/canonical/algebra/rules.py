@@ -6,6 +6,7 @@ sigmoid(x)  ->  (1 + exp(-x))**-1        where(m, x, 0)  ->  x * m        expm1(
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -76,10 +77,15 @@ def _div(row: Row, value: Value, at: Coords) -> Form | None:
 
 def _where(row: Row, value: Value, at: Coords) -> Form | None:
     """where(m, x, 0) is x times the mask."""
+    return chosen(row, value, at, row.form)
+
+
+def chosen(row: Row, value: Value, at: Coords, form_of: Callable[[Any, Coords], Form]) -> Form | None:
+    """A `where` of which one side's form is 0: the other's, times the mask.  form_of: of an element, or of its exp."""
     condition, *sides = value.inputs
     if not isinstance(condition, Value):
         return None
-    forms = [row.form(x, aligned(at, x)) for x in sides]
+    forms = [form_of(x, aligned(at, x)) for x in sides]
     zeros = [form.number == 0 for form in forms]
     if zeros.count(True) != 1:
         return None
