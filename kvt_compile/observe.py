@@ -12,7 +12,8 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,8 @@ from kvt_compile.config import OptionError, Options, make_options
 from kvt_compile.explain import build_report
 from kvt_compile.kernels.language.evaluate import compile_text, tile
 from kvt_compile.kernels.language.grid import Environment, Grid
-from kvt_compile.kernels.plain.select import row_threshold
+from kvt_compile.kernels.op.selection import Selection, selection_of
+from kvt_compile.kernels.plain.select import row_threshold, row_threshold_by_mass, without_late_ties
 from kvt_compile.kernels.plain.tiling import budget_of, chunks
 from kvt_compile.passes.decide import unmatched_patterns
 from kvt_compile.passes.finding.describe import place
@@ -33,6 +35,10 @@ from kvt_compile.passes.pipeline import PassResult, nested_graphs, run_passes
 from kvt_compile.passes.site import Where
 from kvt_compile.report.facts import SiteReport
 from kvt_compile.rewrite import RewriteResult
+from kvt_compile.select.geometry import Geometry
+from kvt_compile.select.text import parse
+from kvt_compile.select.values import Mass, Selector, TopK, for_node
+from kvt_compile.topk import resolve
 
 KVT = torch.ops.kvt
 
@@ -89,6 +95,10 @@ class SiteCall:
         `AttentionCall`, the attention weights in their tensor's own shape of a `SoftmaxCall`."""
         raise NotImplementedError
 
+    def kept(self, rows: Scores) -> Tensor:
+        """Which keys the site keeps of some rows: bool, in the shape of their scores."""
+        return kept_keys(rows.t, self.topk)
+
     @property
     def _scores_device(self) -> torch.device:
         raise NotImplementedError
@@ -99,8 +109,8 @@ class SiteCall:
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall(SiteCall):
-    """A fused site.  q [B, H, Nq, D], k [B, Hk, Nk, D], v [B, Hk, Nk, Dv]; `captured`, `score`, `weight` and `sizes` as
-    for `kvt::attention`."""
+    """A fused site.  q [B, H, Nq, D], k [B, Hk, Nk, D], v [B, Hk, Nk, Dv]; `captured`, `score`, `weight`, `sizes`,
+    `select`, `grid` and `prefix` as for `kvt::attention`."""
 
     q: Tensor
     k: Tensor
@@ -109,6 +119,14 @@ class AttentionCall(SiteCall):
     score: str
     weight: str
     sizes: Sequence[int]
+    select: str = ""
+    grid: Sequence[int] | None = None
+    prefix: int = 0
+
+    @property
+    def geometry(self) -> Geometry | None:
+        """Where its tokens stand, if its selection asks."""
+        return None if self.grid is None else Geometry(tuple(self.grid), self.prefix)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -118,10 +136,35 @@ class AttentionCall(SiteCall):
     def output(self, topk: int | None = None) -> Tensor:
         out, _, _ = KVT.attention(
             self.q, self.k, self.v, self.captured, self.score, self.weight, self.topk if topk is None else topk,
-            self.sizes, 0.0, None, self.lowering,
+            self.sizes, 0.0, None, self.lowering, 0.0, None, self.select, self.grid, self.prefix,
         )  # fmt: skip
         result: Tensor = out
         return result
+
+    def under(self, select: Selector | str | None) -> AttentionCall:
+        """The same call under another selection (None: every key) on the same grid."""
+        keys = self.shape[3]
+        if select is None:
+            return replace(self, topk=keys, select="")
+        text, best = for_node(parse(select) if isinstance(select, str) else select)
+        return replace(self, topk=keys if best is None else resolve(best, keys), select=text)
+
+    def kept(self, rows: Scores) -> Tensor:
+        if self._selection is None:
+            return kept_keys(rows.t, self.topk)
+        batch, heads, _, keys = self.shape
+        grid = Grid(range(batch), range(heads), rows.queries, range(keys), rows.t.device, rows.t.dtype)
+        allowed = self._selection.map(heads, [grid.coordinate(x) for x in "bhij"], self._chosen)
+        t = rows.t if allowed is None else rows.t.masked_fill(~allowed, -torch.inf)
+        return kept_keys(t, self.topk, self._selection.rank)
+
+    @cached_property
+    def _selection(self) -> Selection | None:
+        return selection_of(self.select, self.grid, self.prefix, self.shape[2], self.shape[3])
+
+    @cached_property
+    def _chosen(self) -> dict[Selector, Tensor]:
+        return {} if self._selection is None else self._selection.tables(self.q, self.k)
 
     @property
     def _scores_device(self) -> torch.device:
@@ -233,9 +276,14 @@ def observe(
         return _observe_module(model, inputs, kwargs, hook, chosen)
 
 
-def kept_keys(t: Tensor, topk: int) -> Tensor:
-    """Which keys k-NN attention keeps, bool, in the shape of final scores t [..., Nk]: ties at the threshold are."""
-    _, threshold = row_threshold(t, max(1, min(topk, t.shape[-1])))
+def kept_keys(t: Tensor, topk: int, rank: TopK | Mass | None = None) -> Tensor:
+    """Which keys k-NN attention keeps, bool, in the shape of final scores t [..., Nk]: ties at the threshold are,
+    unless `rank` says otherwise."""
+    k = max(1, min(topk, t.shape[-1]))
+    by_mass = isinstance(rank, Mass)
+    _, threshold = row_threshold_by_mass(t, rank.p) if by_mass else row_threshold(t, k)
+    if isinstance(rank, TopK) and rank.ties == "lowest":
+        t = without_late_ties(t, threshold, k)
     return (t >= threshold) & (t > -torch.inf)
 
 
@@ -289,16 +337,20 @@ def _attention_hook(callback: Callback, number: int, where: Where, row: SiteRepo
     def observed_attention(
         q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor] | None, score: str, weight: str, topk: int,
         sizes: Sequence[int] | None, dropout_p: float, seed: Tensor | None, lowering: str, tolerance: float = 0.0,
-        draw: Sequence[int] | None = None,
+        draw: Sequence[int] | None = None, select: str = "", grid: Sequence[int] | None = None, prefix: int = 0,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         kept = min(topk, k.shape[2])
-        call = AttentionCall(number, where, row, kept, lowering, q, k, v, captured or (), score, weight, sizes or ())
+        call = AttentionCall(
+            number, where, row, kept, lowering, q, k, v, captured or (), score, weight, sizes or (),
+            select, grid, prefix,
+        )  # fmt: skip
         instead = callback(call)
         if instead is not None:
             return instead, None, None  # a rewritten graph reads the output alone
         out: tuple[Tensor, ...] = KVT.attention(
-            q, k, v, captured, score, weight, topk, sizes, dropout_p, seed, lowering, tolerance, draw
-        )
+            q, k, v, captured, score, weight, topk, sizes, dropout_p, seed, lowering, tolerance, draw,
+            select, grid, prefix,
+        )  # fmt: skip
         return out
 
     return observed_attention

@@ -17,10 +17,10 @@ import kvt_compile
 from kvt_compile.cli.busy import busy
 from kvt_compile.cli.errors import UserError, in_one_line
 from kvt_compile.cli.files import run_file
-from kvt_compile.cli.options import Attn, Batch, Exclude, ImageSize, Include, Preload, Spec
+from kvt_compile.cli.options import Attn, Batch, Exclude, Grid, ImageSize, Include, Preload, Select, Spec
 from kvt_compile.cli.spec import load
 from kvt_compile.cli.subject import Attention, Subject, Wanted
-from kvt_compile.cli.topk import parse_topk
+from kvt_compile.cli.topk import keeping, parse_grid
 from kvt_compile.report.report import Report
 
 
@@ -35,16 +35,8 @@ def explain(
             show_default="0.5",
         ),
     ] = None,
-    select: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT", help="Which keys are kept, in place of --topk: 'window(13) | prefix'.", show_default="none"
-        ),
-    ] = None,
-    grid: Annotated[
-        str | None,
-        typer.Option(metavar="HxW", help="Where tokens stand, if the graph does not say it.", show_default="as read"),
-    ] = None,
+    select: Select = None,
+    grid: Grid = None,
     prefix: Annotated[
         int | None, typer.Option(min=0, help="How many tokens stand before the grid.", show_default="as read")
     ] = None,
@@ -93,10 +85,8 @@ def explain(
     The model is built with random weights and captured; nothing is changed, compiled or downloaded.
     """
     chosen: dict[str, Any] = {"force_rewrite": force_rewrite, "lowering": lowering}
-    if select is not None and topk:
-        raise UserError("--topk and --select were both given; write --select '... & topk(64)'")
-    chosen |= {"topk": parse_topk(topk or ["0.5"])} if select is None else {"select": select}
-    chosen |= {key: value for key, value in (("grid", _grid(grid)), ("prefix", prefix)) if value is not None}
+    chosen |= keeping(topk, select)
+    chosen |= {key: value for key, value in (("grid", parse_grid(grid)), ("prefix", prefix)) if value is not None}
     chosen |= {key: tuple(value) for key, value in (("include", include), ("exclude", exclude)) if value}
     prints = {"--source": source is not None, "--canonical": canonical is not None, "--json": as_json, "--diff": diff}
     if sum(prints.values()) > 1:
@@ -127,16 +117,6 @@ def explain(
         typer.echo(json.dumps({"spec": spec, "options": _plain(chosen), **report.to_dict()}, indent=2))
     else:
         _print(report)
-
-
-def _grid(text: str | None) -> tuple[int, ...] | None:
-    """ "64x-1" -> (64, -1)."""
-    if text is None:
-        return None
-    try:
-        return tuple(int(size) for size in text.split("x"))
-    except ValueError:
-        raise UserError(f"--grid {text!r} is no grid; write the size of each axis, such as 64x64 or 64x-1") from None
 
 
 def attention_named(name: str | None) -> Attention | None:

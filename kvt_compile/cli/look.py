@@ -14,8 +14,8 @@ import kvt_compile
 from kvt_compile.cli.busy import busy
 from kvt_compile.cli.errors import UserError
 from kvt_compile.cli.explain import attention_named, build, run_once
-from kvt_compile.cli.options import Attn, ImageSize, Include, Preload, Spec
-from kvt_compile.cli.topk import parse_topk
+from kvt_compile.cli.options import Attn, Grid, ImageSize, Include, Preload, Select, Spec
+from kvt_compile.cli.topk import keeping, parse_grid
 from kvt_compile.cli.weights import load_weights
 from kvt_compile.look.picture import ImageError, open_image
 
@@ -33,6 +33,7 @@ def look(
     topk: Annotated[
         list[str] | None, typer.Option(metavar="K", help="Keys kept per query, as for kvt explain.", show_default="0.5")
     ] = None,
+    select: Select = None,
     site: Include = None,
     query: Annotated[
         list[str] | None,
@@ -42,6 +43,7 @@ def look(
             show_default="center",
         ),
     ] = None,
+    grid: Grid = None,
     prefix: Annotated[
         int | None, typer.Option(min=0, help="Tokens before the patches (CLS, registers).", show_default="found out")
     ] = None,
@@ -54,7 +56,8 @@ def look(
     The model has random weights unless --weights names some (a factory in a .py file can load its own).
     """
     folder = _folder(out)
-    chosen: dict[str, Any] = {"topk": parse_topk(topk or ["0.5"])}
+    chosen = keeping(topk, select)
+    places = {} if grid is None else {"grid": parse_grid(grid)}
     queries = [parse_query(text) for text in query or ["center"]]
     photo = _photo(image)
     with busy(f"looking at {spec}"), contextlib.redirect_stdout(sys.stderr):
@@ -65,7 +68,7 @@ def look(
         inputs = subject.args if photo is None else photo
         try:
             figures = kvt_compile.visualize(
-                model, inputs, site=site, query=queries, prefix=prefix, kwargs=subject.kwargs, **chosen
+                model, inputs, site=site, query=queries, prefix=prefix, kwargs=subject.kwargs, **places, **chosen
             )
         except (ValueError, ImportError) as error:
             if not isinstance(error, kvt_compile.OptionError | ImageError) and error.__traceback__ is not None:

@@ -25,3 +25,13 @@ Preload = Annotated[
     str | None,
     typer.Option(metavar="FILE", envvar="KVT_PRELOAD", help="A Python file to run before anything is imported."),
 ]
+Select = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT", help="Which keys are kept, in place of --topk: 'window(13) | prefix'.", show_default="none"
+    ),
+]
+Grid = Annotated[
+    str | None,
+    typer.Option(metavar="HxW", help="Where tokens stand, if the graph does not say it.", show_default="as read"),
+]

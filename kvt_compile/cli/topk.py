@@ -1,4 +1,4 @@
-"""The text of --topk -> the value the library takes.
+"""The texts of --topk, --select and --grid -> the values the library takes.
 
 "100" -> 100      "0.5" -> 0.5      "none" -> None      "blocks.0.*=64" and "0.5" -> {"blocks.0.*": 64, "*": 0.5}
 """
@@ -6,12 +6,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from kvt_compile.cli.errors import UserError
 from kvt_compile.passes.decide import Rest
 from kvt_compile.topk import validate
 
 Topk = int | float | None
+
+
+def keeping(topk: Sequence[str] | None, select: str | None) -> dict[str, Any]:
+    """The option `select`, or `topk` where there is none.  Raises UserError where both were given."""
+    if select is None:
+        return {"topk": parse_topk(topk or ["0.5"])}
+    if topk:
+        raise UserError("--topk and --select were both given; write --select '... & topk(64)'")
+    return {"select": select}
+
+
+def parse_grid(text: str | None) -> tuple[int, ...] | None:
+    """ "64x-1" -> (64, -1).  Raises UserError."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(size) for size in text.split("x"))
+    except ValueError:
+        raise UserError(f"--grid {text!r} is no grid; write the size of each axis, such as 64x64 or 64x-1") from None
 
 
 def parse_topk(texts: Sequence[str]) -> Topk | dict[str, Topk]:

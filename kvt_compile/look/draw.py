@@ -43,7 +43,7 @@ def kept_figure(sites: Sequence[SiteMeasures], asked: str, image: Any, most_head
     figure = new_figure(1.3 + cell[0] * heads, 0.8 + (cell[1] + 0.12) * len(sites))
     axes = figure.subplots(len(sites), heads, squeeze=False)
     for row, site in zip(axes, sites, strict=True):
-        label = f"{_short(site.name)}\n{'own ' if site.own else ''}k = {site.topk} of {site.keys.count}"
+        label = f"{_short(site.name)}\n{textwrap.fill(_rule(site), 24)}"
         label += f"\n1st of {site.windows} windows" if site.windows > 1 else ""
         if line:
             row[0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
@@ -64,6 +64,15 @@ def kept_figure(sites: Sequence[SiteMeasures], asked: str, image: Any, most_head
     figure.suptitle(f"Keys kept by the query {names.pop() if len(names) == 1 else asked}", fontsize=10)
     figure.supxlabel(textwrap.fill(_legend(sites, image), int(figure.get_figwidth() * 15)), fontsize=8, color="#57606a")
     return figure
+
+
+def _rule(site: SiteMeasures) -> str:
+    """`k = 64 of 197`, or `window(13) | prefix: 41 of 197`."""
+    count = site.keys.count
+    if not site.select:
+        return f"{'own ' if site.own else ''}k = {site.topk} of {count}"
+    ranked = f", k = {site.topk}" if site.topk < count else ""
+    return f"{site.select}{ranked}: {site.share * count:.3g} of {count}"
 
 
 def _legend(sites: Sequence[SiteMeasures], image: Any) -> str:
@@ -125,7 +134,8 @@ def _steps(site: SiteMeasures, step_y: float, step_x: float) -> tuple[float, flo
 
 
 def mass_figure(sites: Sequence[SiteMeasures]) -> Figure:
-    """Attention mass inside the top k as k grows: the mean over heads, with the k that was chosen marked."""
+    """Attention mass inside the top k as k grows: the mean over heads, with what is kept marked: the chosen k, or the
+    keys of a selection, which are seldom the best."""
     figure = new_figure(7.2, 4.6)
     ax = figure.subplots()
     colors = _colors(len(sites))
@@ -134,9 +144,10 @@ def mass_figure(sites: Sequence[SiteMeasures]) -> Figure:
         share = torch.arange(0, keys + 1) / keys
         mean = torch.cat([torch.zeros(1), site.mass.mean(0)])
         ax.plot(share, mean, color=color, linewidth=1.4, label=_short(site.name))
-        ax.plot(site.topk / keys, float(mean[site.topk]), "o", color=color, markersize=4)
+        dot = (site.share, site.held) if site.select else (site.topk / keys, float(mean[site.topk]))
+        ax.plot(*dot, "o", color=color, markersize=4)
     ax.set(xlabel="share of the keys, largest scores first", ylabel="attention mass", xlim=(0, 1), ylim=(0, 1.02))
-    ax.set_title("Attention mass inside the top k (dots: the k of each site)", fontsize=10)
+    ax.set_title("Attention mass inside the top k (dots: what each site keeps)", fontsize=10)
     ax.grid(alpha=0.25)
     ax.legend(fontsize=7, ncols=1 + len(sites) // 14, loc="lower right", frameon=False)
     return figure

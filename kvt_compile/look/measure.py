@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvt_compile.look.tokens import Tokens
-from kvt_compile.observe import SiteCall, kept_keys
+from kvt_compile.observe import Scores, SiteCall
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,12 @@ class SiteMeasures:
     """Whether k is the model's own."""
     kept: dict[str, Kept]
     """What was asked for (`center`) -> what that query keeps here."""
+    held: float
+    """Mean share of the softmax inside the kept keys."""
+    share: float
+    """Mean share of the keys that is kept, ties included."""
+    select: str = ""
+    """By which selection, where it is not the k best of all."""
 
     @property
     def name(self) -> str:
@@ -63,6 +69,7 @@ def measure(
     mass = torch.zeros(heads, keys, dtype=torch.float64)
     near = torch.zeros(heads, dtype=torch.float64)
     rows, pairs = torch.zeros(heads, dtype=torch.float64), torch.zeros(heads, dtype=torch.float64)
+    held = count = 0.0
     kept: dict[str, Kept] = {}
     where = _distances(query_tokens, key_tokens)
     for at, t in call.scores():
@@ -70,7 +77,9 @@ def measure(
         weights = t.softmax(-1).masked_fill(~valid.unsqueeze(-1), 0.0)
         mass += weights.sort(-1, descending=True).values.cumsum(-1).double().sum((0, 2)).cpu()
         rows += valid.double().sum((0, 2)).cpu()
-        chosen = kept_keys(t, call.topk) & valid.unsqueeze(-1)
+        chosen = call.kept(Scores(at, t)) & valid.unsqueeze(-1)
+        held += float((weights * chosen).sum(dtype=torch.float64))
+        count += float(chosen.sum())
         for asked, query in queries.items():
             if query in at:
                 mine = weights[0, :, query - at.start] * chosen[0, :, query - at.start]
@@ -89,6 +98,9 @@ def measure(
         float("nan") if where is None else float(where.mean()),
         call.keeps_own,
         kept,
+        held / max(float(rows.sum()), 1.0),
+        count / max(float(rows.sum()) * keys, 1.0),
+        getattr(call, "select", ""),
     )  # fmt: skip
 
 

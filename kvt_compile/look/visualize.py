@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from kvt_compile.look import draw
 from kvt_compile.look.measure import SiteMeasures, measure
 from kvt_compile.look.picture import open_image, picture, prepare
 from kvt_compile.look.tokens import Tokens, infer_tokens
-from kvt_compile.observe import SiteCall, observe
+from kvt_compile.observe import AttentionCall, SiteCall, observe
 from kvt_compile.rewrite import RewriteResult
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def visualize(
         prefix: tokens before the patches (CLS, registers); default: read off the number of tokens.
         grid: (rows, columns) of the patches; default: read off the number of tokens and the shape of the image.
         kwargs: keyword inputs of the model.
-        options: options of `kvt_compile.config.Options`, e.g. `topk=0.25`, for a model that is not rewritten yet.
+        options: options of `kvt_compile.config.Options`, e.g. `topk=0.25` or `select="window(7) | prefix"`, for a model
+            that is not rewritten yet.  Where a selection knows the tokens' places, they are drawn there.
 
     Raises ValueError (OptionError among them) for a site, query or layout that the model does not have, ImageError for
     an image that cannot be read, ImportError where matplotlib is missing.
@@ -113,7 +115,11 @@ def visualize(
         _, _, rows, keys = call.shape
         windowed = call.shape[0] > batch
         shape = 1.0 if windowed and aspect is not None else aspect  # windows are square, whatever the image is
-        key_tokens = infer_tokens(keys, shape, *((None, None) if windowed else (prefix, grid)))
+        placed = call.geometry if isinstance(call, AttentionCall) else None
+        if placed is None:
+            key_tokens = infer_tokens(keys, shape, *((None, None) if windowed else (prefix, grid)))
+        else:  # frames of a video one below the other
+            key_tokens = Tokens(placed.prefix, math.prod(placed.grid[:-1]), placed.grid[-1])
         same = rows == keys
         query_tokens = key_tokens if same else infer_tokens(rows, shape, prefix)
         wanted = {text: number for text, x in asked.items() if (number := _number(x, query_tokens)) is not None}
@@ -121,7 +127,9 @@ def visualize(
 
     if not isinstance(model, RewriteResult) and not _is_rewritten(model):
         # every site is looked at, also where k keeps every key; one run is not worth building kernels for
-        options = {"force_rewrite": True, "lowering": "aten", **options}
+        places = {name: x for name, x in (("grid", grid), ("prefix", prefix)) if x is not None}
+        more = places if options.get("select") is not None else {}
+        options = {"force_rewrite": True, "lowering": "aten", **more, **options}
     observe(model, inputs, look, kwargs=kwargs, **options)
     _check(found, seen, patterns, asked)
     image = None if pixels is None else picture(pixels)
@@ -180,7 +188,7 @@ def _number(query: Query, tokens: Tokens) -> int | None:
 
 def _check(found: list[SiteMeasures], seen: list[str], patterns: list[str], asked: Iterable[str]) -> None:
     if not seen:
-        raise ValueError("the model has no attention that k-NN attention replaces; kvt_compile.explain says why")
+        raise ValueError("the model has no attention that is replaced so; kvt_compile.explain says why")
     if not found:
         known = ", ".join(dict.fromkeys(name or "(top level)" for name in seen))
         raise ValueError(f"site {', '.join(map(repr, patterns))} matches no attention site; the sites are: {known}")

@@ -125,6 +125,43 @@ class TestNumbers:
     def test_ties_are_all_drawn(self) -> None:
         assert self.look(torch.zeros(9, 9), topk=3, query=0).kept["0"].weights.count_nonzero() == 9
 
+    @pytest.mark.parametrize(
+        ("text", "kept"),
+        [
+            ("window(2)", [0, 1, 3, 4]),
+            ("halo(2, 0) & window(3)", [0, 1, 3, 4]),
+            ("shifted(3)", [2, 3, 4]),
+            ("sinks(2)", [0, 1]),
+            ("prefix(1)", [0]),
+            ("regions(1, 2) | sinks(1)", [0, 2, 5]),
+            ("window((3, 1)) & topk(2)", [4, 7]),
+            ("topk(3, ties=lowest)", [2, 4, 5]),
+            ("mass(0.5)", [2]),
+        ],
+    )  # fmt: skip
+    def test_what_a_selection_keeps(self, text: str, kept: list[int]) -> None:
+        scores = torch.zeros(9, 9)
+        scores[4, [2, 4, 5, 7]] = torch.tensor([3.0, 1.0, 1.0, 1.0])
+        site = self.look(scores, select=text, grid=(3, 3), prefix=0)
+        assert site.kept["center"].weights[0].nonzero().flatten().tolist() == kept
+        assert site.select
+        assert draw._rule(site).startswith(site.select)
+        weights = scores.softmax(-1)[4]
+        held = float(weights[kept].sum())
+        assert 0 < site.held <= 1
+        torch.testing.assert_close(site.kept["center"].weights[0][kept], weights[kept] / held)
+
+    def test_where_tokens_stand_is_taken_from_the_selection(self) -> None:
+        model, (images,) = vision()
+        figures = kvt_compile.visualize(model.eval(), images, select="window(2) | prefix", query=["cls", (0, 1)])
+        site = figures.sites[0]
+        assert (site.keys, site.select, site.topk) == (Tokens(1, 4, 4), "window(2) | prefix", 17)
+        assert site.kept["cls"].weights.count_nonzero(dim=-1).tolist() == [17] * 3
+        expected = [0, 1, 2, 5, 6]
+        assert site.kept["0, 1"].weights[0].nonzero().flatten().tolist() == expected
+        assert site.share == pytest.approx((17 + 16 * 5) / 17**2)
+        assert len(list(figures)) == 4
+
     def test_prefix_tokens_have_no_distance(self, seen: kvt_compile.look.Figures) -> None:
         site = seen.sites[0]
         assert (site.keys, site.topk, site.name) == (Tokens(1, 4, 4), 5, "blocks.0.attn")
@@ -276,7 +313,8 @@ class TestCommand:
         Image.effect_noise((70, 90), 50).save(tmp_path / "photo.jpg")
         out, weights = tmp_path / "out", tmp_path / "weights.pt"
         torch.save({"model": vision()[0].state_dict()}, weights)
-        asked = f"--image {tmp_path}/photo.jpg --out {out} --weights {weights} --topk 3 --query 0,0 --query cls"
+        asked = f"--image {tmp_path}/photo.jpg --out {out} --weights {weights} --query 0,0 --query cls"
+        asked += " --select window(3)|prefix"
         result = kvt("look", VISION, *asked.split())
         assert result.code == 0, result.err
         names = ["kept_0_0.png", "kept_cls.png", "mass.png", "distance.png"]
@@ -292,6 +330,8 @@ class TestCommand:
             (["--query", "99"], "no site has the query 99"),
             (["--site", "layers.*"], "the sites are: blocks.0.attn"),
             (["--topk", "half"], "'half' is not a count"),
+            (["--select", "windw(3)"], "did you mean 'window'"),
+            (["--select", "window(3) | prefix", "--topk", "3"], "both given"),
             (["--weights", "nowhere.pt"], "--weights: there is no file"),
             (["--weights", FACTORIES], "cannot be read"),
             (["--prefix", "17"], "prefix=17"),
