@@ -280,8 +280,7 @@ def kept_keys(t: Tensor, topk: int, rank: TopK | Mass | None = None) -> Tensor:
     """Which keys k-NN attention keeps, bool, in the shape of final scores t [..., Nk]: ties at the threshold are,
     unless `rank` says otherwise."""
     k = max(1, min(topk, t.shape[-1]))
-    by_mass = isinstance(rank, Mass)
-    _, threshold = row_threshold_by_mass(t, rank.p) if by_mass else row_threshold(t, k)
+    _, threshold = row_threshold_by_mass(t, rank.p) if isinstance(rank, Mass) else row_threshold(t, k)
     if isinstance(rank, TopK) and rank.ties == "lowest":
         t = without_late_ties(t, threshold, k)
     return (t >= threshold) & (t > -torch.inf)

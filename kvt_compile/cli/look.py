@@ -57,7 +57,7 @@ def look(
     """
     folder = _folder(out)
     chosen = keeping(topk, select)
-    places = {} if grid is None else {"grid": parse_grid(grid)}
+    places: dict[str, Any] = {} if grid is None else {"grid": parse_grid(grid)}
     queries = [parse_query(text) for text in query or ["center"]]
     photo = _photo(image)
     with busy(f"looking at {spec}"), contextlib.redirect_stdout(sys.stderr):
