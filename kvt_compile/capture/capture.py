@@ -31,6 +31,7 @@ from kvt_compile.capture.frames import guard_module, note_paths
 from kvt_compile.capture.state import keep_state
 from kvt_compile.capture.traceless import call_of_its_own, passing
 from kvt_compile.capture.unchanged import unchanged
+from kvt_compile.passes.canonical.canonicalise import is_more_than_read
 from kvt_compile.passes.canonical.modes import undisturbed
 from kvt_compile.passes.canonical.values import meta_value
 
@@ -86,8 +87,10 @@ class _Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        # nn.MultiheadAttention is a leaf by default, which would hide the attention in it
-        return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, _OPENED)
+        # nn.MultiheadAttention is a leaf by default, which would hide the attention in it; and a softmax that does more
+        # than a softmax is not to be taken for one
+        opened = isinstance(m, _OPENED) or is_more_than_read(m)
+        return super().is_leaf_module(m, module_qualified_name) and not opened
 
 
 _FRAME = '  File "'
@@ -122,11 +125,11 @@ def _capture(
         return Captured(graph, "graph module")
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, an fx.GraphModule or an ExportedProgram, got {type(model).__name__}")
-    if name := hooked(model, _Tracer().is_leaf_module):
-        raise CaptureError(f"{name} has hooks, which would run while it is traced and never again.  {_ADVICE}")
+    _refuse_hooks(model, _Tracer().is_leaf_module)
     try:
         return _by_symbolic_trace(model, args, kwargs)
     except Exception as traced:  # any Python in the model may fail under a tracer
+        _refuse_hooks(model, lambda *_: False)
         try:
             watch = traced.watch if isinstance(traced, LostError) else lost_when_run(model, args, kwargs)
             if set(watch.lost) - KEPT_BY_EXPORT:
@@ -141,6 +144,11 @@ def _capture(
                 f"{_ADVICE}"
             ) from exported
         return _from_program(program, "torch.export")
+
+
+def _refuse_hooks(model: nn.Module, stays: Callable[[nn.Module, str], bool]) -> None:
+    if name := hooked(model, stays):
+        raise CaptureError(f"{name} has hooks, which would run while it is traced and never again.  {_ADVICE}")
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:

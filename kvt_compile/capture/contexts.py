@@ -25,6 +25,7 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvt_compile.capture.unchanged import unchanged
+from kvt_compile.passes.canonical.spellings import HOOKS
 from kvt_compile.passes.finding.describe import in_torch
 
 KEPT_BY_EXPORT = frozenset({"grad mode", "autocast"})
@@ -131,15 +132,18 @@ def lost_when_run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
     return watch
 
 
-def hooked(model: nn.Module, is_leaf: Callable[[nn.Module, str], bool]) -> str:
-    """The name of a module with hooks that a trace goes into, so that they would run while it is traced and never
-    again; empty when there is none.  A module that stays one node keeps its hooks."""
+def hooked(model: nn.Module, stays: Callable[[nn.Module, str], bool]) -> str:
+    """Who has hooks that would run while the model is traced and never again; empty when nobody has.  `stays`: whether
+    a module is one node of the trace, and keeps its hooks.  torch's own (weight_norm) only compute its weight."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return "every module (torch.nn.modules.module.register_module_forward_hook and its like)"
     for name, module in model.named_modules():
-        if name and is_leaf(module, name):
+        if name and stays(module, name):
             continue
-        if any(getattr(module, kind) for kind in _HOOKS):
+        hooks = (hook for kind in HOOKS for hook in (getattr(module, kind) or {}).values())
+        if not all(type(hook).__module__ in _OF_TORCH for hook in hooks):
             return name or type(model).__name__
     return ""
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OF_TORCH = ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm")

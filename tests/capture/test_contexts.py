@@ -213,6 +213,61 @@ def test_hooks_of_what_is_traced_into_are_refused(kind: str, where: str) -> None
     kvt_compile.rewrite(net, x, **FORCED)
 
 
+class Layered(Model):
+    """Softmax and dropout are layers, which a rewrite replaces."""
+
+    def __init__(self, part: Callable[[Model, Tensor], Tensor] = plain) -> None:
+        super().__init__(part)
+        self.soft, self.drop = nn.Softmax(-1), nn.Dropout(0.0)
+
+    def attention(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.drop(self.soft(q @ k.mT * 8**-0.5)) @ v  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("layer", ["soft", "drop"])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_of_what_is_replaced_are_refused(kind: str, layer: str) -> None:
+    net, x = Layered(), torch.randn(2, 6, 8)
+    handle = getattr(net.get_submodule(layer), f"register_{kind}_hook")(lambda *_: None)
+    with pytest.raises(CaptureError, match=f"{layer} has hooks"):
+        kvt_compile.rewrite(net, x, **FORCED)
+    graph = torch.fx.symbolic_trace(net)  # a graph comes as it is: what has hooks is not read
+    rewritten = kvt_compile.rewrite(graph, x, **FORCED)
+    torch.testing.assert_close(rewritten.module(x), net(x))
+    assert torch.ops.kvt.attention.default not in {node.target for node in rewritten.module.graph.nodes}
+    reasons = [*(r.reason for r in rewritten.report.refusals), *(s.reason for s in rewritten.report.sites)]
+    assert any("has hooks" in reason or "dropout between" in reason for reason in reasons)
+    handle.remove()
+    kvt_compile.rewrite(net, x, **FORCED)
+
+
+def test_hooks_of_every_module_are_refused() -> None:
+    net, x = Layered(), torch.randn(2, 6, 8)
+    everywhere = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    with everywhere, pytest.raises(CaptureError, match="every module"):
+        kvt_compile.rewrite(net, x, **FORCED)
+    kvt_compile.rewrite(net, x, **FORCED)
+
+
+def test_hooks_of_a_layer_are_refused_where_export_would_lose_them() -> None:
+    net, x = Model(frozen_stem), torch.randn(2, 6, 8)
+    net.qkv.register_full_backward_hook(lambda module, given, out: (given[0] * 2,))
+    with pytest.raises(CaptureError, match="qkv has hooks"):
+        kvt_compile.rewrite(net, x, **FORCED)
+
+
+@pytest.mark.parametrize("layer", ["soft", "drop", "stem"])
+def test_a_forward_of_its_own_is_the_layers_meaning(layer: str) -> None:
+    torch.manual_seed(0)
+    net, x = Layered(), torch.randn(2, 6, 8)
+    module = net.get_submodule(layer)
+    module.forward = torch.no_grad()(module.forward)  # type: ignore[method-assign]
+    ours, eager = (outcome(m, x, False) for m in (kvt_compile.rewrite(net, x, **FORCED).module, net))
+    torch.testing.assert_close(ours[1], eager[1], atol=1e-5, rtol=1e-5)
+    assert [g is None for g in ours[2]] == [g is None for g in eager[2]]
+
+
 def test_hooks_of_a_layer_run_as_ever() -> None:
     net, x = Net(), torch.randn(2, 10, 32)
     seen: list[str] = []

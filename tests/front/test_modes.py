@@ -74,6 +74,24 @@ def maximum_without_grad(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tenso
     return (s - top).softmax(-1) @ v
 
 
+def out_of_inference_mode(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    with torch.no_grad(), torch.inference_mode(False):  # turns grad mode on, whatever it was
+        w = (q @ k.mT + bias).softmax(-1)
+    return w @ v
+
+
+def enabled_in_inference_mode(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    with torch.inference_mode(), torch.enable_grad():  # which records nothing all the same
+        s = q @ k.mT + bias
+    return s.clone().softmax(-1) @ v
+
+
+def in_and_out_of_inference_mode(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    with torch.inference_mode(), torch.inference_mode(False):
+        w = (q.clone() @ k.mT + bias).softmax(-1)
+    return w @ v
+
+
 def all_without_grad(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     with torch.no_grad():
         out = attention(q, k, v)
@@ -145,6 +163,9 @@ GRAD_MODE = [
     Case(keys_without_grad, "fused"),
     Case(bias_without_grad, "fused"),
     Case(maximum_without_grad, "fused"),
+    Case(out_of_inference_mode, "fused"),
+    Case(enabled_in_inference_mode, "fused"),
+    Case(in_and_out_of_inference_mode, "fused"),
     Case(all_without_grad, "fused"),
     Case(values_without_grad, "fused"),
     Case(written_without_grad, "fused"),

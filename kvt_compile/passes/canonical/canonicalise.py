@@ -22,10 +22,10 @@ from kvt_compile.passes.canonical import (  # noqa: F401 - they fill the table o
     meaning_softmax,
 )
 from kvt_compile.passes.canonical.algebra.recognise import Recogniser
-from kvt_compile.passes.canonical.meaning import Builder, integer
+from kvt_compile.passes.canonical.meaning import MEANINGS, Builder, integer
 from kvt_compile.passes.canonical.meaning_layout import index, select_of, slice_of
 from kvt_compile.passes.canonical.modes import Mode, modes_of
-from kvt_compile.passes.canonical.spellings import Call, read_call
+from kvt_compile.passes.canonical.spellings import Call, altered, module_call, read_call
 from kvt_compile.passes.canonical.state import State, bind, builtin_call, lookup, opaque_value, shape_of
 from kvt_compile.passes.canonical.values import Value, dim_of, meta_value
 from kvt_compile.passes.canonical.versions import FORGOTTEN, mutates, store, write, write_item
@@ -148,13 +148,20 @@ def _source(state: State, node: fx.Node, fake: torch.Tensor) -> Value:
 
 
 def _meaning_of(state: State, node: fx.Node, call: Call | None, fake: torch.Tensor) -> Value | None:
-    if call is None:
+    if call is None or (node.op == "call_module" and is_more_than_read(state.modules[str(node.target)])):
         return None
     builder = Builder(node, shape_of(fake), fake.dtype, state.modules)
     args, kwargs = lookup(state, call.args), lookup(state, call.kwargs)
     if call.name == "getitem":
         return _getitem(state, builder, node, args)
     return builder.call(call.name, args, kwargs)
+
+
+def is_more_than_read(module: torch.nn.Module) -> bool:
+    """Whether a call of the module would be read as the function its class stands for, and does more than that.  A
+    linear layer stays where it is, whatever is read of it."""
+    call = module_call(module, (), "")
+    return call is not None and call.name in MEANINGS and call.name != "module_linear" and altered(module)
 
 
 def _getitem(state: State, builder: Builder, node: fx.Node, args: tuple[Any, ...]) -> Value | None:

@@ -26,7 +26,9 @@ class Mode:
     """What a node runs in."""
 
     grad: bool = True
-    """Whether what is computed is recorded for a backward."""
+    """The switch of no_grad, enable_grad and set_grad_enabled; entering or leaving inference mode turns it as well."""
+    inference: bool = False
+    """Inference mode, in which nothing is recorded whatever the switch says."""
     autocast: tuple[Autocast, ...] = ()
     """What was entered, outermost first."""
     transforms: tuple[str, ...] = ()
@@ -34,12 +36,17 @@ class Mode:
     custom: bool = False
     """Inside a torch.autograd.Function, whose derivative is written by hand."""
 
+    @property
+    def records(self) -> bool:
+        """Whether what is computed is recorded for a backward."""
+        return self.grad and not self.inference
+
 
 def ambient() -> Mode:
     """The modes this thread is in: those a graph starts in that Dynamo captures now."""
-    grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     devices = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
-    return Mode(grad, tuple((d, torch.get_autocast_dtype(d), True) for d in devices))
+    autocast = tuple((d, torch.get_autocast_dtype(d), True) for d in devices)
+    return Mode(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)
 
 
 def modes_of(graph: fx.Graph, entry: Mode) -> dict[fx.Node, Mode]:
@@ -55,14 +62,14 @@ def modes_of(graph: fx.Graph, entry: Mode) -> dict[fx.Node, Mode]:
             mode = replace(mode, grad=bool(node.args[0]))
         elif name == "_enter_inference_mode":
             before[node] = mode
-            mode = replace(mode, grad=mode.grad and not node.args[0])
+            mode = replace(mode, grad=not node.args[0], inference=bool(node.args[0]))
         elif name == "_enter_autocast":
             before[node] = mode
             mode = replace(mode, autocast=(*mode.autocast, _autocast(node.args)))
         elif name in ("_exit_inference_mode", "_exit_autocast"):
             left = before.get(node.args[0], entry)
-            part = "grad" if name == "_exit_inference_mode" else "autocast"
-            mode = replace(mode, **{part: getattr(left, part)})
+            parts = ("grad", "inference") if name == "_exit_inference_mode" else ("autocast",)
+            mode = replace(mode, **{part: getattr(left, part) for part in parts})
         elif (level := _LEVELS.get(name)) is not None:
             mode = replace(mode, transforms=(*mode.transforms, level))
         elif name in _LEAVES:

@@ -140,7 +140,7 @@ def read_call(node: fx.Node, modules: dict[str, nn.Module]) -> Call | None:
     """The canonical call a node makes, or None when its target is not in the table."""
     args, kwargs = tuple(node.args), dict(node.kwargs)
     if node.op == "call_module":
-        return _module_call(modules.get(str(node.target)), args, str(node.target))
+        return module_call(modules.get(str(node.target)), args, str(node.target))
     if node.op == "call_method":
         name = ALIASES.get(str(node.target), str(node.target))
     elif callable(node.target):
@@ -163,7 +163,16 @@ def read_call(node: fx.Node, modules: dict[str, nn.Module]) -> Call | None:
     return Call(name, args, kwargs, inplace)
 
 
-def _module_call(module: nn.Module | None, args: tuple[Any, ...], target: str) -> Call | None:
+def altered(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says: it has hooks, or a `forward` of its own."""
+    return "forward" in vars(module) or any(getattr(module, kind) for kind in HOOKS)
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def module_call(module: nn.Module | None, args: tuple[Any, ...], target: str) -> Call | None:
+    """The canonical call that one of torch's modules makes; None where it is not in the table."""
     if module is None:
         return None
     if type(module) is nn.Dropout:

@@ -29,7 +29,7 @@ class State:
 
     def seen(self, value: Value) -> Value:
         """The value as the present node sees it: behind a border where nothing is recorded any more."""
-        if self.mode.grad or not value.attached:
+        if self.mode.records or not value.attached:
             return value
         if value not in self.borders:
             self.borders[value] = Value("border", "detach", value.node, value.shape, value.dtype, (value,))
@@ -42,7 +42,7 @@ class State:
                 self.add(operand)
             operand.users.append(value)
         if not value.attached and (value.dtype is None or value.dtype.is_floating_point or value.dtype.is_complex):
-            recorded = self.mode.grad and any(operand.attached for operand in value.operands)
+            recorded = self.mode.records and any(operand.attached for operand in value.operands)
             value.attached = value.kind == "source" or (recorded and value.kind != "border")
         value.index = len(self.values)
         self.values.append(value)

@@ -178,7 +178,7 @@ def store(state: State, node: fx.Node, target: fx.Node, new: Value) -> None:
     storage = storage_of(target)
     group = [n for n in state.storages.get(storage, []) if n in state.env] if storage is not None else []
     before = {n: state.env[n] for n in group}
-    if old.attached and not state.mode.grad:
+    if old.attached and not state.mode.records:
         # autograd goes on as if nothing had been written, which no expression says
         new = Value("opaque", "write without grad", node, old.shape, old.dtype, (state.seen(old),), attached=True)
     new = state.add(new)

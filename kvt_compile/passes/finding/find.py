@@ -46,7 +46,7 @@ def find(graph: CanonicalGraph) -> Found:
         elif value.kind == "sdpa":
             found, miss = _sdpa(facts, value)
         elif _softmax_like(value):
-            words = _SOFTMAX_LIKE.get(value.name, _OPERATOR)
+            words = _LAYER if value.node.op == "call_module" else _SOFTMAX_LIKE.get(value.name, _OPERATOR)
             found, miss = [], Miss("scores", value, f"{value.name} {words}")
         else:
             continue
@@ -69,6 +69,7 @@ _SOFTMAX_LIKE = {
 }
 
 
+_LAYER = "has hooks, a forward of its own, or arguments that are not understood"
 _OPERATOR = "is read in more than its output, or has arguments that are not understood"
 """Of an operator that SDPA runs, which has log-sum-exps or weights beside its output."""
 
