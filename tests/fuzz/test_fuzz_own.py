@@ -22,7 +22,21 @@ INF = float("inf")
 BEFORE = ("nothing", "bias", "causal", "causal_finite", "scale")
 RANKED_BY = ("scores", "detached", "doubled", "negated", "other", "weights")
 RANKING = ("topk", "sort", "argsort", "kthvalue", "smallest", "queries")
-HOW = ("mask", "bool", "values", "additive", "ge", "lt", "gt", "amin", "weights", "normalised")
+HOW = (
+    "mask",
+    "bool",
+    "values",
+    "additive",
+    "ge",
+    "lt",
+    "gt",
+    "amin",
+    "weights",
+    "normalised",
+    "place",
+    "quantile",
+    "top",
+)
 FILL = (-INF, -1e9, -5.0)
 AFTER = ("nothing", "scale", "negative", "fold", "mask", "bias")
 
@@ -97,6 +111,13 @@ class Model(nn.Module):
             case "normalised":
                 w = t.softmax(-1) * zeros.scatter(dim, index, 1.0)
                 return (w / w.sum(-1, keepdim=True)) @ v
+            case "place":
+                x = torch.where(by.argsort(-1, descending=True).argsort(-1) < K, t, fill)
+            case "quantile":
+                x = torch.where(by >= by.quantile(0.7, -1, keepdim=True), t, fill)
+            case "top":
+                largest, index = t.softmax(-1).topk(K)
+                return zeros.scatter(-1, index, largest / largest.sum(-1, keepdim=True)) @ v
             case _:
                 x = torch.where(by >= last, t, fill)
         return self.changed(x, c["after"]).softmax(-1) @ v

@@ -373,7 +373,7 @@ def weights_are_dropped_by_scores(m: Module, q: Tensor, k: Tensor, v: Tensor) ->
     return (t.softmax(-1) * torch.zeros_like(t).scatter(-1, t.topk(K)[1], 1.0)) @ v
 
 
-@other("decides about its weights")
+@other("not normalised again")
 def weights_are_not_normalised_again(m: Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     w = scores(q, k).softmax(-1)
     return (w * torch.zeros_like(w).scatter(-1, w.topk(K)[1], 1.0)) @ v
@@ -448,12 +448,6 @@ def by_rank(m: Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     t = scores(q, k)
     rank = t.argsort(-1, descending=True).argsort(-1)
     return t.masked_fill(rank > m.p("n", 1, H, 1, 1).abs() * 3, -INF).softmax(-1) @ v
-
-
-@other("")
-def by_a_quantile(m: Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    t = scores(q, k)
-    return t.masked_fill(t < t.quantile(0.6, dim=-1, keepdim=True), -INF).softmax(-1) @ v
 
 
 # ---- the top values alone --------------------------------------------------------------------------------------------

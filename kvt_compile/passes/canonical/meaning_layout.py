@@ -65,6 +65,11 @@ def _pull_repeat(space: Space, x: Value, out: Coords) -> Coords | None:
     return tuple(back)
 
 
+def _pull_taken(space: Space, x: Value, out: Coords) -> Coords | None:
+    """Some dimensions of the result, in any order: those it has beside them repeat the same elements."""
+    return tuple(out[d] for d in x.attrs["dims"])
+
+
 PULL: dict[str, Pull] = {
     "permute": _pull_permute,
     "reshape": _pull_reshape,
@@ -73,9 +78,10 @@ PULL: dict[str, Pull] = {
     "select": _pull_select,
     "repeat_interleave": _pull_repeat_interleave,
     "repeat": _pull_repeat,
+    "taken": _pull_taken,
 }
 
-REARRANGES = frozenset({"permute", "reshape", "expand", "repeat_interleave", "repeat"})
+REARRANGES = frozenset({"permute", "reshape", "expand", "repeat_interleave", "repeat", "taken"})
 """The layouts a rewrite may look through and build again from the tensor below: no element is cut away."""
 
 

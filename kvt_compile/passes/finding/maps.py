@@ -123,6 +123,11 @@ def reason_of(found: Map) -> str:
     """The formula between the products, and why it is no softmax."""
     weights = found.weights
     text = formula(weights, {found.scores: "s"})
+    if (block := block_of(found)) is not None:
+        return (
+            f"between the products stands {text}: a block of rows that are normalised only after {block.node.name} "
+            "adds those of other blocks, so no row is there as a whole to be selected from"
+        )
     later = normalised_later(found)
     shown = text if later is None else formula(later, {found.scores: "s", found.product: f"({text} @ v)"})
     normalised = _has_reduction(weights, found.scores) or later is not None
@@ -161,6 +166,41 @@ def normalised_later(found: Map) -> Value | None:
             return user
         value = user
     return None
+
+
+def block_of(found: Map) -> Value | None:
+    """Where the product is added to one of other scores before both are normalised: a softmax that is computed in
+    blocks of keys, (exp(s1 - m) @ v1 * a + exp(s2 - m) @ v2) / l."""
+    value, added = found.product, None
+    for _ in range(2 * _FAR):
+        users = [user for user in value.users if user.kind in ("pointwise", "layout")]
+        if len(users) != 1:
+            return None
+        (user,) = users
+        others = [x for x in user.operands if x is not value]
+        if user.kind == "pointwise" and user.name == "add" and any(_has_product(x) for x in others):
+            added = user
+        if added is not None and (
+            (user.name == "div" and user.inputs[0] is value)
+            or (user.name == "mul" and any(x.name in ("div", "reciprocal") for x in others))
+        ):
+            return added
+        value = user
+    return None
+
+
+def _has_product(value: Value) -> bool:
+    """Whether a value is a product of two computed tensors, but for what is pointwise."""
+    queue, seen = [value], {value}
+    while queue:
+        here = queue.pop()
+        if here.kind == "contraction":
+            if not here.attrs["mixing"]:
+                return True
+        elif here.kind in ("pointwise", "layout"):
+            queue += [x for x in here.operands if x not in seen]
+            seen.update(here.operands)
+    return False
 
 
 def _reaches(value: object, scores: Value) -> bool:

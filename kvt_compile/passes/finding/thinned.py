@@ -16,7 +16,7 @@ from kvt_compile.passes.canonical.canonicalise import CanonicalGraph
 from kvt_compile.passes.canonical.coords import Coord, Space
 from kvt_compile.passes.canonical.values import Value
 from kvt_compile.passes.finding.describe import describe_kept
-from kvt_compile.passes.finding.maps import Map, normalised_later, reason_of
+from kvt_compile.passes.finding.maps import Map, block_of, normalised_later, reason_of
 from kvt_compile.passes.finding.miss import Miss
 from kvt_compile.passes.finding.own.absorb import selection_between
 from kvt_compile.passes.reading.facts import Facts
@@ -32,8 +32,8 @@ def thinned(graph: CanonicalGraph, facts: Facts, found: Map) -> AttentionSite | 
     """The site, or None where no one value is the numerator of all."""
     later = normalised_later(found)
     last = found.product if later is None else later
-    if selection_between(found.scores, last) is not None:
-        return None  # the model selects by itself
+    if selection_between(found.scores, last) is not None or block_of(found) is not None:
+        return None  # the model selects by itself, or a row is spread over several products
     numerator = _numerator(found, last)
     if numerator is None or numerator.holder is not numerator.node or numerator.expired is not None:
         return None

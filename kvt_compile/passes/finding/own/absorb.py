@@ -9,15 +9,20 @@ not read stays as it is, with the reason.
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 
 from kvt_compile.passes.canonical.canonicalise import CanonicalGraph
 from kvt_compile.passes.canonical.coords import Coords, Space
 from kvt_compile.passes.canonical.meaning_layout import PULL
 from kvt_compile.passes.canonical.values import Value, same
-from kvt_compile.passes.finding.own.cases import NEVER, Cases, Element, constant_of
-from kvt_compile.passes.finding.own.ranking import ranks
+from kvt_compile.passes.finding.own.again import widen_again
+from kvt_compile.passes.finding.own.cases import Cases, Element
+from kvt_compile.passes.finding.own.constants import constant_of
+from kvt_compile.passes.finding.own.masks import NEVER, mask_in
+from kvt_compile.passes.finding.own.positive import positive
+from kvt_compile.passes.finding.own.ranking import ranked, ranks
 from kvt_compile.passes.finding.own.settle import made_of, settle
-from kvt_compile.passes.finding.own.top import of_the_top, widen
+from kvt_compile.passes.finding.own.top import of_the_top, size_at, widen
 from kvt_compile.passes.finding.own.unread import Unread
 from kvt_compile.passes.site import OwnK
 
@@ -32,6 +37,8 @@ def absorb_selections(graph: CanonicalGraph) -> None:
     for value in list(graph.values):
         if value.kind == "pointwise" and value.name == "div" and value in touched and value.users:
             _normalise_again(graph, value, touched)
+            if value.kind == "pointwise":
+                _normalise_top(graph, value)
         if value.kind == "softmax" and value.inputs[0] in touched and value.users:
             try:
                 if of_the_top(value):
@@ -40,6 +47,25 @@ def absorb_selections(graph: CanonicalGraph) -> None:
                     _Selection(graph, value, touched).absorb()
             except Unread as why:
                 value.attrs["unread"] = str(why)
+        elif value.kind == "softmax" and value.users:
+            with suppress(Unread):  # keys that were gathered by another score are the model's keys
+                widen_again(graph, value)
+    for value in graph.values:
+        if value.kind == "softmax" and any(user in rankings and user.users for user in value.users) and _of_keys(value):
+            value.attrs.setdefault("unread", "its largest weights are taken, and not normalised again as a softmax is")
+
+
+def _of_keys(softmax: Value) -> bool:
+    """Whether it is of a product, and not of what a layer made, as where experts are chosen."""
+    product = _below_elements(softmax.inputs[0])
+    return product.kind == "contraction" and all(_below_elements(x).origin != "parameter" for x in product.operands)
+
+
+def _below_elements(value: Value) -> Value:
+    """What the first operand is of operations on single elements."""
+    while value.kind in ("pointwise", "layout") and any(value.operands):
+        value = next(value.operands)
+    return value
 
 
 def _normalise_again(graph: CanonicalGraph, value: Value, touched: set[Value]) -> None:
@@ -66,6 +92,27 @@ def _normalise_again(graph: CanonicalGraph, value: Value, touched: set[Value]) -
         value.kind, value.name, value.inputs = "softmax", "softmax", softmax.inputs
         value.attrs = {"dim": dim, "own": cases.kept.own}
         value.attrs["selection"] = settle(graph)
+
+
+def _normalise_top(graph: CanonicalGraph, value: Value) -> None:
+    """w / w.sum(-1, keepdim=True) of the k largest softmax weights: the softmax of the k largest scores."""
+    top, total = value.inputs
+    if not isinstance(top, Value) or not isinstance(total, Value) or total.kind != "reduce" or total.name != "sum":
+        return
+    ranking = ranked(top, 0)
+    if ranking is None or total.inputs[0] is not top or not total.attrs["keepdim"] or value.dtype != top.dtype:
+        return
+    weights = ranking.of
+    whole = weights.kind == "softmax" and weights.attrs["dim"] == ranking.dim and "own" not in weights.attrs
+    if not whole or tuple(total.attrs["dims"]) != (ranking.dim,):
+        return
+    before = value.kind, value.name, value.inputs, value.attrs
+    value.kind, value.name, value.inputs, value.attrs = "softmax", "softmax", (top,), {"dim": ranking.dim}
+    try:
+        widen(graph, value, weights.inputs[0])
+    except Unread as why:
+        value.kind, value.name, value.inputs, value.attrs = before
+        weights.attrs["unread"] = str(why)
 
 
 def _is_whole(space: Space, scores: Element, coords: Coords, value: Value) -> bool:
@@ -126,7 +173,7 @@ class _Selection:
         """A finite score for keys that are not selected is nothing only where a row has keys with real scores."""
         if not plainly:
             raise Unread(f"keys that are not selected get {fill:g} and not -inf, and the scores are changed after it")
-        if (mask := _mask_in(scores)) is not None:
+        if (mask := mask_in(scores)) is not None:
             raise Unread(
                 f"keys that are not selected get {fill:g} and not -inf: a row whose keys are all masked (by "
                 f"{mask.node.name}) attends to them"
@@ -154,35 +201,13 @@ class _Selection:
         if len(sides) != 1 or (value.inputs[0] is not sides[0] and value.name in ("div", "sub")):
             return None
         other = value.inputs[1] if value.inputs[0] is sides[0] else value.inputs[0]
-        number = constant_of(other) if isinstance(other, Value) else other
-        if not isinstance(number, int | float) or not math.isfinite(number):
+        if len(sides[0].shape) != len(value.shape) or not all(map(same, sides[0].shape, value.shape)):
             return None
-        same_shape = len(sides[0].shape) == len(value.shape) and all(map(same, sides[0].shape, value.shape))
-        return (sides[0], dim) if same_shape and (value.name in ("add", "sub") or number > 0) else None
-
-
-def _mask_in(scores: Value) -> Value | None:
-    """Something between the product and the scores that may mask keys, so that a row may have few of them."""
-    queue, seen = [scores], {scores}
-    while queue:
-        value = queue.pop()
-        if value.kind in ("contraction", "reduce"):
-            continue
-        numbers = [x for x in value.inputs if isinstance(x, int | float) and not isinstance(x, bool)]
-        if value.kind == "source":
-            if value.origin != "parameter" and any(size != 1 for size in value.shape):
-                return value
-        elif (
-            value.kind not in ("pointwise", "layout", "border")
-            or value.name == "where"
-            or any(x <= NEVER for x in numbers)
-        ):
-            return value
-        for x in value.operands:
-            if x not in seen:
-                seen.add(x)
-                queue.append(x)
-    return None
+        number = constant_of(other) if isinstance(other, Value) else other
+        shifts = value.name in ("add", "sub") and isinstance(number, int | float) and math.isfinite(number)
+        one_a_row = not isinstance(other, Value) or size_at(other, value, dim) == 1
+        scales = value.name in ("mul", "div") and one_a_row and positive(other)
+        return (sides[0], dim) if shifts or scales else None
 
 
 def selection_between(first: Value, last: Value) -> Value | None:

@@ -22,7 +22,11 @@ from kvt_compile.passes.canonical.coords import Coord, Coords, Space
 from kvt_compile.passes.canonical.meaning import axis
 from kvt_compile.passes.canonical.meaning_layout import PULL
 from kvt_compile.passes.canonical.values import Value, broadcasts, same
-from kvt_compile.passes.finding.own.ranking import Kept, argument, kth_largest, largest_at, through, values_at
+from kvt_compile.passes.finding.own.constants import CASTS, as_number, constant_of
+from kvt_compile.passes.finding.own.cuts import kept_by_place, threshold_of
+from kvt_compile.passes.finding.own.masks import NEVER
+from kvt_compile.passes.finding.own.positive import positive
+from kvt_compile.passes.finding.own.ranking import Kept, argument, largest_at, through, values_at
 from kvt_compile.passes.finding.own.unread import Unread
 from kvt_compile.passes.reading.read import aligned
 
@@ -74,7 +78,7 @@ class Cases:
         if value.kind == "opaque" and value.attrs.get("call") is not None:
             if value.name == "scatter":
                 return self._scatter(value, coords)
-            if value.name in _CASTS:
+            if value.name in CASTS:
                 return self._cast(value, coords)
         return self._same(value, coords)
 
@@ -94,22 +98,28 @@ class Cases:
         return kept, dropped
 
     def _compared(self, value: Value, coords: Coords) -> Pair | None:
-        """score >= the k-th largest, in any of the eight ways to write it."""
+        """score >= the k-th largest, in any of the eight ways to write it, or its place in the row < k."""
         name, (x, y) = value.name, value.inputs
+        for place, number, way in ((x, y, name), (y, x, _SWAPPED[name])):
+            if isinstance(place, Value) and place in self.touched:
+                found = kept_by_place(self.space, place, aligned(coords, place), self.along, way, number)
+                if found is not None:
+                    self._selects(found[0])
+                    return found[1], not found[1]
         if isinstance(x, Value) and x.name == "sub" and x.kind == "pointwise" and not isinstance(y, Value) and y == 0:
             x, y = x.inputs  # t - threshold >= 0
         for score, threshold, way in ((x, y, name), (y, x, _SWAPPED[name])):
             if not isinstance(score, Value) or not isinstance(threshold, Value) or threshold not in self.touched:
                 continue
-            kept = kth_largest(self.space, threshold, aligned(coords, threshold), self.along)
+            kept = threshold_of(self.space, threshold, aligned(coords, threshold), self.along)
             if kept is None:
                 continue
             if not self.same_order((score, aligned(coords, score)), kept):
                 raise Unread("scores are compared with the k-th largest of others")
-            if way in ("gt", "le"):
+            if way in ("gt", "le") and not kept.between:
                 raise Unread("only scores above the k-th largest are kept, and not the k-th itself")
             self._selects(kept)
-            return (True, False) if way == "ge" else (False, True)
+            return (True, False) if way in ("ge", "gt") else (False, True)
         return None
 
     def _scatter(self, value: Value, coords: Coords) -> Pair:
@@ -167,7 +177,7 @@ class Cases:
         pair = self.read(next(value.operands), coords)
         if any(isinstance(x, Element) for x in pair) or value.dtype is None:
             return self._same(value, coords)
-        kept, dropped = (None if isinstance(x, Element) else _as(value.dtype, x) for x in pair)
+        kept, dropped = (None if isinstance(x, Element) else as_number(value.dtype, x) for x in pair)
         return self._same(value, coords) if kept is None or dropped is None else (kept, dropped)
 
     def _selects(self, kept: Kept) -> None:
@@ -234,55 +244,17 @@ def _increasing(space: Space, value: Value, coords: Coords, along: Coord) -> tup
         if isinstance(number, int | float) and math.isfinite(number):
             if value.name in ("add", "sub") or number > 0:
                 return x, aligned(coords, x)
-        elif isinstance(other, Value) and value.name in ("add", "sub") and other.kind == "reduce":
-            at = space.resolve_all(aligned(coords, other))
-            if not any(set(c.digits) & set(space.resolve(along).digits) for c in at) and other.name in ("amax", "mean"):
+        elif isinstance(other, Value) and not space.atoms_of(aligned(coords, other)) & space.atoms_of([along]):
+            shifts = value.name in ("add", "sub") and other.kind == "reduce" and other.name in ("amax", "mean")
+            if shifts or (value.name in ("mul", "div") and positive(other)):
                 return x, aligned(coords, x)
     return None
 
-
-NEVER = -1e4
-"""A score so far below those of a row without masks weighs 0 in its softmax, whatever it is exactly."""
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 _COMPARED = frozenset({"ge", "gt", "le", "lt"})
 _SWAPPED = {"ge": "le", "gt": "lt", "le": "ge", "lt": "gt"}
-_CASTS = frozenset({"bool", "to", "type", "long", "int", "byte"})
-_FILLED = {"zeros": 0.0, "ones": 1.0}
-
-
-def constant_of(value: Value) -> float | bool | None:
-    """The number that every element is."""
-    if value.kind == "pointwise" and value.name in ("constant", "fill"):
-        x = value.inputs[-1]
-        return x if isinstance(x, bool | int | float) else None
-    if value.kind == "pointwise" and value.name == "identity" and isinstance(value.inputs[0], Value):
-        inner = constant_of(value.inputs[0])
-        return None if inner is None or value.dtype is None else _as(value.dtype, inner)
-    if value.kind == "layout":
-        return constant_of(value.inputs[0])
-    if value.kind != "opaque" or value.attrs.get("call") is None:
-        return None
-    name = value.name.removeprefix("new_").removesuffix("_like")
-    if name in _FILLED:
-        return bool(_FILLED[name]) if value.dtype is torch.bool else _FILLED[name]
-    found: Any = None
-    if name == "full":
-        found = argument(value, "fill_value", 2 if value.name == "new_full" else 1)
-    elif name in ("tensor", "scalar_tensor") and value.shape == ():
-        found = argument(value, "data" if name == "tensor" else "s", 0)
-    elif name in _CASTS and value.inputs:
-        found = constant_of(value.inputs[0])
-    if not isinstance(found, bool | int | float) or value.dtype is None:
-        return None
-    return _as(value.dtype, found)
-
-
-def _as(dtype: torch.dtype, x: float | bool) -> float | bool | None:
-    if dtype is torch.bool:
-        return bool(x)
-    return float(x) if dtype.is_floating_point else int(x) if math.isfinite(x) else None
 
 
 def _log(x: float) -> float:

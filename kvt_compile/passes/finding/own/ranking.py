@@ -66,6 +66,8 @@ class Kept:
     of: Value
     coords: Coords
     own: OwnK
+    between: bool = False
+    """For a threshold: whether it lies between the k-th largest and the next one, and is no element itself."""
 
 
 # ---- counts ----------------------------------------------------------------------------------------------------------
@@ -80,7 +82,8 @@ def own_k(number: Any, minus: OwnK | None = None) -> OwnK | None:
     return OwnK(str(dim_of(fake)), 0, number, size=dim_of(fake)) if isinstance(fake, torch.SymInt) else None
 
 
-def _all_of(size: Dim) -> OwnK:
+def all_of(size: Dim) -> OwnK:
+    """As many as there are."""
     return OwnK(str(size), size) if isinstance(size, int) else OwnK(str(size), 0, from_keys=True, size=size)
 
 
@@ -126,13 +129,13 @@ def _ranking(value: Value) -> Ranking | None:
     else:
         dim = axis(0 if value.name == "msort" else argument(value, "dim", 1, -1), len(of.shape))
         largest, in_order = argument(value, "descending", 2, False), True
-        count = None if dim is None else _all_of(of.shape[dim])
+        count = None if dim is None else all_of(of.shape[dim])
     if dim is None or count is None or not isinstance(largest, bool) or not isinstance(in_order, bool):
         return None
     return Ranking(of, dim, count, largest, in_order)
 
 
-def _piece(value: Value) -> tuple[Value, int] | None:
+def piece_of(value: Value) -> tuple[Value, int] | None:
     """results[item] of an operation with several results: (the operation, item)."""
     call = value.attrs.get("call")
     if value.kind != "opaque" or value.name != "getitem" or not isinstance(call, Call) or len(call.args) != 2:
@@ -145,11 +148,20 @@ def _piece(value: Value) -> tuple[Value, int] | None:
 def ranked(value: Value, item: int) -> Ranking | None:
     """The ranking whose elements (item 0) or positions (item 1) a value holds."""
     if value.name == "argsort":
-        return _ranking(value) if item == 1 else None
+        return _negated(_ranking(value)) if item == 1 else None
     if value.name == "msort":
         return _ranking(value) if item == 0 else None
-    piece = _piece(value)
-    return _ranking(piece[0]) if piece is not None and piece[1] == item else None
+    piece = piece_of(value)
+    if piece is None or piece[1] != item:
+        return None
+    return _negated(_ranking(piece[0])) if item == 1 else _ranking(piece[0])
+
+
+def _negated(ranking: Ranking | None) -> Ranking | None:
+    """Where the smallest of -x stand, the largest of x do."""
+    while ranking is not None and ranking.of.kind == "pointwise" and ranking.of.name == "neg":
+        ranking = replace(ranking, of=ranking.of.inputs[0], largest=not ranking.largest)
+    return ranking
 
 
 def through(value: Value) -> Value | None:
@@ -196,7 +208,7 @@ def kth_largest(space: Space, value: Value, coords: Coords, along: Coord) -> Kep
         if ranking is None or ranking.dim != dim:
             return None
         return _kept(replace(ranking, sorted=True), at, along, (1, True) if ranking.largest else (0, False))
-    piece = _piece(value)
+    piece = piece_of(value)
     if piece is not None and piece[1] == 0 and piece[0].name == "kthvalue" and piece[0].attrs["call"] is not None:
         return _kth_value(piece[0], coords, along)
     return None
@@ -280,7 +292,7 @@ def _least_of(value: Value) -> tuple[Value, int, bool] | None:
     """min(x, dim).values, amin(x, dim): (x, axis, whether it stays as one of size 1)."""
     if value.kind == "reduce" and value.name == "amin" and len(value.attrs["dims"]) == 1:
         return value.inputs[0], value.attrs["dims"][0], bool(value.attrs["keepdim"])
-    piece = _piece(value)
+    piece = piece_of(value)
     if piece is None or piece[1] != 0 or piece[0].name != "min" or piece[0].attrs["call"] is None:
         return None
     source = argument(piece[0], "input", 0)

@@ -11,8 +11,7 @@ selected weigh 0 in the k-NN softmax, so a sum over all keys is the sum over the
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 from kvt_compile.passes.canonical.canonicalise import CanonicalGraph
@@ -20,19 +19,14 @@ from kvt_compile.passes.canonical.coords import ZERO, Coord, Coords, Space
 from kvt_compile.passes.canonical.meaning import axis
 from kvt_compile.passes.canonical.meaning_layout import PULL
 from kvt_compile.passes.canonical.values import Dim, Value, same
-from kvt_compile.passes.finding.own.cases import constant_of
+from kvt_compile.passes.finding.own.constants import constant_of
+from kvt_compile.passes.finding.own.gathers import gather_of
+from kvt_compile.passes.finding.own.positive import positive
 from kvt_compile.passes.finding.own.ranking import Kept, Ranking, argument, counted_off, largest_at, ranked
 from kvt_compile.passes.finding.own.settle import settle
+from kvt_compile.passes.finding.own.steps import Step, followed, make_wide
 from kvt_compile.passes.finding.own.unread import Unread
 from kvt_compile.passes.reading.read import aligned
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A value on the way and its dimension that counts the top keys."""
-
-    value: Value
-    dim: int
 
 
 def of_the_top(anchor: Value) -> bool:
@@ -40,45 +34,49 @@ def of_the_top(anchor: Value) -> bool:
     return _below(anchor) is not None
 
 
-def widen(graph: CanonicalGraph, anchor: Value) -> None:
-    """Makes it a softmax of all scores.  Raises Unread."""
+WhichKeys = Callable[[Space, Coords, Coord, Coord], Kept | None]
+"""(space, coordinates of the weights, which of the top keys, the keys) -> what they are the weights of."""
+
+
+def widen(graph: CanonicalGraph, anchor: Value, scores: Value | None = None) -> None:
+    """Makes it a softmax of all scores: those that were ranked, or others that rank as they do.  Raises Unread."""
     below = _below(anchor)
     assert below is not None
     ranking, way = below
-    ahead = _ahead(graph, anchor)
+    ahead = steps_ahead(graph, anchor)
     last = ahead[-1]
     keys = ranking.of.shape[ranking.dim]
     end = last.value.users[0]
     if end.kind == "opaque" and end.name == "scatter":
         own, changed = _scattered(end, [*way, *ahead], ranking)
     elif end.kind == "contraction":
-        own, changed = _gathered(graph, end, [*way, *ahead], ranking, keys)
+        steps = [*way, *ahead]
+
+        def mine(space: Space, coords: Coords, which: Coord, along: Coord) -> Kept | None:
+            return counted_off(ranking, space, read_below(space, steps, coords), which, along)
+
+        own, changed = gathered(end, ahead[-1], keys, mine)
     else:
         raise Unread(f"what becomes of the weights of the top keys ({end.node.name}) is not understood")
     first = way[0].value if way else anchor
-    first.inputs = tuple(ranking.of if isinstance(x, Value) and ranked(x, 0) is not None else x for x in first.inputs)
+    of = ranking.of if scores is None else scores
+    first.inputs = tuple(of if isinstance(x, Value) and ranked(x, 0) is not None else x for x in first.inputs)
     for step in (*way, *ahead):
-        _make_wide(step, keys)
+        make_wide(step, keys)
     anchor.attrs["own"] = own
     widened = {step.value for step in (*way, *ahead)} | changed
     anchor.attrs["selection"] = settle(graph) | widened
 
 
-def _make_wide(step: _Step, keys: Dim) -> None:
-    shape = step.value.shape
-    step.value.shape = (*shape[: step.dim], keys, *shape[step.dim + 1 :])
-    step.value.holder = None
-
-
-def _below(anchor: Value) -> tuple[Ranking, list[_Step]] | None:
+def _below(anchor: Value) -> tuple[Ranking, list[Step]] | None:
     """The ranking whose values the softmax is of, and the steps between, first to last."""
     value, dim = anchor.inputs[0], anchor.attrs["dim"]
-    way: list[_Step] = []
+    way: list[Step] = []
     while (ranking := ranked(value, 0)) is None:
-        step = _back(value, dim)
+        step = back(value, dim)
         if step is None:
             return None
-        way.insert(0, _Step(value, dim))
+        way.insert(0, Step(value, dim))
         value, dim = step
     whole = _counts(ranking, value)
     return (ranking, way) if ranking.dim == dim and whole else None
@@ -88,39 +86,25 @@ def _counts(ranking: Ranking, value: Value) -> bool:
     return len(value.shape) == len(ranking.of.shape) and not ranking.all
 
 
-def _back(value: Value, dim: int) -> tuple[Value, int] | None:
+def back(value: Value, dim: int) -> tuple[Value, int] | None:
     """(what a value is a strictly increasing function of, its dimension of the top keys)."""
     if value.kind == "layout":
-        at = _followed(value, dim)
+        at = followed(value, dim)
         return None if at is None else (value.inputs[0], at)
     if value.kind != "pointwise" or value.name not in ("mul", "div", "identity"):
         return None
-    x = value.inputs[0]
-    other = value.inputs[1] if len(value.inputs) > 1 else 1.0
-    if not isinstance(x, Value) or x.dtype is None or not x.dtype.is_floating_point or x.shape != value.shape:
+    whole = [x for x in value.operands if x.shape == value.shape]
+    x = value.inputs[0] if value.name == "div" or value.inputs[0] in whole else value.inputs[-1]
+    if x not in whole or x.dtype is None or not x.dtype.is_floating_point:
         return None
-    number = constant_of(other) if isinstance(other, Value) else other
-    if not isinstance(number, int | float) or not 0 < number < math.inf:
-        return None
-    return x, dim
+    others = [y for y in value.inputs if y is not x]
+    one_a_row = all(size_at(y, value, dim) == 1 for y in others if isinstance(y, Value))
+    return (x, dim) if len(others) < len(value.inputs) and one_a_row and all(map(positive, others)) else None
 
 
-def _followed(value: Value, dim: int) -> int | None:
-    """The dimension of a rearranged value's input that its dimension is."""
-    if value.name not in ("permute", "reshape"):
-        return None
-    space = Space()
-    coords = tuple(space.fresh(f"o{d}", size) for d, size in enumerate(value.shape))
-    below = PULL[value.name](space, value, coords)
-    if below is None or not coords[dim].digits:
-        return None
-    here = [d for d, c in enumerate(space.resolve_all(below)) if c == space.resolve(coords[dim])]
-    return here[0] if len(here) == 1 and same(value.inputs[0].shape[here[0]], value.shape[dim]) else None
-
-
-def _ahead(graph: CanonicalGraph, anchor: Value) -> list[_Step]:
+def steps_ahead(graph: CanonicalGraph, anchor: Value) -> list[Step]:
     """From the softmax to what scatters its weights or sums with them."""
-    steps = [_Step(anchor, anchor.attrs["dim"])]
+    steps = [Step(anchor, anchor.attrs["dim"])]
     while True:
         value, dim = steps[-1].value, steps[-1].dim
         if len(value.users) != 1 or value in graph.outputs:
@@ -128,29 +112,30 @@ def _ahead(graph: CanonicalGraph, anchor: Value) -> list[_Step]:
         user = value.users[0]
         if user.kind == "contraction" or (user.kind == "opaque" and user.name == "scatter"):
             return steps
-        steps.append(_Step(user, _onwards(user, value, dim)))
+        steps.append(Step(user, _onwards(user, value, dim)))
 
 
 def _onwards(user: Value, value: Value, dim: int) -> int:
     """The dimension of the user's result that counts the top keys."""
     if user.kind == "layout":
         for d in range(len(user.shape)):
-            if _followed(user, d) == dim:
+            if followed(user, d) == dim:
                 return d
     if user.kind == "pointwise":
         at = dim + len(user.shape) - len(value.shape)
         others = [x for x in user.operands if x is not value]
-        if same(user.shape[at], value.shape[dim]) and all(_size_at(x, user, at) == 1 for x in others):
+        if same(user.shape[at], value.shape[dim]) and all(size_at(x, user, at) == 1 for x in others):
             return at
     raise Unread(f"what becomes of the weights of the top keys ({user.node.name}) is not understood")
 
 
-def _size_at(x: Value, whole: Value, dim: int) -> Dim:
+def size_at(x: Value, whole: Value, dim: int) -> Dim:
+    """The size of an operand along a dimension of the result."""
     position = dim - (len(whole.shape) - len(x.shape))
     return x.shape[position] if position >= 0 else 1
 
 
-def _read_below(space: Space, steps: list[_Step], coords: Coords) -> Coords:
+def read_below(space: Space, steps: list[Step], coords: Coords) -> Coords:
     """Coordinates of the last step's element in the ranking's values."""
     for step in reversed(steps):
         value = step.value
@@ -165,11 +150,11 @@ def _read_below(space: Space, steps: list[_Step], coords: Coords) -> Coords:
     return space.resolve_all(coords)
 
 
-def _is_on(steps: list[_Step], x: Value) -> bool:
+def _is_on(steps: list[Step], x: Value) -> bool:
     return any(step.value is x for step in steps)
 
 
-def _scattered(end: Value, steps: list[_Step], ranking: Ranking) -> tuple[Any, set[Value]]:
+def _scattered(end: Value, steps: list[Step], ranking: Ranking) -> tuple[Any, set[Value]]:
     """zeros.scatter(-1, index, w): the weights of all keys."""
     weights = steps[-1].value
     dim = axis(argument(end, "dim", 1), len(end.shape))
@@ -187,7 +172,7 @@ def _scattered(end: Value, steps: list[_Step], ranking: Ranking) -> tuple[Any, s
     which = space.fresh("m", index.shape[dim])
     inside = (*coords[:dim], which, *coords[dim + 1 :])
     kept = largest_at(space, index, inside, which, coords[dim])
-    mine = counted_off(ranking, space, _read_below(space, steps, inside), which, coords[dim])
+    mine = counted_off(ranking, space, read_below(space, steps, inside), which, coords[dim])
     _check_same(space, kept, mine)
     assert mine is not None
     if not space.covers(coords[dim], ranking.of.shape[ranking.dim]):
@@ -208,11 +193,9 @@ def _check_same(space: Space, kept: Kept | None, mine: Kept | None) -> None:
         raise Unread("the weights of the top keys are combined with other keys than theirs")
 
 
-def _gathered(
-    graph: CanonicalGraph, end: Value, steps: list[_Step], ranking: Ranking, keys: Dim
-) -> tuple[Any, set[Value]]:
-    """A sum over the top keys of weights times values that were gathered at their positions."""
-    weights, dim = steps[-1].value, steps[-1].dim
+def gathered(end: Value, last: Step, keys: Dim, which_keys: WhichKeys) -> tuple[Any, set[Value]]:
+    """A sum over the top keys of weights times values that were gathered at their positions: (own k, what changed)."""
+    weights, dim = last.value, last.dim
     sides = [n for n, x in enumerate(end.inputs) if x is weights]
     labels = end.attrs["lhs"], end.attrs["rhs"]
     if len(sides) != 1:
@@ -228,56 +211,15 @@ def _gathered(
             if x is not None and not at.get(x, ZERO).digits:
                 at[x] = space.fresh(f"l{x}", size)
     along, which = space.fresh("j", keys), at[label]
-    mine = counted_off(
-        ranking, space, _read_below(space, steps, _coords(labels[side], at)), which, along
-    )  # fmt: skip
-    way, gather, coords, place = _to_gather(space, values, labels[1 - side].index(label), _coords(labels[1 - side], at))
-    base, index, where = _operands(gather)
-    if where != place or not all(
-        same(x, y) for d, (x, y) in enumerate(zip(base.shape, gather.shape, strict=True)) if d != where
-    ):
-        raise Unread("what the weights of the top keys are multiplied with is not gathered along the keys alone")
-    if not same(base.shape[where], keys):
+    mine = which_keys(space, coords_of(labels[side], at), which, along)
+    found = gather_of(space, values, labels[1 - side].index(label), coords_of(labels[1 - side], at))
+    if not same(found.keys, keys):
         raise Unread("what the weights of the top keys are multiplied with has another number of keys")
-    _check_same(space, largest_at(space, index, coords, which, along), mine)
+    _check_same(space, found.kept(space, which, along), mine)
     assert mine is not None
-    gather.kind, gather.name, gather.inputs = "pointwise", "identity", (base,)
-    gather.attrs = {"fn": lambda x: x}
-    for step in (_Step(gather, where), *way):
-        _make_wide(step, keys)
-    return mine.own, {gather, *(step.value for step in way)}
+    return mine.own, found.widen()
 
 
-def _coords(labels: tuple[Any, ...], at: dict[Any, Coord]) -> Coords:
+def coords_of(labels: tuple[Any, ...], at: dict[Any, Coord]) -> Coords:
+    """The coordinates of an operand of a product whose dimensions have these labels."""
     return tuple(ZERO if label is None else at[label] for label in labels)
-
-
-def _to_gather(space: Space, value: Value, dim: int, coords: Coords) -> tuple[list[_Step], Value, Coords, int]:
-    """Below rearrangements: (the steps, the gather, its coordinates, its dimension of the top keys)."""
-    steps: list[_Step] = []
-    while value.kind == "layout" or (value.kind == "pointwise" and value.name == "identity"):
-        if len(value.users) != 1:
-            raise Unread("the values of the top keys are read at several places")
-        steps.append(_Step(value, dim))
-        if value.kind == "layout":
-            below, inner = PULL[value.name](space, value, coords), _followed(value, dim)
-            if below is None or inner is None:
-                break
-            coords, dim = below, inner
-        value = value.inputs[0]
-    if value.kind != "opaque" or value.name not in ("gather", "take_along_dim") or len(value.users) != 1:
-        raise Unread("what the weights of the top keys are multiplied with is not gathered in a way that is understood")
-    return steps, value, space.resolve_all(coords), dim
-
-
-def _operands(gather: Value) -> tuple[Value, Value, int]:
-    """(what is gathered from, the positions, the dimension)."""
-    by_name = gather.name == "take_along_dim"
-    base = argument(gather, "input", 0)
-    index = argument(gather, "indices", 1) if by_name else argument(gather, "index", 2)
-    where = axis(argument(gather, "dim", 2 if by_name else 1), len(gather.shape))
-    if not isinstance(base, Value) or not isinstance(index, Value) or where is None:
-        raise Unread("the values of the top keys are gathered in a way that is not understood")
-    if not len(base.shape) == len(index.shape) == len(gather.shape) or not _alike(index.shape, gather.shape):
-        raise Unread("the values of the top keys are gathered in a way that is not understood")
-    return base, index, where
