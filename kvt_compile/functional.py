@@ -94,7 +94,11 @@ def attention(
     for name, x in (("q", q), ("k", k)):
         if x.dim() < 2:
             raise ValueError(f"{name} has {x.dim()} dimensions, expected at least 2")
-    text, best, by_grid, by_prefix = _read(select)
+    if not isinstance(select, str | Selector):
+        raise TypeError(
+            f"select is {select!r} ({type(select).__name__}), expected a selection or its text: 'window(13)'"
+        )
+    text, best, by_grid, by_prefix = _read(str(select))  # of a text Dynamo makes a constant in every torch
     keys = k.shape[-2]
     # a node says no more than it needs, so that the same node is the same text
     placed = list(resolve_grid(grid, prefix, keys)) if by_grid else None
@@ -103,15 +107,11 @@ def attention(
     return _attention(q, k, v, kept, where, attn_mask, dropout_p, is_causal, scale, enable_gqa, lowering, 0.0)
 
 
-def _read(select: Selector | str) -> tuple[str, int | float | None, bool, bool]:
-    """A selection -> the operator's text and k, and whether it asks for the grid and for the prefix.
+def _read(select: str) -> tuple[str, int | float | None, bool, bool]:
+    """A selection's text -> the operator's text and k, and whether it asks for the grid and for the prefix.
 
     Dynamo need not trace the parser."""
-    chosen = parse(select) if isinstance(select, str) else select
-    if not isinstance(chosen, Selector):
-        raise TypeError(
-            f"select is {select!r} ({type(select).__name__}), expected a selection or its text: 'window(13)'"
-        )
+    chosen = parse(select)
     return (*for_node(chosen), needs_grid(chosen), needs_prefix(chosen))
 
 

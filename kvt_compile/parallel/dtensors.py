@@ -32,7 +32,8 @@ def on_mesh(op: str, name: str, x: Tensor, mesh: DeviceMesh) -> DTensor:
         return x
     implicit = getattr(getattr(DTensor, "_op_dispatcher", None), "_allow_implicit_replication", False)
     if x.numel() == 1 or implicit:
-        return DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        # gradients are the op's own (and DTensor has no rule for what autograd does in torch 2.11)
+        return DTensor.from_local(x.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
     _refuse_mixed(op, name, x)
 
 

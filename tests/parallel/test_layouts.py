@@ -263,11 +263,11 @@ def check_schedule() -> None:
 
     def trained(distributed: bool) -> nn.Module:
         model = small.model("vit")
+        optimiser, pick = small.optimiser(model), _my_batch(dist.get_rank(), 2) if distributed else lambda x: x
         rewritten: Any = kvt_compile.rewrite(
-            model, small.data()[0][0], torch.arange(16), topk=12, lowering="aten"
+            model, pick(small.data()[0][0]), torch.arange(16), topk=12, lowering="aten"
         ).module
         runs = DistributedDataParallel(rewritten) if distributed else rewritten
-        optimiser, pick = small.optimiser(model), _my_batch(dist.get_rank(), 2) if distributed else lambda x: x
         for topk, (x, y) in zip((12, 0.5, {"blocks.0.*": 3}), small.data(), strict=True):
             kvt_compile.set_topk(rewritten, topk)
             optimiser.zero_grad()

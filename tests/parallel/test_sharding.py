@@ -271,6 +271,8 @@ def check_compiled(dynamic: bool) -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_compiled_model_on_dtensors(run: Run, dynamic: bool) -> None:
+    if not dynamic and torch.__version__ < (2, 13):
+        pytest.skip(f"Dynamo of torch {torch.__version__} has no fake matmul of DTensors of four dimensions")
     run(2, check_compiled, dynamic)
 
 

@@ -29,7 +29,7 @@ ALIASES: dict[str, str] = {
     "rsqrt": "rsqrt", "expit": "sigmoid", "absolute": "abs", "clip": "clamp", "clip_": "clamp_",
     "greater": "gt", "greater_equal": "ge", "less": "lt", "less_equal": "le", "not_equal": "ne",
     # contractions
-    "__matmul__": "matmul", "mv": "matmul", "bmm": "matmul", "dot": "matmul",
+    "mv": "matmul", "bmm": "matmul", "dot": "matmul",
     # softmax and attention
     "_softmax": "softmax", "_safe_softmax": "softmax", "_log_softmax": "log_softmax",
     "__rpow__": "rpow",
@@ -42,6 +42,10 @@ ALIASES: dict[str, str] = {
     "lift_fresh_copy": "identity", "lift_fresh": "identity", "native_dropout": "native_dropout", "cuda": "identity",
     "cpu": "identity", "_to_copy": "to", "alpha_dropout": "alpha_dropout",
 }  # fmt: skip
+_OPERATORS = ["eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "pow", "matmul", "neg", "abs"]
+_OPERATORS += ["iadd", "isub", "imul", "itruediv", "ipow", "getitem", "setitem"]
+# operators called as methods, which is how Dynamo before 2.13 writes some of them
+ALIASES |= {f"__{name}__": ALIASES.get(name, name) for name in _OPERATORS}
 
 # module -> (canonical name, attributes passed by keyword)
 MODULES: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
@@ -92,6 +96,9 @@ class Call:
     inplace: bool = False
 
 
+DTENSOR_CALLS = ("to_local", "from_local", "redistribute", "full_tensor")
+
+
 @cache
 def _functions() -> dict[Any, str]:
     """torch's own callables -> their canonical names."""
@@ -117,9 +124,17 @@ def canonical_name(target: Any) -> str | None:
         namespace, _, name = whole.partition("::")
         return ALIASES.get(name, name) if namespace in ("aten", "prims") else None
     try:
-        return _functions().get(target)
+        return _functions().get(target) or _of_dtensor(target)
     except TypeError:  # unhashable
         return None
+
+
+def _of_dtensor(target: Any) -> str | None:
+    """What Dynamo before 2.13 writes for a call of DTensor: a function of its own with the method's name in its own."""
+    if not str(getattr(target, "__module__", "")).startswith("torch._dynamo.variables."):
+        return None
+    kind, _, name = target.__name__.replace(" ", "_").partition("_")
+    return name if kind == "prim" and name in DTENSOR_CALLS else None
 
 
 @lru_cache(maxsize=512)

@@ -17,7 +17,7 @@ import torch
 
 from kvt_compile.passes.canonical.coords import Atom, Coord, Coords, Space
 from kvt_compile.passes.canonical.meaning import axis
-from kvt_compile.passes.canonical.spellings import Call
+from kvt_compile.passes.canonical.spellings import DTENSOR_CALLS, Call
 from kvt_compile.passes.canonical.values import Value, meta_value, same
 
 Became = list[set[int]]
@@ -40,7 +40,7 @@ _SAME = frozenset(
         *("flip", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "tril", "triu", "detach", "dropout"),
         *("dropout1d", "dropout2d", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout"),
         *("gumbel_softmax", "prelu", "rrelu", "to", "type", "float", "half", "bfloat16", "double", "type_as", "clone"),
-        *("to_local", "from_local", "redistribute", "full_tensor"),  # of DTensor: a rank's part has the same axes
+        *DTENSOR_CALLS,  # a rank's part has the same axes
         *("identity", "checkpoint", "narrow", "slice", "select_scatter", "slice_scatter", "diagonal_scatter", "diff"),
         *(
             "split",
