@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,49 +136,113 @@ def _attention(
     topk_tolerance: float,
 ) -> Tensor:
     """Checked arguments of the way in -> the operator.  `select`: its last arguments, none for the best of all keys."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() < (3 if enable_gqa else 2):
-            raise ValueError(f"{name} has {x.dim()} dimensions, expected at least {3 if enable_gqa else 2}")
     if torch.is_autocast_enabled(q.device.type):
         # what autocast does to scaled_dot_product_attention
         low = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x if x.dtype == torch.float64 else x.to(low) for x in (q, k, v))
+    mask = None if attn_mask is None else (attn_mask.shape, attn_mask.dtype)
+    asked = (
+        q.shape, k.shape, v.shape, topk, mask, dropout_p, is_causal, scale,
+        enable_gqa, lowering, topk_tolerance, lowerings.inside(),
+    )  # fmt: skip
+    plan = _plan(*asked) if torch.compiler.is_compiling() else _remembered(asked)
+    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device) if dropout_p > 0.0 else None
+    captured = [] if attn_mask is None else [attn_mask.reshape(plan.mask)]
+    if plan.folded is not None:
+        batch, heads, kv_heads = plan.folded
+        q, k, v = _fold(q, batch, heads), _fold(k, batch, kv_heads), _fold(v, batch, kv_heads)
+    out = torch.ops.kvt.attention(q, k, v, captured, *plan.before, seed, *plan.after, *select)[0]
+    return out if plan.result is None else out.reshape(plan.result)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What shapes and numbers of a call decide."""
+
+    folded: tuple[Sequence[int], int, int] | None
+    """Leading dimensions, heads of q, heads of k and v; None where q, k and v are what the operator takes."""
+    mask: Sequence[int]
+    """The shape of the mask without its dimensions of size 1."""
+    before: tuple[object, ...]
+    """The operator's arguments before its seed."""
+    after: tuple[object, ...]
+    result: tuple[int, ...] | None
+    """None where it is the operator's."""
+
+
+_MOST = 1024
+_plans: dict[object, _Plan] = {}
+
+
+def _remembered(asked: tuple[Any, ...]) -> _Plan:
+    """`_plan`, once for all calls that ask the same: what it does in Python takes longer than a small attention."""
+    key = (asked, *map(type, asked[3:]))  # 1 and 1.0 are equal, and another k
+    try:
+        plan = _plans.get(key)
+    except TypeError:  # a symbolic size has no hash
+        return _plan(*asked)
+    if plan is None:
+        plan = _plan(*asked)
+        if len(_plans) >= _MOST:
+            _plans.clear()
+        _plans[key] = plan
+    return plan
+
+
+def _plan(
+    q: Sequence[int],
+    k: Sequence[int],
+    v: Sequence[int],
+    topk: TopK,
+    mask: tuple[Sequence[int], torch.dtype] | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    lowering: str,
+    topk_tolerance: float,
+    inside: lowerings.Inside,
+) -> _Plan:
+    """Shapes of q, k and v and the rest of what was asked -> the plan.  Raises as `topk_attention`."""
+    least = 3 if enable_gqa else 2
+    for name, shape in (("q", q), ("k", k), ("v", v)):
+        if len(shape) < least:
+            raise ValueError(f"{name} has {len(shape)} dimensions, expected at least {least}")
     if enable_gqa:
-        batch, heads, kv_heads = _broadcast(q.shape[:-3], k.shape[:-3], v.shape[:-3]), q.shape[-3], k.shape[-3]
+        batch, heads, kv_heads = _broadcast(q[:-3], k[:-3], v[:-3]), q[-3], k[-3]
         lead = (*batch, heads)
     else:
-        lead = _broadcast(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+        lead = _broadcast(q[:-2], k[:-2], v[:-2])
         batch, heads = lead[:-1], math.prod(lead[-1:])
         kv_heads = heads
-    score = f"{_scale(scale, q)!r}*s"
-    captured: list[Tensor] = []
+    score = f"{_scale(scale, q[-1])!r}*s"
     sizes: list[int] = []
-    if attn_mask is not None:
+    kept: list[int] = []
+    if mask is not None:
         if is_causal:
             raise ValueError("attn_mask and is_causal=True were both given, expected at most one of them")
-        mask, index = _mask(attn_mask, lead, q.shape[-2], k.shape[-2], sizes)
-        captured.append(mask)
-        score = f"where({index}, {score}, -oo)" if mask.dtype == torch.bool else f"{score} + {index}"
+        kept, index = _mask(*mask, lead, q[-2], k[-2], sizes)
+        score = f"where({index}, {score}, -oo)" if mask[1] == torch.bool else f"{score} + {index}"
     elif is_causal:
         score = f"where(le(j, i), {score}, -oo)"
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p is {dropout_p}, expected a probability in [0, 1]")
     tolerance = constant(validate_tolerance(topk_tolerance))
-    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device) if dropout_p > 0.0 else None
-    tensors = _fold(q, batch, heads), _fold(k, batch, kv_heads), _fold(v, batch, kv_heads)
-    inside = lowerings.inside()
-    if lowering == "auto":
-        lowering = inside.lowering
-    keep = resolve(topk, k.shape[-2] * inside.ranks)
-    rest = score, "p", keep, sizes, constant(dropout_p), seed, lowering, tolerance
-    out = torch.ops.kvt.attention(*tensors, captured, *rest, *select)[0]
-    return out if len(lead) == 2 else out.reshape(*lead, q.shape[-2], v.shape[-1])  # type: ignore[no-any-return]
+    keep = resolve(topk, k[-2] * inside.ranks)
+    plain = len(batch) == 1 and tuple(q[:-2]) == lead and tuple(k[:-2]) == tuple(v[:-2]) == (*batch, kv_heads)
+    return _Plan(
+        None if plain else (batch, heads, kv_heads),
+        kept,
+        (score, "p", keep, sizes, constant(dropout_p)),
+        (inside.lowering if lowering == "auto" else lowering, tolerance),
+        None if len(lead) == 2 else (*lead, q[-2], v[-1]),
+    )
 
 
-def _scale(scale: float | None, q: Tensor) -> float:
+def _scale(scale: float | None, features: int) -> float:
     if scale is None:
         # int: a symbolic D becomes its number, which the text needs
-        return constant(1.0 / math.sqrt(max(int(q.shape[-1]), 1)))
+        return constant(1.0 / math.sqrt(max(int(features), 1)))
     if not -math.inf < scale < math.inf:
         raise ValueError(f"scale is {scale}, expected a finite number")
     return constant(scale)
@@ -208,27 +274,29 @@ def _fold(x: Tensor, batch: Sequence[int], heads: int) -> Tensor:
     return x.expand(*batch, heads, tokens, features).reshape(math.prod(batch), heads, tokens, features)
 
 
-def _mask(mask: Tensor, lead: Sequence[int], queries: int, keys: int, sizes: list[int]) -> tuple[Tensor, str]:
-    """A mask -> the tensor to capture, without its dimensions of size 1, and its load: `c0[b, j]`.
+def _mask(
+    shape: Sequence[int], dtype: torch.dtype, lead: Sequence[int], queries: int, keys: int, sizes: list[int]
+) -> tuple[list[int], str]:
+    """A mask's shape -> that of the tensor to capture, without dimensions of size 1, and its load: `c0[b, j]`.
 
     Leading dimensions that fold into b are read back out of it: of `[X, Y, H, Nq, Nk]`, y is `b % Y` and x is `b // Y`.
     """
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(f"attn_mask is {mask.dtype}, expected bool (True = may attend) or floating point (added)")
+    if dtype != torch.bool and not dtype.is_floating_point:
+        raise TypeError(f"attn_mask is {dtype}, expected bool (True = may attend) or floating point (added)")
     full = (*lead, queries, keys)
-    if mask.dim() > len(full):
-        raise ValueError(f"attn_mask has {mask.dim()} dimensions, expected at most {len(full)}")
+    if len(shape) > len(full):
+        raise ValueError(f"attn_mask has {len(shape)} dimensions, expected at most {len(full)}")
     names = [*_batch_indices(lead[:-1], sizes), *(["h"] if lead else []), "i", "j"]
-    skip = len(full) - mask.dim()
+    skip = len(full) - len(shape)
     kept, index = [], []
-    for size, whole, name in zip(mask.shape, full[skip:], names[skip:], strict=True):
+    for size, whole, name in zip(shape, full[skip:], names[skip:], strict=True):
         if size == 1:
             continue
         if size != whole:
-            raise ValueError(f"attn_mask has shape {tuple(mask.shape)}, which does not broadcast to {full}")
+            raise ValueError(f"attn_mask has shape {tuple(shape)}, which does not broadcast to {full}")
         kept.append(size)
         index.append(name)
-    return mask.reshape(kept), f"c0[{', '.join(index)}]" if index else "c0"
+    return kept, f"c0[{', '.join(index)}]" if index else "c0"
 
 
 def _batch_indices(batch: Sequence[int], sizes: list[int]) -> list[str]:

@@ -43,6 +43,10 @@ def masks(case: Case) -> list[Tensor]:
 CASES = [
     CASE,
     CASE.but(id="one query", queries=1),
+    *(CASE.but(id=f"{n} queries", queries=n, keys=2 * n + 4, value_dim=24) for n in (8, 16, 41, 49)),
+    CASE.but(id="half a tile of everything", queries=39, keys=50, topk=9, value_dim=24, dropout_p=0.2,
+             score="0.35*s + c0[h, i, j]", weight="p*c1[h, i]",
+             captured=lambda case: [*floats("heads", "queries", "keys")(case), *floats("heads", "queries")(case)]),
     CASE.but(id="several tiles and blocks", queries=70, keys=200, topk=90, batch=1),
     CASE.but(id="gqa", heads=6, kv_heads=2),
     CASE.but(id="k = 1", topk=1),
@@ -198,6 +202,21 @@ def test_the_backward_keeps_the_forward_s_keys() -> None:
         leaf = v.detach().requires_grad_()
         (dv,) = torch.autograd.grad(call(case, "c", (q, k, leaf))[0], leaf, torch.eye(64).view(1, 1, 64, 64))
         assert torch.equal(dv[0, 0].T != 0, out[0, 0] != 0)
+
+
+@pytest.mark.parametrize("queries", [5, 20])
+def test_lanes_past_the_last_query_add_nothing(queries: int) -> None:
+    """They would see keys that no query may, with scores that have no exponential beside the last query's sum."""
+    case = CASE.but(batch=1, heads=1, queries=queries, keys=40, head_dim=4, score="where(le(j, i), s, -oo)")
+    v = case.tensors()[2]
+    q, k = (torch.zeros(1, 1, n, 4) for n in (queries, 40))
+    q[..., 0] = 1
+    for score in (88.5, 90.75, 91.0, 200.0):
+        k[:, :, queries:, 0] = score
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        gradients = torch.autograd.grad(call(case, "c", leaves)[0].sum(), leaves)
+        assert all(x.isfinite().all() for x in gradients), score
+        assert not gradients[1][:, :, queries:].any()
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------

@@ -209,6 +209,15 @@ def test_errors(name: str) -> None:
 # --- dropout, autocast, transforms, compile ---------------------------------------------------------------------------
 
 
+def test_numbers_that_are_equal_and_mean_something_else_are_told_apart() -> None:
+    q, k, v = (torch.randn(1, 2, n, 8) for n in (4, 6, 6))
+    one, all_of_them = (topk_attention(q, k, v, topk=x) for x in (1, 1.0))
+    assert not torch.equal(one, all_of_them)
+    torch.testing.assert_close(all_of_them, torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    with pytest.raises(TypeError, match="topk is True"):
+        topk_attention(q, k, v, topk=True)
+
+
 def test_dropout_follows_manual_seed() -> None:
     q, k, v = qkv()
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import kvt_compile.kernels.op.ops  # noqa: F401 - registers the ops
-from kvt_compile.kernels.op import lowerings, ready
+from kvt_compile.kernels.op import lowerings, ops, ready
 from kvt_compile.kernels.plain.aten import AtenLowering
 
 
@@ -118,3 +121,54 @@ def test_gradients_and_dropout_go_the_long_way_where_they_must() -> None:
     known = len(ready._runners)
     call(q, k, v, dropout_p=0.5, seed=torch.tensor([1]))
     assert len(ready._runners) == known
+
+
+class Seen(TorchDispatchMode):
+    """Which operators it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_has_to_see_a_call_sees_those_that_were_checked_before() -> None:
+    q, k, v = tensors()
+    first = call(q, k, v)
+    with Seen() as seen:
+        assert same(call(q, k, v), first)
+    assert seen.names[0] == "kvt::attention"
+    assert isinstance(call(*(TwoTensor(x, x) for x in (q, k, v)))[0], TwoTensor)
+    with FakeTensorMode() as mode:
+        assert isinstance(call(*(mode.from_tensor(x) for x in (q, k, v)))[0], FakeTensor)
+    assert same(torch.func.vmap(call)(*(x[None] for x in (q, k, v))), [x[None] for x in first])
+    gradient = torch.func.grad(lambda q: call(q, k, v)[0].sum())(q)
+    assert torch.equal(gradient, torch.autograd.grad(call(q.requires_grad_(), k, v)[0].sum(), q)[0])
+
+
+def test_a_remembered_call_does_not_reach_autograd_unless_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = tensors()
+    bias = torch.randn(2, 9)
+    first = call(q, k, v, [bias])
+    monkeypatch.setattr(ops, "check_attention", None)  # what every call passes that goes further
+    assert same(call(q, k, v, [bias]), first)
+    bias.requires_grad_()
+    assert call(q, k, v, [bias])[0].grad_fn is not None  # by the short way behind autograd
+    with torch.no_grad():
+        assert call(q, k, v, [bias])[0].grad_fn is None
+    with torch.inference_mode():
+        assert same(call(*tensors(), [bias]), first)
+
+
+def test_attention_inside_of_a_region_is_still_asked_for_its_lowering() -> None:
+    q, k, v = tensors()
+    call(q, k, v)
+    lowerings.enter(lowerings.Inside("aten"))
+    try:
+        with pytest.raises(lowerings.LoweringError, match="inside of 'aten'"):
+            call(q, k, v)
+    finally:
+        lowerings.leave()

@@ -94,6 +94,7 @@ class Inside(NamedTuple):
     """Over how many ranks its keys are cut."""
 
 
+_OUTSIDE = Inside()
 _inside: list[Inside] = []
 """Innermost last.  A plain list: Dynamo guards on what it read of it."""
 
@@ -110,7 +111,7 @@ def leave() -> None:
 
 def inside() -> Inside:
     """What holds now."""
-    return _inside[-1] if _inside else Inside()
+    return _inside[-1] if _inside else _OUTSIDE
 
 
 def check_inside(name: str) -> None:

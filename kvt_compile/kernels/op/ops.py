@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -231,8 +231,19 @@ for _name, _bind, _implementation, _fake in (
     LIBRARY.impl(_name, _of(_bind, _implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"kvt::{_name}", _of(_bind, _fake), lib=LIBRARY)
     LIBRARY.impl(_name, _of(_bind, function.UNDER_TRANSFORMS[_name]), "FuncTorchDynamicLayerFrontMode")
+
+
+class _Ahead:
+    """The library as `register_autograd` uses it; attention is looked up among checked calls ahead of its kernel."""
+
+    def impl(self, name: str, kernel: Callable[..., Any], key: str, *, with_keyset: bool) -> None:
+        LIBRARY.impl(name, ready.before_autograd(lowerings.check_inside, kernel), key, with_keyset=with_keyset)
+
+
+torch.library.register_autograd(
+    "kvt::attention", _attention_autograd, setup_context=_attention_setup, lib=cast(torch.library.Library, _Ahead())
+)
 for _name, _backward, _setup in (
-    ("attention", _attention_autograd, _attention_setup),
     ("topk_softmax", _topk_softmax_autograd, _topk_softmax_setup),
     ("attention_backward", no_second_derivative, None),
     ("topk_softmax_backward", no_second_derivative, None),

@@ -5,11 +5,16 @@
 A model calls its sites with the same layouts again and again; checking one, describing it and choosing its lowering
 takes thirty microseconds of Python, more than a small attention itself.  All of that depends on what stands in the key
 alone.  Only plain calls have one: tensors with strides on a CPU, no dropout, no selection but the best.
+
+Where no gradient is asked for, such a call is found before autograd's kernel is run (`before_autograd`), which saves a
+second way through the dispatcher: 12 microseconds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,18 +30,45 @@ _runners: dict[Hashable, Runner] = {}
 
 def key(a: AttentionArguments) -> Hashable:
     """What the checks and the kernel of a call depend on; None where that is more than is looked at here."""
-    if a.seed is not None or a.draw is not None or a.dropout_p or a.select:
-        return None
     q, k, v, strided = a.q, a.k, a.v, torch.strided
     if not (q.is_cpu and k.is_cpu and v.is_cpu and q.layout is k.layout is v.layout is strided):
         return None
-    captured: tuple[Hashable, ...] = ()
-    for x in a.captured or ():
-        if not x.is_cpu or x.layout is not strided or x.is_neg():
+    return _key(
+        q, k, v, a.captured, a.score, a.weight, a.topk, a.sizes,
+        a.dropout_p, a.seed, a.lowering, a.tolerance, a.draw, a.select, a.grid, a.prefix,
+    )  # fmt: skip
+
+
+def _key(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Sequence[Tensor] | None,
+    score: str,
+    weight: str,
+    topk: int,
+    sizes: Sequence[int] | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    lowering: str,
+    tolerance: float = 0.0,
+    draw: Sequence[int] | None = None,
+    select: str = "",
+    grid: Sequence[int] | None = None,
+    prefix: int = 0,
+) -> Hashable:
+    """`key` of the operator's arguments in their order; q, k and v are known to be strided tensors of a CPU."""
+    if seed is not None or draw is not None or dropout_p or select:
+        return None
+    layouts: tuple[Hashable, ...] = ()
+    for x in captured or ():
+        if not x.is_cpu or x.layout is not torch.strided or x.is_neg():
             return None
-        captured += (x.shape, x.stride(), x.dtype)
-    layouts = q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype, captured
-    return (a.score, a.weight, a.topk, tuple(a.sizes or ()), a.lowering, a.tolerance, layouts)
+        layouts += (x.shape, x.stride(), x.dtype)
+    return (
+        score, weight, topk, tuple(sizes) if sizes else (), lowering, tolerance, layouts,
+        q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype,
+    )  # fmt: skip
 
 
 def runner(key: Hashable) -> Runner | None:
@@ -53,6 +85,36 @@ def remember(key: Hashable, lowering: object, call: AttentionCall) -> None:
     if len(_runners) >= MOST:
         _runners.clear()
     _runners[key] = run
+
+
+def before_autograd(check: Callable[[str], None], general: Callable[..., Any]) -> Callable[..., Any]:
+    """`general`, autograd's kernel of `kvt::attention`, with the short way before it.
+
+    The set of dispatch keys says that nothing else has to see the call: q, k and v are plain tensors of a CPU, no
+    subclass, no mode, no transform.  `check` is given the lowering, as in every call.
+    """
+
+    def kernel(keys: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        if keys == _PLAIN and not kwargs:
+            q, k, v, captured = args[:4]
+            if not torch.is_grad_enabled() or not any_requires_grad(q, k, v, captured):
+                check(args[_LOWERING])
+                if (run := _runners.get(_key(*args))) is not None:
+                    return run(q, k, v, captured or ())
+        return general(keys, *args, **kwargs)
+
+    return kernel
+
+
+_LOWERING = [x.name for x in fields(AttentionArguments)].index("lowering")
+_PLAIN = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCPU)
+
+
+def any_requires_grad(q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor] | None) -> bool:
+    """Whether autograd has to see a call."""
+    if q.requires_grad or k.requires_grad or v.requires_grad:
+        return True
+    return bool(captured) and any(x.requires_grad for x in captured or ())
 
 
 forget = _runners.clear
