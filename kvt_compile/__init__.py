@@ -9,7 +9,7 @@ from kvt_compile.adjust import options, set_topk
 from kvt_compile.adjust_select import set_select
 from kvt_compile.backend import RefusalError
 from kvt_compile.backends import inductor_pass, passes_for
-from kvt_compile.calibration import CalibratedPolicy, CalibrationError, calibrate
+from kvt_compile.calibration import CalibratedPolicy, CalibratedSelection, CalibrationError, calibrate
 from kvt_compile.capture.capture import CaptureError
 from kvt_compile.config import OptionError, Options
 from kvt_compile.explain import explain
@@ -22,6 +22,7 @@ from kvt_compile.verification import Verification, VerificationError, verify
 
 __all__ = [
     "CalibratedPolicy",
+    "CalibratedSelection",
     "CalibrationError",
     "CaptureError",
     "OptionError",

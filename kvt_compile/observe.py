@@ -150,13 +150,22 @@ class AttentionCall(SiteCall):
         return replace(self, topk=keys if best is None else resolve(best, keys), select=text)
 
     def kept(self, rows: Scores) -> Tensor:
+        allowed = self.allowed(rows)
+        t = rows.t if allowed is None else rows.t.masked_fill(~allowed, -torch.inf)
+        return kept_keys(t, self.topk, None if self._selection is None else self._selection.rank)
+
+    def allowed(self, rows: Scores) -> Tensor | None:
+        """Which keys the selection allows before anything is ranked: bool, broadcastable to the scores; None: all."""
         if self._selection is None:
-            return kept_keys(rows.t, self.topk)
+            return None
         batch, heads, _, keys = self.shape
         grid = Grid(range(batch), range(heads), rows.queries, range(keys), rows.t.device, rows.t.dtype)
-        allowed = self._selection.map(heads, [grid.coordinate(x) for x in "bhij"], self._chosen)
-        t = rows.t if allowed is None else rows.t.masked_fill(~allowed, -torch.inf)
-        return kept_keys(t, self.topk, self._selection.rank)
+        return self._selection.map(heads, [grid.coordinate(x) for x in "bhij"], self._chosen)
+
+    @property
+    def ranks(self) -> bool:
+        """Whether it keeps less than it allows."""
+        return self.topk < self.shape[3] or (self._selection is not None and self._selection.rank is not None)
 
     @cached_property
     def _selection(self) -> Selection | None:

@@ -10,28 +10,48 @@ examples there are.
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
-from typing import Any
+from typing import Any, overload
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from kvt_compile.calibration.choose import Levels, Unit, first_that_meets, lower_bound, path, smallest_with_mass
-from kvt_compile.calibration.data import Batch, CalibrationError, as_batches, split
-from kvt_compile.calibration.facts import Check, SiteCurve
-from kvt_compile.calibration.measure import Curve, Runner, compare, evaluating, measure
+from kvt_compile.calibration.candidates import offered, placed
+from kvt_compile.calibration.choose import Levels, Unit
+from kvt_compile.calibration.data import CalibrationError, as_batches, split
+from kvt_compile.calibration.facts import SiteCurve
+from kvt_compile.calibration.judge import Judge, choose
+from kvt_compile.calibration.measure import Choices, Runner, evaluating, measure
 from kvt_compile.calibration.policy import CalibratedPolicy
 from kvt_compile.calibration.progress import Progress, bar
+from kvt_compile.calibration.selection_policy import CalibratedSelection
+from kvt_compile.calibration.selections import policy_of
+from kvt_compile.calibration.timing import times
+from kvt_compile.calibration.units import units_of, with_gains, without_waste
 from kvt_compile.config import OptionError, make_options
-from kvt_compile.topk import TopK, resolve, validate
+from kvt_compile.select.values import Selector
+from kvt_compile.topk import TopK, validate
 
 GRID: tuple[TopK, ...] = (
     0.02, 0.05, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0,
 )  # fmt: skip
+
+
+@overload
+def calibrate(
+    model: nn.Module, data: Any, *, mass: float | None = None, cosine: float | None = None, ratio: float | None = None,
+    select: None = None, grid: Sequence[TopK] = GRID, holdout: float = 0.5, confidence: float = 0.95,
+    batch_size: int = 16, progress: bool | Progress = False, **options: Any,
+) -> CalibratedPolicy: ...  # fmt: skip
+
+
+@overload
+def calibrate(
+    model: nn.Module, data: Any, *, mass: float | None = None, cosine: float | None = None, ratio: float | None = None,
+    select: str | Selector | Sequence[str | Selector], grid: Any = GRID, holdout: float = 0.5,
+    confidence: float = 0.95, batch_size: int = 16, progress: bool | Progress = False, **options: Any,
+) -> CalibratedSelection: ...  # fmt: skip
 
 
 def calibrate(
@@ -41,14 +61,15 @@ def calibrate(
     mass: float | None = None,
     cosine: float | None = None,
     ratio: float | None = None,
-    grid: Sequence[TopK] = GRID,
+    select: str | Selector | Sequence[str | Selector] | None = None,
+    grid: Any = GRID,
     holdout: float = 0.5,
     confidence: float = 0.95,
     batch_size: int = 16,
     progress: bool | Progress = False,
     **options: Any,
-) -> CalibratedPolicy:
-    """Chooses how many keys each attention of a model keeps, for one of three budgets.
+) -> CalibratedPolicy | CalibratedSelection:
+    """Chooses how many keys each attention of a model keeps, or which, for one of three budgets.
 
     Args:
         model: an `nn.Module`; it runs in evaluation mode without gradients and is left as it was.
@@ -59,16 +80,23 @@ def calibrate(
             dense softmax weights of the kept keys, averaged over heads and queries.
         cosine: the cosine between the model's output with the policy and with all keys is this, on average over inputs.
         ratio: the average over attentions of the share of keys that is kept; spent where it hurts least.
-        grid: what k is chosen from: shares in (0, 1], or numbers of keys; "all keys" is added.
+        select: "auto" to choose among windows, halos and regions in place of k, or the selections to choose from
+            (values of `kvt_compile.select` or their texts); every key is always one of them.  What a choice costs is
+            then the time of the attention's own kernel on this machine (for `ratio` still the share of the keys), and
+            among the policies that keep the promise one that takes the least is looked for.  An attention whose
+            tokens' places are not known stays dense.
+        grid: what k is chosen from: shares in (0, 1], or numbers of keys; "all keys" is added.  With `select` it is
+            where tokens stand, as for `rewrite`.
         holdout: share of the examples that is not measured on, and that the policy is checked on.
         confidence: of the margin: means over the checked examples must exceed the budget by as much as their spread
             leaves open (for mass, for all attentions together).
         batch_size: how many examples run at a time.
         progress: True for a bar on stderr, or a callable that is given (what, done, total).
-        options: `include`, `exclude`, `lowering`, `channel_attention`, `batch_attention`, `unknown_attention` as for
-            `rewrite`.
+        options: `include`, `exclude`, `prefix`, `lowering`, `channel_attention`, `batch_attention`,
+            `unknown_attention` as for `rewrite`.
 
-    Returns a `CalibratedPolicy`: a mapping that goes into `topk` of every way in.
+    Returns a `CalibratedPolicy`, a mapping that goes into `topk` of every way in, or with `select` a
+    `CalibratedSelection`, one that goes into `select`.
 
     The promise is about inputs drawn as the sample was, and about the average over them: `policy.check.cosine_worst`
     says how bad single ones were.  It is not a statement about accuracy on a task.
@@ -77,159 +105,44 @@ def calibrate(
     whatever the model raises on the data.
     """
     name, value = _budget(mass=mass, cosine=cosine, ratio=ratio)
-    values = _grid(grid)
+    values = _grid(grid) if select is None else GRID
+    choices: Choices = (lambda call: values) if select is None else offered(select)
+    keep: dict[str, Any] = {"topk": 1.0} if select is None else {"select": placed}
+    if select is not None and grid is not GRID:
+        options["grid"] = grid
     _check_arguments(model, holdout, confidence, batch_size, options)
     measured, checked = split(as_batches(data), holdout, batch_size)
     with evaluating(model), torch.no_grad(), bar() if progress is True else nullcontext(progress or None) as shown:
-        run = Runner(model, options)
-        curves = measure(run, measured, values, _steps(shown, "measuring", len(measured)))
+        run = Runner(model, options, keep)
+        curves = measure(run, measured, choices, _steps(shown, "measuring", len(measured)))
         if not curves:
+            why = "; ".join(f"{path}: {reason}" for path, reason in run.left)
             raise CalibrationError(
                 f"there is no attention to calibrate in {type(model).__name__}; "
-                "kvt_compile.explain(model, ...) says why"
+                f"{why or 'kvt_compile.explain(model, ...) says why'}"
             )
-        units = _units(curves, values, confidence)
+        took = times(run, measured[0], curves, _steps(shown, "timing", len(curves))) if select is not None else {}
+        every = units_of(curves, confidence, {} if name == "ratio" else took)
         if name != "mass":
-            units = _with_gains(units, run, measured[0], values, _steps(shown, "probing", len(units)))
-        judge = Judge(run, checked, units, values, confidence, _steps(shown, "checking", 0))
-        levels = _choose(name, value, units, judge)
-        return judge.policy(name, value, levels)
+            every = with_gains(every, run, measured[0], _steps(shown, "probing", len(every)))
+        units = every if select is None else [without_waste(unit, name == "mass") for unit in every]
+        judge = Judge(run, checked, units, confidence, _steps(shown, "checking", 0))
+        levels = choose(name, value, units, judge)
+        budget = name, value, confidence
+        if select is None:
+            return _policy(budget, values, units, levels, judge)
+        return policy_of(budget, every, units, levels, judge, curves, took, run, measured[0])
 
 
-def _choose(name: str, value: float, units: Sequence[Unit], judge: Judge) -> Levels:
-    match name:
-        case "mass":
-            return _enough_mass(units, value, judge)
-        case "cosine":
-            points = path(units)
-            # the margin holds for every candidate that bisection may look at
-            judge.looks = math.ceil(math.log2(len(points) + 1))
-            return first_that_meets(points, lambda levels: judge.outputs(levels).cosine_bound >= value)
-    points = path(units, value)
-    if sum(unit.ratios[0] for unit in units) / len(units) > value:
-        least = sum(unit.ratios[0] for unit in units) / len(units)
-        raise CalibrationError(f"ratio {value:g} is less than the grid can give, which is {least:g}: extend the grid")
-    return points[-1]
-
-
-def _enough_mass(units: Sequence[Unit], value: float, judge: Judge) -> Levels:
-    """Enough on the measured part; then, on the checked part, every attention that has too little gets the next k."""
-    levels = [smallest_with_mass(unit, value) for unit in units]
-    while True:
-        bounds = judge.masses(tuple(levels))
-        short = [n for n, unit in enumerate(units) if bounds[unit.path][1] < value]
-        if not short:
-            return tuple(levels)
-        for n in short:
-            levels[n] += 1  # the last k keeps all keys, whose mass is 1
-
-
-class Judge:
-    """Runs candidates on the checked part."""
-
-    def __init__(
-        self,
-        run: Runner,
-        batches: Sequence[Batch],
-        units: Sequence[Unit],
-        grid: Sequence[TopK],
-        confidence: float,
-        step: Callable[[], None],
-    ) -> None:
-        self._run, self._batches, self._units, self._grid = run, batches, units, grid
-        self._confidence, self._step = confidence, step
-        self.looks = 1
-        self._exact = [run.dense(batch) for batch in batches]
-        self._checks: dict[Levels, Check] = {}
-
-    def _topk(self, levels: Levels) -> dict[str, TopK]:
-        return {unit.path: self._grid[level] for unit, level in zip(self._units, levels, strict=True)}
-
-    def outputs(self, levels: Levels) -> Check:
-        if levels not in self._checks:
-            topk = self._topk(levels)
-            cosines: list[Tensor] = []
-            differences: list[Tensor] = []
-            for batch, exact in zip(self._batches, self._exact, strict=True):
-                found = compare(self._run.with_policy(batch, topk), exact)
-                cosines.append(found[0])
-                differences.append(found[1])
-                self._step()
-            cosine, error = torch.cat(cosines), torch.cat(differences)
-            bound = float(lower_bound(cosine, 1 - (1 - self._confidence) / self.looks))
-            self._checks[levels] = Check(
-                len(cosine), float(cosine.mean()), bound, float(cosine.min()), float(error.mean())
-            )
-        return self._checks[levels]
-
-    def masses(self, levels: Levels) -> dict[str, tuple[float, float]]:
-        """path -> (mean mass, what it is at least), of the worst attention in each module."""
-        topk = self._topk(levels)
-        parts: defaultdict[tuple[str, int], list[Tensor]] = defaultdict(list)
-        for batch in self._batches:
-            for site, mass in self._run.mass_with_policy(batch, topk).items():
-                parts[site].append(mass)
-            self._step()
-        each = 1 - (1 - self._confidence) / max(len(parts), 1)  # so that all hold together (Bonferroni)
-        found: dict[str, tuple[float, float]] = {}
-        for (name, _), values in parts.items():
-            every = torch.cat(values)
-            pair = float(every.mean()), float(lower_bound(every, each))
-            found[name] = min(found.get(name, pair), pair, key=lambda pair: pair[1])
-        return found
-
-    def policy(self, name: str, value: float, levels: Levels) -> CalibratedPolicy:
-        check, masses = self.outputs(levels), self.masses(levels)
-        sites = tuple(
-            SiteCurve(
-                unit.path, unit.keys, self._grid[level], unit.mass, unit.error, unit.harm, *masses[unit.path]
-            )
-            for unit, level in zip(self._units, levels, strict=True)
-        )  # fmt: skip
-        trail = sorted((self._ratio(tried), c.cosine, c.error) for tried, c in self._checks.items())
-        return CalibratedPolicy(name, value, self._confidence, tuple(self._grid), sites, check, tuple(trail))
-
-    def _ratio(self, levels: Levels) -> float:
-        ratios = [unit.ratios[level] for unit, level in zip(self._units, levels, strict=True)]
-        return sum(ratios) / len(ratios)
-
-
-def _units(curves: Sequence[Curve], grid: Sequence[TopK], confidence: float) -> list[Unit]:
-    """Curves of one module become one unit: the least mass, the largest error."""
-    each = 1 - (1 - confidence) / len(curves)
-    by_path: defaultdict[str, list[Curve]] = defaultdict(list)
-    for curve in curves:
-        by_path[curve.path].append(curve)
-    units = []
-    for name, same in by_path.items():
-        keys = max(curve.keys for curve in same)
-        units.append(
-            Unit(
-                name,
-                keys,
-                tuple(resolve(k, keys) / keys for k in grid),
-                tuple(torch.stack([curve.mass.mean(0) for curve in same]).amin(0).tolist()),
-                tuple(torch.stack([lower_bound(curve.mass, each) for curve in same]).amin(0).tolist()),
-                tuple(torch.stack([curve.error.square().mean(0).sqrt() for curve in same]).amax(0).tolist()),
-            )
-        )
-    return units
-
-
-def _with_gains(
-    units: Sequence[Unit], run: Runner, probe: Batch, grid: Sequence[TopK], step: Callable[[], None]
-) -> list[Unit]:
-    """Reduces one unit at a time and sees what becomes of the model's output."""
-    exact = run.dense(probe)
-    gained = []
-    for unit in units:
-        # where the error is large enough to be seen, and not as large as with one key
-        level = next((n for n, error in enumerate(unit.error) if 0 < error <= 0.3), 0)
-        _, error = compare(run.with_policy(probe, {unit.path: grid[level]}), exact)
-        size = unit.error[level]
-        gained.append(replace(unit, gain=math.sqrt(float(error.square().mean())) / size if size > 0 else 0.0))
-        step()
-    return gained
+def _policy(
+    budget: tuple[str, float, float], grid: tuple[TopK, ...], units: Sequence[Unit], levels: Levels, judge: Judge
+) -> CalibratedPolicy:
+    check, masses = judge.outputs(levels), judge.masses(levels)
+    sites = tuple(
+        SiteCurve(unit.path, unit.keys, grid[level], unit.mass, unit.error, unit.harm, *masses[unit.path])
+        for unit, level in zip(units, levels, strict=True)
+    )
+    return CalibratedPolicy(*budget, grid, sites, check, judge.trail())
 
 
 def _steps(shown: Progress | None, what: str, total: int) -> Callable[[], None]:

@@ -1,10 +1,10 @@
-"""Curves -> which k each attention gets: where it hurts least comes first.
+"""Curves -> what each attention keeps: where it hurts least comes first.
 
     predicted error of the output    E² = Σ (gain_s · error_s(k_s))²        gain: what the output makes of an error at s
 
-All attentions begin at the smallest k of the grid.  The next step is always the one that lowers E² most for each share
-of keys it adds, so every point of the path keeps at least what the point before it kept: one number says how far to go,
-and it can be looked for by bisection.
+All attentions begin at their cheapest choice (the smallest k of the grid, the fastest selection).  The next step is
+always the one that lowers E² most for what it costs (keys, or time), so every point of the path costs more than the
+one before it: one number says how far to go, and it can be looked for by bisection.
 """
 
 from __future__ import annotations
@@ -16,21 +16,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvt_compile.topk import TopK
+
+Choice = TopK | str
+"""How many keys are kept, or the text of a selection; 1.0 is every key."""
 Levels = tuple[int, ...]
-"""For every unit, the index of its k in the grid."""
+"""For every unit, the index of its choice."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What gets one k: a module with attention, in the worst of its attentions where it has several.
+    """What gets one choice: a module with attention, in the worst of its attentions where it has several.
 
-    Every tuple is along the grid.
+    Every tuple is along the choices, which cost more and more; the last keeps every key.
     """
 
     path: str
     keys: int
-    ratios: tuple[float, ...]
-    """Share of its keys that each k keeps."""
+    choices: tuple[Choice, ...]
+    costs: tuple[float, ...]
+    """In [0, 1]: the share of its keys that each choice keeps, or its time as a share of the longest."""
     mass: tuple[float, ...]
     mass_bound: tuple[float, ...]
     """What the mean mass is at least, with the confidence asked for."""
@@ -46,7 +51,7 @@ class Unit:
 
 
 def path(units: Sequence[Unit], limit: float = 1.0) -> list[Levels]:
-    """Every point from the smallest k everywhere to all keys everywhere, as far as the average ratio stays in `limit`.
+    """Every point from the cheapest choice everywhere to all keys everywhere, as far as the average cost is in `limit`.
 
     The first point is there whatever the limit is.
     """
@@ -54,15 +59,15 @@ def path(units: Sequence[Unit], limit: float = 1.0) -> list[Levels]:
     points = [tuple(levels)]
     budget = limit * len(units) + 1e-9
     while True:
-        spent = sum(unit.ratios[level] for unit, level in zip(units, levels, strict=True))
+        spent = sum(unit.costs[level] for unit, level in zip(units, levels, strict=True))
         best = (-1.0, 0, 0)
         for n, (unit, level) in enumerate(zip(units, levels, strict=True)):
-            for higher in range(level + 1, len(unit.ratios)):
-                added = unit.ratios[higher] - unit.ratios[level]
+            for higher in range(level + 1, len(unit.costs)):
+                added = unit.costs[higher] - unit.costs[level]
                 if spent + added > budget:
                     break
                 gained = unit.harm[level] ** 2 - unit.harm[higher] ** 2
-                # a k that keeps no more keys than this one costs nothing
+                # a choice that costs no more than this one is free
                 slope = max(gained, 0.0) / added if added > 0 else math.inf
                 if slope > best[0]:
                     best = (slope, n, higher)
@@ -85,7 +90,7 @@ def first_that_meets(points: Sequence[Levels], meets: Callable[[Levels], bool]) 
 
 
 def smallest_with_mass(unit: Unit, budget: float) -> int:
-    """The first k of the grid whose mass is enough; the last one keeps all keys."""
+    """The first choice whose mass is enough; the last one keeps all keys."""
     enough = (n for n, bound in enumerate(unit.mass_bound) if bound >= budget)
     return next(enough, len(unit.mass_bound) - 1)
 

@@ -27,8 +27,28 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 
+class SavedPolicy:
+    """What every calibrated policy is besides a mapping: a JSON file and a table."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers, ready for `json.dumps`."""
+        raise NotImplementedError
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the policy as JSON; an existing file is replaced whole or not at all.  Raises OSError."""
+        write_whole(path, json.dumps(self.to_dict(), indent=1) + "\n")
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(file=io.StringIO(), width=100, color_system=None, force_terminal=False)
+        with console.capture() as capture:
+            console.print(self)
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
 @dataclass(frozen=True)
-class CalibratedPolicy(Calibration, Mapping[str, TopK]):
+class CalibratedPolicy(Calibration, SavedPolicy, Mapping[str, TopK]):
     """A k per attention, as a mapping from module path to k: `options={"topk": policy}`, `rewrite(..., topk=policy)`,
     `set_topk(module, policy)`.  Prints as a table; saves to and loads from JSON."""
 
@@ -50,10 +70,6 @@ class CalibratedPolicy(Calibration, Mapping[str, TopK]):
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, ready for `json.dumps`."""
         return {"kvt_calibration": FORMAT, "topk": dict(self), **asdict(self)}
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the policy as JSON; an existing file is replaced whole or not at all.  Raises OSError."""
-        write_whole(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CalibratedPolicy:
@@ -79,11 +95,3 @@ class CalibratedPolicy(Calibration, Mapping[str, TopK]):
         from kvt_compile.calibration.show import render
 
         return render(self)
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=100, color_system=None, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self)
-        return "\n".join(line.rstrip() for line in capture.get().splitlines())

@@ -25,49 +25,49 @@ def fields_of(data: Any, version: int) -> dict[str, Any]:
         raise ValueError(
             f"it has format {brief(data['kvt_calibration'])}, this version reads {version}; calibrate again"
         )
-    grid = _many(data, "grid", _topk)
-    sites = _many(data, "sites", lambda site, place: _site(site, place, grid))
+    grid = many(data, "grid", _topk)
+    sites = many(data, "sites", lambda site, place: _site(site, place, grid))
     _same_topk(data.get("topk"), sites)
     return {
-        "budget": _field(data, "budget", _budget),
-        "value": _field(data, "value", _number),
-        "confidence": _field(data, "confidence", _number),
+        "budget": field(data, "budget", budget),
+        "value": field(data, "value", number),
+        "confidence": field(data, "confidence", number),
         "grid": grid,
         "sites": sites,
-        "check": _field(data, "check", _check),
-        "trail": _many(data, "trail", _point),
+        "check": field(data, "check", check),
+        "trail": many(data, "trail", point),
     }
 
 
 def _site(data: Any, place: str, grid: tuple[TopK, ...]) -> SiteCurve:
     def curve(name: str) -> tuple[float, ...]:
-        values = _many(data, name, _number, place)
+        values = many(data, name, number, place)
         if len(values) != len(grid):
             raise ValueError(f"{place}.{name} has {len(values)} entries, expected {len(grid)}, as many as grid")
         return values
 
     site = SiteCurve(
-        path=_field(data, "path", _text, place),
-        keys=_field(data, "keys", _count, place),
-        topk=_field(data, "topk", _topk, place),
+        path=field(data, "path", text, place),
+        keys=field(data, "keys", count, place),
+        topk=field(data, "topk", _topk, place),
         mass=curve("mass"),
         error=curve("error"),
         model_error=curve("model_error"),
-        checked_mass=_field(data, "checked_mass", _number, place),
-        checked_mass_bound=_field(data, "checked_mass_bound", _bound, place),
+        checked_mass=field(data, "checked_mass", number, place),
+        checked_mass_bound=field(data, "checked_mass_bound", bound, place),
     )
     if site.topk not in grid:
         raise ValueError(f"{place}.topk is {site.topk!r}, which is not one of the measured: grid is {list(grid)}")
     return site
 
 
-def _check(data: Any, place: str) -> Check:
+def check(data: Any, place: str) -> Check:
     return Check(
-        examples=_field(data, "examples", _count, place),
-        cosine=_field(data, "cosine", _number, place),
-        cosine_bound=_field(data, "cosine_bound", _bound, place),
-        cosine_worst=_field(data, "cosine_worst", _number, place),
-        error=_field(data, "error", _number, place),
+        examples=field(data, "examples", count, place),
+        cosine=field(data, "cosine", number, place),
+        cosine_bound=field(data, "cosine_bound", bound, place),
+        cosine_worst=field(data, "cosine_worst", number, place),
+        error=field(data, "error", number, place),
     )
 
 
@@ -89,7 +89,7 @@ def _same_topk(said: Any, sites: Sequence[SiteCurve]) -> None:
 Reader = Callable[[Any, str], Any]
 
 
-def _field(data: Any, name: str, read: Reader, place: str = "") -> Any:
+def field(data: Any, name: str, read: Reader, place: str = "") -> Any:
     inner = f"{place}.{name}" if place else name
     if not isinstance(data, dict):
         raise ValueError(f"{place or 'it'} is {brief(data)}, expected an object")
@@ -98,40 +98,40 @@ def _field(data: Any, name: str, read: Reader, place: str = "") -> Any:
     return read(data[name], inner)
 
 
-def _many(data: Any, name: str, read: Reader, place: str = "") -> tuple[Any, ...]:
+def many(data: Any, name: str, read: Reader, place: str = "") -> tuple[Any, ...]:
     def items(value: Any, inner: str) -> tuple[Any, ...]:
         if not isinstance(value, list):
             raise ValueError(f"{inner} is {brief(value)}, expected a list")
         return tuple(read(item, f"{inner}[{n}]") for n, item in enumerate(value))
 
-    found: tuple[Any, ...] = _field(data, name, items, place)
+    found: tuple[Any, ...] = field(data, name, items, place)
     return found
 
 
-def _number(value: Any, place: str) -> float:
+def number(value: Any, place: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{place} is {brief(value)}, expected a number")
     return value
 
 
-def _bound(value: Any, place: str) -> float:
+def bound(value: Any, place: str) -> float:
     """Nothing at all may be known of what a mean is at least."""
-    return value if isinstance(value, float) and value == -math.inf else _number(value, place)
+    return value if isinstance(value, float) and value == -math.inf else number(value, place)
 
 
-def _count(value: Any, place: str) -> int:
+def count(value: Any, place: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{place} is {brief(value)}, expected a whole number from 1 on")
     return value
 
 
-def _text(value: Any, place: str) -> str:
+def text(value: Any, place: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{place} is {brief(value)}, expected a text")
     return value
 
 
-def _budget(value: Any, place: str) -> str:
+def budget(value: Any, place: str) -> str:
     if value not in BUDGETS:
         raise ValueError(f"{place} is {brief(value)}, expected one of {', '.join(BUDGETS)}")
     return str(value)
@@ -144,8 +144,8 @@ def _topk(value: Any, place: str) -> TopK:
         raise ValueError(f"{place}: {error}") from None
 
 
-def _point(value: Any, place: str) -> tuple[float, float, float]:
+def point(value: Any, place: str) -> tuple[float, float, float]:
     if not isinstance(value, list) or len(value) != 3:
         raise ValueError(f"{place} is {brief(value)}, expected three numbers")
-    first, second, third = (_number(x, f"{place}[{n}]") for n, x in enumerate(value))
+    first, second, third = (number(x, f"{place}[{n}]") for n, x in enumerate(value))
     return first, second, third

@@ -1,4 +1,4 @@
-"""`kvt calibrate SPEC`: how many keys each attention of a model can do without, measured on sample inputs."""
+"""`kvt calibrate SPEC`: which keys each attention of a model can do without, measured on sample inputs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from kvt_compile.calibration.data import Batch
 from kvt_compile.cli.data import read
 from kvt_compile.cli.errors import UserError, in_one_line
 from kvt_compile.cli.explain import attention_named, build
-from kvt_compile.cli.options import Attn, Exclude, ImageSize, Include, Preload, Spec
+from kvt_compile.cli.options import Attn, Exclude, Grid, ImageSize, Include, Preload, Spec
 from kvt_compile.cli.subject import Subject
+from kvt_compile.cli.topk import parse_grid
 from kvt_compile.cli.weights import load_weights
+
+Policy = kvt_compile.CalibratedPolicy | kvt_compile.CalibratedSelection
 
 
 def calibrate(
@@ -48,6 +51,15 @@ def calibrate(
     examples: Annotated[int, typer.Option(min=1, help="Examples to use at most.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples that run at a time.")] = 16,
     holdout: Annotated[float, typer.Option(help="Share of the examples that the policy is checked on.")] = 0.5,
+    select: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="auto|TEXT",
+            help="Choose among selections in place of k, by time: auto, or 'window(13) | prefix'; repeat for several.",
+            show_default="none",
+        ),
+    ] = None,
+    grid: Grid = None,
     include: Include = None,
     exclude: Exclude = None,
     image_size: ImageSize = None,
@@ -55,7 +67,7 @@ def calibrate(
     preload: Preload = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Choose k for each attention of a model by measurement: for --mass, for --cosine or for --ratio.
+    """Choose k, or a selection, for each attention of a model by measurement: for --mass, for --cosine or for --ratio.
 
     Half of the examples are measured on; the choice is checked on the others, with a margin.
     """
@@ -65,6 +77,11 @@ def calibrate(
     settings: dict[str, Any] = {"mass": mass, "cosine": cosine, "ratio": ratio}
     settings |= {"batch_size": batch_size, "holdout": holdout}
     settings |= {key: tuple(value) for key, value in (("include", include), ("exclude", exclude)) if value}
+    settings |= {} if not select else {"select": select[0] if select == ["auto"] else select}
+    if grid is not None:
+        if not select:
+            raise UserError("--grid goes with --select: it says where tokens stand")
+        settings["grid"] = parse_grid(grid)
     with contextlib.redirect_stdout(sys.stderr):  # what a model prints does not belong into our output
         subject = build(spec, None, image_size, attention_named(attn), preload)
         if weights is not None:
@@ -100,11 +117,12 @@ def _inputs(subject: Subject, data: str | None, examples: int, spec: str) -> Bat
     return Batch(subject.args, dict(subject.kwargs))
 
 
-def _calibrate(subject: Subject, batch: Batch, settings: dict[str, Any]) -> kvt_compile.CalibratedPolicy:
+def _calibrate(subject: Subject, batch: Batch, settings: dict[str, Any]) -> Policy:
     model = subject.model.eval()
     try:
-        return kvt_compile.calibrate(model, [batch], progress=True, **settings)
-    except (kvt_compile.CalibrationError, kvt_compile.OptionError) as error:
+        policy: Policy = kvt_compile.calibrate(model, [batch], progress=True, **settings)
+        return policy
+    except (kvt_compile.CalibrationError, kvt_compile.OptionError, kvt_compile.SelectionError) as error:
         raise UserError(str(error)) from error
     except Exception:
         try:  # a model that fails by itself is the user's to mend
@@ -115,7 +133,7 @@ def _calibrate(subject: Subject, batch: Batch, settings: dict[str, Any]) -> kvt_
         raise
 
 
-def _plot(policy: kvt_compile.CalibratedPolicy, name: str) -> None:
+def _plot(policy: Policy, name: str) -> None:
     try:
         policy.plot().savefig(name, dpi=150)
     except ImportError as error:

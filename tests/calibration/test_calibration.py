@@ -152,7 +152,8 @@ def test_students_quantiles(confidence: float, freedom: int, quantile: float) ->
 
 def unit(name: str, errors: list[float], gain: float = 1.0) -> Unit:
     ones = (1.0,) * len(errors)
-    return Unit(name, 10, tuple((n + 1) / len(errors) for n in range(len(errors))), ones, ones, tuple(errors), gain)
+    shares = tuple((n + 1) / len(errors) for n in range(len(errors)))
+    return Unit(name, 10, shares, shares, ones, ones, tuple(errors), gain)
 
 
 def test_the_path_is_nested_and_spends_where_it_hurts_least() -> None:
@@ -163,7 +164,7 @@ def test_the_path_is_nested_and_spends_where_it_hurts_least() -> None:
     assert points[-1] == (2, 2, 2)
     assert all(all(a <= b for a, b in zip(p, q, strict=True)) for p, q in itertools.pairwise(points))
     within = path(units, limit=0.6)
-    assert sum(units[n].ratios[level] for n, level in enumerate(within[-1])) <= 1.8 + 1e-9
+    assert sum(units[n].costs[level] for n, level in enumerate(within[-1])) <= 1.8 + 1e-9
     assert within[-1][0] == 2
 
 
