@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._guards import detect_fake_mode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 Backend = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
@@ -27,10 +29,14 @@ class Passing:
     def __init__(self, backend: Backend) -> None:
         self._backend: Backend | None = backend
         self._made: list[_Emptied] = []
+        self._sizes: list[ShapeEnv] = []
 
     def __call__(self, graph: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         if self._backend is None:
             raise RuntimeError("this backend was for looking at a model once")
+        mode = detect_fake_mode(example_inputs)
+        if mode is not None and mode.shape_env is not None:
+            self._sizes.append(mode.shape_env)
         made = _Emptied(self._backend(graph, example_inputs))
         self._made.append(made)
         return made.run
@@ -40,6 +46,10 @@ class Passing:
         for made in self._made:
             made.function = None
         self._made.clear()
+        for sizes in self._sizes:
+            # a fake view keeps its base in C++, out of the garbage collector's sight, and both would keep one another
+            sizes.tracked_fakes = None
+        self._sizes.clear()
 
 
 class _Emptied:
