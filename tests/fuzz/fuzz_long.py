@@ -94,20 +94,24 @@ def rounds(first: int, until: float, log: Path) -> int:
     """Runs rounds of every strategy and capture until the clock says so; returns how many of them failed."""
     number, failed = first, 0
     counts: collections.Counter[str] = collections.Counter()
+    fates: collections.Counter[str] = collections.Counter()
     while time.monotonic() < until:
-        failed += not one_round("modes", "verify", number, counts, log)
+        failed += not one_round("modes", "verify", number, counts, fates, log)
         for strategy in STRATEGIES:
             for name in ("traced", "traced", "fakes", "dynamo")[number % 2 :: 2]:
                 if time.monotonic() >= until:
                     break
-                failed += not one_round(strategy, name, number, counts, log)
+                failed += not one_round(strategy, name, number, counts, fates, log)
         print(f"seed {number}: {sum(counts.values())} programs, {failed} failed rounds, {dict(counts)}", flush=True)
+        print(f"seed {number}: with modes: {dict(fates)}", flush=True)
         number += 1
     return failed
 
 
-def one_round(strategy: str, name: str, number: int, counts: collections.Counter[str], log: Path) -> bool:
-    """One hypothesis run; True when nothing was found."""
+def one_round(
+    strategy: str, name: str, number: int, counts: collections.Counter[str], fates: collections.Counter[str], log: Path
+) -> bool:
+    """One hypothesis run; True when nothing was found.  `fates`: what became of the programs with modes."""
     capture, size = CAPTURES[name]
     programs = modes() if strategy == "modes" else getattr(fuzz_programs, strategy)()
 
@@ -119,7 +123,10 @@ def one_round(strategy: str, name: str, number: int, counts: collections.Counter
     @given(programs, st.integers(1, 5))
     def search(program: Program, topk: int) -> None:
         if strategy == "modes":
-            check_modes(program)
+            fate = check_modes(program, topk)
+            if fate.startswith("dropped") and not fates[fate]:
+                print(f"{fate}\n# {program.tags[-2:]}\n{program.texts[0]}", flush=True)  # type: ignore[attr-defined]
+            fates[fate] += 1
         else:
             check(program, topk, capture=capture, reference=topk == 2)
         counts[f"{strategy}/{name}"] += 1
