@@ -10,6 +10,8 @@ from kvt_compile.select.geometry import Geometry
 from kvt_compile.select.text import parse
 from kvt_compile.select.values import (
     Halo,
+    Heads,
+    Keys,
     Mass,
     Prefix,
     Regions,
@@ -30,12 +32,16 @@ regions = Regions
 shifted = Shifted
 sinks = Sinks
 prefix = Prefix
+keys = Keys
+heads = Heads
 
 __all__ = [
     "Geometry",
     "SelectionError",
     "Selector",
     "halo",
+    "heads",
+    "keys",
     "mass",
     "parse",
     "prefix",

@@ -4,6 +4,7 @@ window   same residue mod dilation, and |key - centre| within the window, where 
          (of its stride) moved inward until the window fits; per axis, all axes must agree
 halo     block * floor(query / block) - halo <= key < block * (floor(query / block) + 1) + halo, per axis
 regions  the key's region is among those chosen for the query's region (`content.py`)
+keys     the key is among those chosen for the head                     heads    the head is among those of the query
 shifted  floor(query / G) = floor(key / G), or of (place + floor(G / 2)) in the second half of the heads
 sinks    key < n                    prefix   key < n or query < n
 """
@@ -22,6 +23,8 @@ from kvt_compile.select.values import (
     Both,
     Either,
     Halo,
+    Heads,
+    Keys,
     Prefix,
     Regions,
     SelectionError,
@@ -61,6 +64,8 @@ def allowed(x: Selector, at: Places) -> Tensor:
     if isinstance(x, Prefix):
         n = prefix_of(x, at.geometry)
         return (at.j < n) | (at.i < n)
+    if isinstance(x, Keys | Heads):
+        return at.tables[x][at.b, at.h, at.j if isinstance(x, Keys) else at.i]
     on_grid = (at.i >= at.geometry.prefix) & (at.j >= at.geometry.prefix)
     if isinstance(x, Shifted):
         return on_grid & (group(x, at.geometry, at.h, at.heads, at.i) == group(x, at.geometry, at.h, at.heads, at.j))

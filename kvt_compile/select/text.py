@@ -23,7 +23,7 @@ DEPTH = 16
 PARTS = 64
 """Selectors of one text, at most."""
 _ALLOWED = re.compile(r"[a-z0-9_ ()&|,=.'\"/A-Z-]*")
-_WORDS = ("all", "lowest", "each", "mean")
+_WORDS = ("all", "lowest", "each", "mean", "max", "norm", "mean_query")
 
 
 def parse(text: str) -> Selector:

@@ -32,6 +32,13 @@ class Selector:
 
     name = ""
 
+    # of those that take a number or a share: topk(1) is one key, topk(1.0) is all of them, and 1 == 1.0
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
     def __and__(self, other: Selector) -> Selector:
         return _joined(Both, self, other)
 
@@ -58,7 +65,7 @@ def _shown(value: Any) -> str:
 # ---- what ranks ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class TopK(Selector):
     """The k best keys by final score (KVT, arXiv 2106.00515).  ties="all" keeps every key tied with the k-th;
     "lowest" keeps exactly k, of tied keys those with the smaller index."""
@@ -125,16 +132,21 @@ class Halo(Selector):
         _agree("halo", self.block, self.halo)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Regions(Selector):
-    """Bi-level routing (BiFormer, arXiv 2303.08810): the grid is cut into regions of `size`; a query region keeps the
-    `keep` key regions (or that share of them) whose mean key has the largest product with its mean query, the smaller
-    index first among equals.  heads: "each" chooses for itself, "all" choose together (their products are added), a
-    number is so many groups of heads.  No gradient flows through the choice."""
+    """The grid is cut into regions of `size`; a query region keeps the `keep` best key regions (or that share of them),
+    the smaller index first among equals.  No gradient flows through the choice.
+
+    by="mean" (BiFormer, arXiv 2303.08810): by the product of the mean query and the mean key; heads: "each" chooses for
+    itself, "all" choose together (their products are added), a number is so many groups of heads.
+    by="max" (ProxyAttn, arXiv 2509.24745): by the largest softmax weight between the first of every `stride` tokens of
+    both; heads that choose together score with their mean query and mean key."""
 
     keep: int | float
     size: Axes
+    by: Literal["mean", "max"] = "mean"
     heads: Literal["each", "all"] | int = "each"
+    stride: int = 4
     name = "regions"
 
     def __post_init__(self) -> None:
@@ -142,6 +154,10 @@ class Regions(Selector):
         _axes("regions", "size", self.size, 1)
         if self.heads not in ("each", "all"):
             _number("regions", "heads", self.heads, 1, '"each", "all" or a number of groups')
+        _one_of("regions", "by", self.by, ("mean", "max"))
+        _number("regions", "stride", self.stride, 1)
+        if self.by == "mean" and self.stride != 4:
+            raise SelectionError('regions: stride goes with by="max": a mean is that of all tokens')
 
 
 @dataclass(frozen=True, repr=False)
@@ -184,6 +200,36 @@ class Prefix(Selector):
         return "prefix" if self.n is None else f"prefix({self.n})"
 
 
+# ---- what q and k choose, besides regions ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Keys(Selector):
+    """k keys (or that share of them), the same for every query of a head: the longest, or those that the mean query
+    scores highest; the smaller index first among equals.  No gradient flows through the choice.  A surrogate, ours, of
+    key-only attention (arXiv 2207.00188), whose gate is not published: scores stay those of query and key."""
+
+    k: int | float
+    by: Literal["norm", "mean_query"] = "norm"
+    name = "keys"
+
+    def __post_init__(self) -> None:
+        validate(self.k)
+        _one_of("keys", "by", self.by, ("norm", "mean_query"))
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Heads(Selector):
+    """Of each query the `keep` heads (or that share of them) in which it is longest, the smaller number first among
+    equals; the others keep nothing and give zeros (mixture of heads, arXiv 2410.11842, as its LLaMA code has it)."""
+
+    keep: int | float
+    name = "heads"
+
+    def __post_init__(self) -> None:
+        validate(self.keep)
+
+
 # ---- joined ----------------------------------------------------------------------------------------------------------
 
 
@@ -210,8 +256,10 @@ class Either(Selector):
 
 
 RANKS = (TopK, Mass)
+BY_CONTENT = (Regions, Keys, Heads)
+"""Selectors that q and k decide."""
 KINDS: dict[str, Callable[..., Selector]] = {
-    x.name: x for x in (TopK, Mass, Window, Halo, Regions, Shifted, Sinks, Prefix)
+    x.name: x for x in (TopK, Mass, Window, Halo, Regions, Shifted, Sinks, Prefix, Keys, Heads)
 }
 """Name -> selector: all that a text can name."""
 

@@ -280,6 +280,29 @@ def test_flops_are_sdpa_s() -> None:
     assert backward.get_total_flops() == rows * (8 * 3 + 6 * 2)
 
 
+@pytest.mark.parametrize(
+    ("select", "share"),
+    [
+        ("sinks(2)", 2 / 7),
+        ("keys(3)", 3 / 7),
+        ("window(3) | prefix", (7 + 6 * 4) / 49),
+        ("regions(1, 3) | prefix", (7 + 6 * 4) / 49),
+        ("topk(3, ties=lowest)", 1.0),
+    ],
+)
+def test_flops_of_a_selection_are_of_what_it_allows(select: str, share: float) -> None:
+    q, k, v = (torch.randn(2, 4, 7, 8, requires_grad=True) for _ in range(3))
+    with FlopCounterMode(display=False) as counter:
+        out = torch.ops.kvt.attention(
+            q, k, v, [], "s", "p", 7, [], 0.0, None, "aten", 0.0, None, select, [6], 1
+        )[0]  # fmt: skip
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    dense = 2 * 2 * 4 * 7 * 7 * 8
+    assert forward == round(2 * dense * share)
+    assert counter.get_total_flops() - forward == round(5 * dense * share)
+
+
 def test_flops_of_what_is_not_needed_are_not_counted() -> None:
     q, k, v = qkv()
     with FlopCounterMode(display=False) as counter:

@@ -29,7 +29,7 @@ from kvt_compile.kernels.op.lowerings import Gradients
 from kvt_compile.kernels.op.ready import Runner
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.remember import remembered
-from kvt_compile.kernels.tiles import TileLists, tile_lists
+from kvt_compile.kernels.tiles import TileLists, shared_lists, shares_keys, tile_lists
 
 Arguments = dict[str, int | float]
 Plan = dict[str, int]
@@ -208,7 +208,8 @@ def _lists(call: AttentionCall, settings: Settings) -> TileLists | None:
     """Which keys each tile computes; None: all."""
     if call.selection is None or call.selection.allowed is None:
         return None
-    return tile_lists(call.selection, call.q, call.k, kernel(call.spec, settings).lanes)
+    make = shared_lists if shares_keys(call.spec.select) else tile_lists
+    return make(call.selection, call.q, call.k, kernel(call.spec, settings).lanes)
 
 
 def _arguments(call: AttentionCall, lists: TileLists | None) -> Arguments:

@@ -111,7 +111,7 @@ def refusal(spec: KernelSpec | SoftmaxSpec) -> str | None:
     if isinstance(spec, SoftmaxSpec):
         missing = [x for x in (spec.dtype, spec.out_dtype) if x not in rows.DTYPES]
         return f"softmax of {', '.join(missing)} is not generated" if missing else None
-    if spec.select and (reason := tiles.refusal(spec.select)):
+    if spec.select and not tiles.shares_keys(spec.select) and (reason := tiles.refusal(spec.select)):
         return reason
     if spec.value_dtype == "float64" != spec.dtype:
         return f"float64 values with {spec.dtype} queries are not generated"

@@ -1,7 +1,7 @@
 """Shapes -> floating point operations, for torch.utils.flop_counter.
 
-Counted as torch counts SDPA: the matrix products only, and dense, because every lowering multiplies all keys to find
-the ones to keep.
+Counted as torch counts SDPA: the matrix products only, of the pairs of query and key that a selection allows; where
+tensors decide which these are, of as many as they choose.  Ranking saves nothing: what is ranked is multiplied first.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
+
+from kvt_compile.kernels.op.selection import selection_of
+from kvt_compile.select.share import kept_share
 
 Shape = Sequence[int]
 
@@ -23,7 +26,18 @@ def product_flops(q: Shape, columns: int) -> int:
 
 def attention_flops(q: Shape, k: Shape, v: Shape, *args: Any, **kwargs: Any) -> int:
     """s = Q Kt and out = w V."""
-    return product_flops(q, k[2]) + product_flops((*q[:3], v[3]), k[2])
+    dense = product_flops(q, k[2]) + product_flops((*q[:3], v[3]), k[2])
+    return selected_flops(dense, q, k, args[10:], kwargs)
+
+
+def selected_flops(dense: int, q: Shape, k: Shape, last: Sequence[Any], named: dict[str, Any]) -> int:
+    """What is left of so many where a selection says so; `last` and `named` have the arguments select, grid, prefix."""
+    given = dict(zip(("select", "grid", "prefix"), last, strict=False)) | named
+    selection = selection_of(given.get("select", ""), given.get("grid"), given.get("prefix", 0), q[2], k[2])
+    if selection is None or selection.allowed is None:
+        return dense
+    share = kept_share(selection.allowed, selection.geometry, q[1], q[2], k[2])
+    return dense if share is None else round(dense * share)
 
 
 def attention_backward_flops(
@@ -34,7 +48,8 @@ def attention_backward_flops(
     need_q, need_k, need_v, *need_captured = map(bool, needs_grad)
     by_head, by_value = product_flops(q, k[2]), product_flops(grad_out, k[2])
     through_scores = need_q or need_k or any(need_captured)
-    return by_head * (1 + need_q + need_k) + by_value * (need_v + through_scores)
+    dense = by_head * (1 + need_q + need_k) + by_value * (need_v + through_scores)
+    return selected_flops(dense, q, k, args[12:], kwargs)
 
 
 def softmax_flops(*args: Any, **kwargs: Any) -> int:

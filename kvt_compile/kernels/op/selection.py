@@ -18,7 +18,7 @@ from kvt_compile.select.content import tables
 from kvt_compile.select.geometry import Geometry, check_geometry
 from kvt_compile.select.maps import Places, allowed
 from kvt_compile.select.text import parse
-from kvt_compile.select.values import Mass, Regions, Selector, Shifted, TopK, leaves, split
+from kvt_compile.select.values import Heads, Mass, Regions, Selector, Shifted, TopK, leaves, split
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def _selection(select: str, grid: tuple[int, ...], prefix: int, queries: int, ke
 @lru_cache(maxsize=1024)
 def counts_heads(select: str) -> bool:
     """Whether what a head keeps depends on which heads there are besides it."""
-    return any(isinstance(x, Shifted | Regions) for x in leaves(parse(select)))
+    return any(isinstance(x, Shifted | Regions | Heads) for x in leaves(parse(select)))
 
 
 @lru_cache(maxsize=1024)

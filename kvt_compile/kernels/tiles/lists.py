@@ -26,7 +26,7 @@ from kvt_compile.select.content import chosen
 from kvt_compile.select.geometry import Geometry
 from kvt_compile.select.maps import Places, allowed, region, region_counts
 from kvt_compile.select.text import parse
-from kvt_compile.select.values import Either, Mass, Prefix, Regions, Selector, Shifted, TopK, leaves, split
+from kvt_compile.select.values import Either, Heads, Keys, Mass, Prefix, Regions, Selector, Shifted, TopK, leaves, split
 
 MOST = 2**31 - 1
 """Queries and keys are counted in 32 bits."""
@@ -61,6 +61,8 @@ class TileLists:
 def refusal(select: str) -> str | None:
     """None, or why there are no lists for a selection, as a clause."""
     allowed, rank = split(parse(select))
+    if allowed is not None and any(isinstance(y, Keys | Heads) for y in leaves(allowed)):
+        return f"what q and k choose besides regions is not listed: {allowed}"
     if isinstance(rank, Mass):
         return "mass(...) is not generated"
     if isinstance(rank, TopK) and rank.ties != "all":
