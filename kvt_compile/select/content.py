@@ -89,7 +89,8 @@ def _mean_products(x: Regions, geometry: Geometry, q: Tensor, k: Tensor, groups:
     heads = q.shape[1]
     of_q, of_k = means(x, geometry, q), means(x, geometry, k)
     products: Tensor = of_q @ of_k.repeat_interleave(heads // k.shape[1], 1).transpose(-1, -2)
-    return products.unflatten(1, (groups, heads // groups)).sum(2)
+    together: Tensor = products.unflatten(1, (groups, heads // groups)).sum(2)
+    return together
 
 
 def _largest_weights(x: Regions, geometry: Geometry, q: Tensor, k: Tensor, groups: int) -> Tensor:
