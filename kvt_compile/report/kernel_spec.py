@@ -1,12 +1,23 @@
-"""Site -> the kernel spec its node will have, and the lowering that will run it: what `explain` can say beforehand."""
+"""Site -> the kernel spec its node will have, the lowering that will run it, and how much of its scores that computes:
+what `explain` can say beforehand."""
 
 from __future__ import annotations
 
+import torch
+
 from kvt_compile.kernels.op import lowerings
+from kvt_compile.kernels.op.selection import selection_of
 from kvt_compile.kernels.op.spec import CapturedSpec, KernelSpec, SoftmaxSpec, dtype_name
+from kvt_compile.kernels.tiles import tile_lists
 from kvt_compile.passes.canonical.values import Value, meta_value
 from kvt_compile.passes.selecting import Selected
 from kvt_compile.passes.site import AttentionSite, Fused
+from kvt_compile.report.facts import SiteReport
+from kvt_compile.select.geometry import Geometry
+from kvt_compile.select.values import BY_CONTENT, leaves
+
+TILE = 32
+"""Queries of a tile of the generated C with AVX-512; with AVX2 they are fewer, and a little less is computed."""
 
 
 def spec_of(site: AttentionSite, select: Selected | None = None) -> KernelSpec | SoftmaxSpec | None:
@@ -37,6 +48,30 @@ def lowering_of(site: AttentionSite, asked: str, select: Selected | None = None)
     """The name of the lowering that will run the site when `asked` is the option's value."""
     spec = spec_of(site, select)
     return asked if spec is None else lowerings.choose(asked, spec, _device(site)).name
+
+
+def computed_share(site: SiteReport) -> float | None:
+    """Of all pairs of query and key those that the generated kernel multiplies under the site's selection, in tiles of
+    `TILE` queries; what tensors choose is computed as it is kept.  None where nothing is known beforehand, and where
+    torch's operators multiply them all."""
+    sizes = site.heads, site.queries, site.keys
+    if not site.select or site.lowering in ("", "aten", "reference") or not all(isinstance(x, int) for x in sizes):
+        return None
+    heads, queries, keys = (int(x) for x in sizes)
+    geometry = Geometry.read(site.grid)
+    selection = selection_of(site.select, geometry.grid, geometry.prefix, queries, keys)
+    if selection is None or selection.allowed is None or 0 in (heads, queries, keys):
+        return None
+    if any(isinstance(x, BY_CONTENT) for x in leaves(selection.allowed)):
+        return site.kept
+    q, k = (torch.empty(1, heads, n, 1, device="meta") for n in (queries, keys))
+    return tile_lists(selection, q, k, TILE).listed / (queries * keys)
+
+
+def selection_text(site: SiteReport) -> str:
+    """`window(13) | prefix on 64x64 + 1: 4.1 % of the keys, 7 % computed`; empty where there is no selection."""
+    share = computed_share(site)
+    return site.selection + ("" if share is None else f", {100 * share:.3g} % computed")
 
 
 def _device(site: AttentionSite) -> str:

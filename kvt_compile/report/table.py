@@ -19,6 +19,7 @@ from rich.text import Text
 
 from kvt_compile.kernels.disk.text import shown
 from kvt_compile.report.facts import Findings, RefusalReport, SiteReport
+from kvt_compile.report.kernel_spec import selection_text
 from kvt_compile.report.names import folded
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def _algebra(site: SiteReport) -> list[str | tuple[str, str]]:
         size = "×".join(str(n) for n in tensor.shape) or "scalar"
         lines.append((f"{tensor.name}: {size}{', trained' if tensor.requires_grad else ''}", "dim"))
     if site.select:
-        lines.append((f"keeps {site.selection}", "dim"))
+        lines.append((f"keeps {selection_text(site)}", "dim"))
     if site.own_k:
         lines.append((f"own k = {site.own_k}{'' if site.keeps_own or site.topk is None else ', replaced'}", "dim"))
     if site.reason:

@@ -51,6 +51,12 @@ class Geometry:
             left = left // size
         return tuple(reversed(found))
 
+    @classmethod
+    def read(cls, text: str) -> Geometry:
+        """What `str` wrote: `64x64 + 1`."""
+        grid, _, prefix = text.partition(" + ")
+        return cls(() if grid in ("", "no grid") else tuple(map(int, grid.split("x"))), int(prefix or 0))
+
     def __str__(self) -> str:
         grid = "x".join(map(str, self.grid)) or "no grid"
         return f"{grid} + {self.prefix}" if self.prefix else grid

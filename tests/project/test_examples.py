@@ -22,6 +22,7 @@ CALLS: dict[str, Callable[[Any, Path], Any]] = {
     "any_timm_model": lambda example, folder: example.main("vit_tiny_patch16_224", small=True),
     "train_digits": lambda example, folder: example.main(small=True, out=folder / "curves.png"),
     "rewrite_and_export": lambda example, folder: example.main(small=True),
+    "faster_vit": lambda example, folder: example.main(small=True),
     "calibrate_digits": lambda example, folder: example.main(small=True, folder=folder),
     "inspect_model": lambda example, folder: example.main(small=True, page=folder / "page.html"),
     "hugging_face": lambda example, folder: example.main(),

@@ -13,6 +13,7 @@ from vision import Change, Transformer, Windowed
 
 import kvt_compile
 from kvt_compile.config import OptionError
+from kvt_compile.report.kernel_spec import computed_share, selection_text
 
 IMAGE = torch.randn(2, 3, 20, 28)
 
@@ -37,6 +38,31 @@ def test_where_tokens_stand_is_read_from_the_graph(model: nn.Module, image: Tens
     found = explained(model, image, select="window(3) | prefix")
     assert found
     assert all(x.startswith(f"window(3) | prefix on {grid}: ") for x in found)
+
+
+def test_the_table_and_the_page_show_what_is_kept_and_what_is_computed(tmp_path: Any) -> None:
+    report = kvt_compile.explain(Transformer().eval(), IMAGE, select="window(3) | prefix")
+    # two patches of 4 x 8 places: 28 queries that keep all 36 keys among them, and 7 that keep 3 rows and the prefix
+    kept, computed = (36 + 35 * 10) / 36**2, (36 + 28 * 36 + 7 * 22) / 36**2
+    shown = f"window(3) | prefix on 5x7 + 1: {100 * kept:.3g} % of the keys, {100 * computed:.3g} % computed"
+    assert computed_share(report.sites[0]) == computed
+    assert selection_text(report.sites[0]) == shown
+    assert " ".join(shown.split()) in " ".join(str(report).split())
+    assert shown in report.to_html(tmp_path / "page.html").read_text()
+    torch_s = kvt_compile.explain(Transformer().eval(), IMAGE, select="window(3) | prefix", lowering="aten").sites[0]
+    assert computed_share(torch_s) is None
+
+
+def test_what_tensors_choose_is_computed_as_it_is_kept() -> None:
+    model = Transformer().eval()
+    for text, share in (
+        ("keys(9)", 9 / 36),
+        ("regions(2, 3) | prefix", (36 + 35 * (1 + 35 * 2 / 6)) / 36**2),  # on average over regions of any size
+    ):
+        site = kvt_compile.explain(model, IMAGE, select=text).sites[0]
+        assert site.kept == pytest.approx(share)
+        assert computed_share(site) == site.kept
+    assert kvt_compile.explain(model, IMAGE, select="heads(1)").sites[0].kept == 0.5
 
 
 ORDER = torch.randperm(35, generator=torch.Generator().manual_seed(0))

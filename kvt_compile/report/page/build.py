@@ -24,6 +24,7 @@ from markupsafe import Markup
 from kvt_compile.kernels.op import lowerings
 from kvt_compile.report.diff import Line, site_diff
 from kvt_compile.report.facts import Findings, GraphReport, RefusalReport, SiteReport
+from kvt_compile.report.kernel_spec import selection_text
 from kvt_compile.report.page.cost import bytes_text, cost, flops_text
 from kvt_compile.report.page.highlight import highlighted, style_sheet
 from kvt_compile.report.page.mathml import mathml
@@ -127,7 +128,7 @@ def _saved(report: Findings) -> tuple[str, str, str] | None:
 def _share(site: SiteReport) -> str:
     """`50 %` of the keys are kept."""
     if site.select:
-        return site.selection
+        return selection_text(site)
     if isinstance(site.topk, int) and isinstance(site.keys, int) and site.keys:
         return f"{100 * site.topk / site.keys:.0f} %"
     return ""

@@ -4,8 +4,9 @@
     k-NN, fused           memory 2 B H Nq 4              FLOPs 2 B H Nq (Nk D + k Dv)
 
 Memory is what lies between the products: the score and the weight map, or the logsumexp and the threshold of each row.
-FLOPs are those of the two products that the result depends on (exact k-NN attention needs every score); a lowering may
-multiply the zeros as well.  A site whose scores are kept costs what the dense one does.
+FLOPs are those of the two products that the result depends on (exact k-NN attention needs every score, a selection
+those that it allows); a lowering may multiply the zeros as well.  A site whose scores are kept costs what the dense one
+does.
 """
 
 from __future__ import annotations
@@ -42,13 +43,14 @@ def cost(site: SiteReport) -> Cost | None:
     width = _BYTES.get(site.dtype, 4)
     kept = _number(site.topk) if site.topk is not None else None
     summed = keys if kept is None or site.outcome == "scores-kept" else min(kept, keys)
+    scored = keys if site.kept is None else keys * site.kept
     dense_bytes = 2 * rows * keys * width
     knn_bytes = dense_bytes if site.outcome == "scores-kept" else 2 * rows * max(4, width if width == 8 else 4)
     return Cost(
         dense_bytes=dense_bytes,
         knn_bytes=None if site.topk is None else knn_bytes,
         dense_flops=2 * rows * keys * (head_dim + value_dim),
-        knn_flops=None if kept is None else 2 * rows * (keys * head_dim + summed * value_dim),
+        knn_flops=None if kept is None else round(2 * rows * (scored * head_dim + min(summed, scored) * value_dim)),
         per_example=any(not isinstance(x, int) for x in (site.batch, site.heads, site.queries, site.keys)),
     )
 
