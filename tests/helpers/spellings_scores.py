@@ -164,9 +164,9 @@ def bias_from_a_small_network(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor
     return (q @ k.mT + bias).softmax(-1) @ v
 
 
-@spelling("scores-kept", reason="several products")
+@spelling("fused", score="s + c0[b, h, i, j]")
 def two_products_summed(m: Any, x: Tensor) -> Tensor:
-    """DeBERTa: content to content plus content to position, both from the tokens."""
+    """DeBERTa: content to content plus content to position, both from the tokens: one of them is a bias."""
     q, k, v = m.heads(x)
     p = m.layer("positions", lambda: nn.Linear(C, C))(x).view(B, N, H, D).transpose(1, 2)
     return (q @ k.mT + q @ p.mT).softmax(-1) @ v

@@ -48,6 +48,34 @@ def masked_after_the_softmax(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).masked_fill(mask, -torch.inf).softmax(-1).masked_fill(mask, 0.0) @ v
 
 
+def some_rows() -> Tensor:
+    """True where a key is masked: all of the third row."""
+    return torch.arange(N)[:, None].eq(2) | (torch.arange(N) > 3)
+
+
+@spelling("fused", weight="p")
+def nan_to_num_after_the_softmax(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Sparsifiner: a row without a key is nothing."""
+    return (q @ k.mT).masked_fill(m.b("mask", some_rows), -torch.inf).softmax(-1).nan_to_num(0.0) @ v
+
+
+@spelling("fused", weight="p")
+def nan_filled_after_the_softmax(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT).masked_fill(m.b("mask", some_rows), -torch.inf).softmax(-1)
+    return weights.masked_fill(weights.isnan(), 0.0) @ v
+
+
+@spelling("scores-kept", reason="nan_to_num between the two products")
+def ones_for_nan_after_the_softmax(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1).nan_to_num(1.0) @ v
+
+
+@spelling("fused", weight="p")
+def nan_to_num_before_the_softmax(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Differential transformer: of finite scores they are the scores."""
+    return torch.nan_to_num(q @ k.mT * 0.5).softmax(-1) @ v
+
+
 @spelling("scores-kept", reason="revives dropped keys")
 def filled_after_the_softmax(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mask = m.b("mask", lambda: torch.ones(N, N).triu(1).bool())

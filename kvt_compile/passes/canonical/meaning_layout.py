@@ -202,8 +202,14 @@ def select_of(b: Builder, x: Value, dim: int, index: Any) -> Value | None:
     return b.layout("select", x, (*x.shape[:dim], *x.shape[dim + 1 :]), dim=dim, index=number)
 
 
+_END = (1 << 63) - 1
+"""What ATen's slice has for no end."""
+
+
 def _one_slice(b: Builder, x: Value, dim: int, part: slice) -> Value | None:
     size = x.shape[dim]
+    if isinstance(part.stop, int) and part.stop >= _END:
+        part = slice(part.start, None, part.step)
     step = 1 if part.step is None else integer(part.step)
     start = 0 if part.start is None else integer(part.start)
     stop: Dim | None = size if part.stop is None else integer(part.stop)

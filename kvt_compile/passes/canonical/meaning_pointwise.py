@@ -183,6 +183,28 @@ def _masked_fill(b: Builder, input: Value, mask: Value, value: Any) -> Value | N
     return b.pointwise("where", score.where, mask, value, input) if is_bool(mask) else None
 
 
+@meaning("isnan")
+def _isnan(b: Builder, input: Value) -> Value | None:
+    return b.pointwise("isnan", lambda x: score.ne(x, x), input) if is_float(input) else None
+
+
+@meaning("nan_to_num")
+def _nan_to_num(b: Builder, input: Value, nan: Any = None, posinf: Any = None, neginf: Any = None) -> Value | None:
+    """Zeros for NaN, as after a softmax of rows without keys; any other number there stays an operation."""
+    if nan not in (None, 0) or input.dtype is None or not input.dtype.is_floating_point:
+        return None
+    if input.kind == "softmax":  # its weights are at most 1
+        return b.pointwise("nan_to_num", lambda x: score.where(score.ne(x, x), score.zero, x), input)
+    limits = torch.finfo(input.dtype)
+    high, low = limits.max if posinf is None else posinf, limits.min if neginf is None else neginf
+    return b.pointwise("nan_to_num", _without_nan, input, high, low)
+
+
+def _without_nan(x: sympy.Expr, high: sympy.Expr, low: sympy.Expr) -> sympy.Expr:
+    finite = score.where(score.eq(x, sympy.oo), high, score.where(score.eq(x, -sympy.oo), low, x))
+    return score.where(score.ne(x, x), score.zero, finite)
+
+
 @meaning("lerp")
 def _lerp(b: Builder, input: Any, end: Any, weight: Any) -> Value | None:
     return b.pointwise("lerp", lambda x, y, w: score.add(x, score.mul(w, score.sub(y, x))), input, end, weight)

@@ -14,7 +14,8 @@ from torch import fx
 
 from kvt_compile.kernels.language import score
 from kvt_compile.passes.canonical.made import made
-from kvt_compile.passes.canonical.meaning import MEANINGS, Builder, Meaning, axis, is_float, meaning
+from kvt_compile.passes.canonical.meaning import MEANINGS, Builder, Meaning, axis, is_bool, is_float, meaning
+from kvt_compile.passes.canonical.spellings import MASKED
 from kvt_compile.passes.canonical.values import Value
 
 
@@ -47,6 +48,25 @@ def _log_softmax(b: Builder, input: Value, dim: Any = None, dtype: Any = None, *
     shape = tuple(1 if d == along else size for d, size in enumerate(b.shape))
     total = b.value("reduce", "logsumexp", (input,), shape, dims=(along,), keepdim=True)
     return b.pointwise("sub", score.sub, input, total)
+
+
+def _of_masked(name: str) -> Meaning:
+    """torch.masked.softmax(x, dim, mask=m) is softmax(where(m, x, -inf), dim)."""
+
+    def build(b: Builder, input: Value, dim: Any, dtype: Any = None, mask: Any = None) -> Value | None:
+        if mask is None:
+            return MEANINGS[name](b, input, dim)
+        if not isinstance(mask, Value) or not is_bool(mask):
+            return None
+        low = -math.inf if name != "softmin" else math.inf
+        attrs = {"fn": score.where}
+        chosen = made(Value("pointwise", "where", b.node, input.shape, input.dtype, (mask, input, low), attrs))
+        return MEANINGS[name](b, chosen, dim)
+
+    return build
+
+
+MEANINGS.update({f"masked_{name}": _of_masked(name) for name in MASKED})
 
 
 @meaning("normalize")

@@ -97,12 +97,14 @@ class Call:
 
 
 DTENSOR_CALLS = ("to_local", "from_local", "redistribute", "full_tensor")
+MASKED = ("softmax", "log_softmax", "softmin")
+"""Of `torch.masked`, where a row is that of the elements its mask has."""
 
 
 @cache
 def _functions() -> dict[Any, str]:
     """torch's own callables -> their canonical names."""
-    table: dict[Any, str] = {}
+    table: dict[Any, str] = {getattr(torch.masked, name): f"masked_{name}" for name in MASKED}
     spaces: list[Any] = [torch, torch.nn.functional, torch.special, operator, torch._C._nn, torch.linalg, torch.Tensor]
     for space in spaces:
         for name in dir(space):

@@ -92,7 +92,7 @@ def assemble(reading: Reading, facts: Facts) -> Assembled:
     kind = kind_of_attention(space, reading.query, reading.key, reading.value, groups.queries, groups.keys)
     scores = with_factors(reading.scores, factors)
     printed = _Printed(space, groups, reader.leaves, reading.positions, reading.anchor)
-    weights, has_dropout = _without_dropout(reading.weights, reading.anchor)
+    weights, has_dropout = _without_dropout(_never_nan(reading.weights), reading.anchor)
     score, weight = printed.expression(scores), printed.expression(weights)
     _check_weight(weight, reading.anchor)
     operands = Operand(q, q_at, q_dtype), Operand(k, k_at, q_dtype), Operand(v, v_at, v_dtype)
@@ -326,6 +326,13 @@ def _runs(atoms: list[Atom]) -> list[tuple[Atom, ...]]:
     return [tuple(atoms[i:j]) for i in range(len(atoms)) for j in range(i + 1, min(i + 4, len(atoms)) + 1)]
 
 
+def _never_nan(weights: sympy.Expr) -> sympy.Expr:
+    """where(p != p, 0, p) is p: a row without a valid key is 0 as it is, one with NaN among its scores stays NaN."""
+    p = language.p
+    chosen = language.where(language.ne(p, p), language.zero, p)
+    return weights.xreplace({chosen: p})
+
+
 def _without_dropout(weights: sympy.Expr, anchor: Value) -> tuple[sympy.Expr, bool]:
     if DROP not in weights.free_symbols:
         return weights, False
@@ -358,7 +365,7 @@ _OF_NUMBERS: dict[str, Callable[..., float]] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "neg": operator.neg, "abs": abs,
     "relu": lambda x: max(x, 0.0), "maximum": max, "minimum": min, "power": operator.pow,
     "clamp": lambda x, low, high: min(max(x, low), high), "hardtanh": lambda x, low, high: min(max(x, low), high),
-    "exp": math.exp, "tanh": math.tanh, "sin": math.sin, "erf": math.erf,
+    "eq": operator.eq, "ne": operator.ne, "exp": math.exp, "tanh": math.tanh, "sin": math.sin, "erf": math.erf,
 }  # fmt: skip
 
 
@@ -372,6 +379,8 @@ def _without_weight(x: sympy.Expr) -> float | None:
     if (name == "mul" and 0.0 in values) or (name == "div" and values[0] == 0.0):
         return 0.0
     if name == "where":
+        if values[0] is not None:
+            return values[1] if values[0] else values[2]
         return values[1] if values[1] == values[2] else None
     known = [y for y in values if y is not None]
     if name not in _OF_NUMBERS or len(known) < len(values):

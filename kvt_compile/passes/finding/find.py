@@ -63,7 +63,9 @@ def find(graph: CanonicalGraph) -> Found:
 
 
 _SOFTMAX_LIKE = {
-    **dict.fromkeys(("softmax", "scaled_dot_product_attention"), "with these arguments is not understood"),
+    **dict.fromkeys(
+        ("softmax", "masked_softmax", "scaled_dot_product_attention"), "with these arguments is not understood"
+    ),
     "flex_attention": "has a sparsity of its own, and a score function that is no part of this graph",
     "gumbel_softmax": "adds noise to the scores that is drawn inside it",
 }

@@ -6,6 +6,7 @@ q, k --contraction--> scores --pointwise/layout--> softmax --pointwise/layout-->
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import sympy
@@ -223,8 +224,8 @@ class _Attempt:
             raise Miss("values", self.product, not_tokens(self.value[0], "values"))
         # relative positions are multiplied with the queries too: with real keys at hand they are a bias
         candidates = [c for c in candidates if c[2][c[1]][0] in self.facts.activation] or candidates
-        self.leaf_of_product, key, operands = candidates[0]
-        self.several = len(candidates) > 1
+        # of several products that are added up one is computed in the kernel, and the others are biases
+        self.leaf_of_product, key, operands = max(candidates, key=lambda c: _summed_sizes(c[0].value))
         self.query, self.key = operands[1 - key], operands[key]
         labels = [self.leaf_of_product.value.attrs[name] for name in ("lhs", "rhs")]
         out = (None, *self.leaf_of_product.value.attrs["out"])  # None: a size-1 dimension that is broadcast
@@ -256,8 +257,6 @@ class _Attempt:
             raise Miss("weights", self.product, "several softmaxes are combined into one map")
         if not self.space.covers(self.coords[self.dim], self.anchor.shape[self.dim]):
             raise Miss("values", self.product, "the product with the values leaves out a part of the softmax axis")
-        if self.several:
-            raise Miss("scores", self.anchor, "the scores are a sum of several products of queries and keys")
         if self.features is None:
             raise Miss("axes", self.anchor, "queries and keys are multiplied without a sum over features")
         if self.scores_reader.dropouts:
@@ -343,6 +342,13 @@ class _Attempt:
         )  # fmt: skip
         width = self.space.size(self.features) if self.features is not None else self.key[0].shape[-1]
         return describe_kept(self.anchor, plan, kind, width, self.value[0].shape[-1], miss)
+
+
+def _summed_sizes(product: Value) -> int:
+    """How many numbers a product adds up for each of its elements; 0 where that is known only at run time."""
+    sizes = dict(zip(product.attrs["lhs"], product.inputs[0].shape, strict=True))
+    summed = [size for label, size in sizes.items() if label not in (None, *product.attrs["out"])]
+    return math.prod(size if isinstance(size, int) else 0 for size in summed)
 
 
 def _between(value: Value) -> str:
