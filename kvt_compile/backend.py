@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -118,13 +118,21 @@ def by_inductor(
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """Inductor, with a mode and options as `torch.compile` takes them."""
-    from torch._inductor import list_mode_options
+    from torch._inductor import config, list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
-    compiled: Any = compile_fx(gm, example_inputs, config_patches=patches or None)
+    with _cpp() if patches.get("cpp_wrapper", config.cpp_wrapper) else nullcontext():
+        compiled: Any = compile_fx(gm, example_inputs, config_patches=patches or None)
     run: Callable[..., Any] = compiled
     return run
+
+
+def _cpp() -> AbstractContextManager[None]:
+    """In here C++ that Inductor writes calls kernels themselves, and no operator of Python."""
+    from kvt_compile.kernels.inside import kernels_inside  # for those who ask for C++ alone: it loads both generators
+
+    return kernels_inside(tell=False)
 
 
 def backend_of(then: str | Backend) -> Backend:

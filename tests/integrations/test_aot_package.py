@@ -1,17 +1,22 @@
-"""AOTInductor packages with k-NN attention, on a CPU: compiled, loaded and run.  Whoever loads one has imported
-`kvt_compile.kernels.ops`; packages for a GPU that need no import are in test_triton_traced.py."""
+"""AOTInductor packages with k-NN attention, on a CPU: compiled, loaded and run.  Without `kernels_inside` whoever loads
+one has imported `kvt_compile.kernels.ops`.  What C++ calls is tested by itself in tests/c/test_c_traced.py; packages
+for a GPU are in test_triton_traced.py."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 from torch.export import Dim, ExportedProgram, export
 
 import kvt_compile
+from kvt_compile.integrations.aot import kernels_inside
 
 pytestmark = pytest.mark.slow  # a C++ compiler at work for ten seconds a package
 kvt = torch.ops.kvt
@@ -57,6 +62,39 @@ def test_a_rewritten_program_runs_from_its_package(tmp_path: Path) -> None:
     for x in (*inputs, torch.randn(7, 9, 32)):
         torch.testing.assert_close(found(x), result.module(x))
         assert not torch.allclose(found(x), model(x))  # the model keeps every key
+
+
+RUN = """
+import sys, torch
+x, expected = torch.load(sys.argv[2])
+torch.testing.assert_close(torch._inductor.aoti_load_package(sys.argv[1])(x), expected)
+assert not any(name.startswith("kvt") for name in sys.modules)
+"""
+
+
+def test_a_package_with_the_kernels_inside_runs_without_us(tmp_path: Path) -> None:
+    model, batch = TwoSites().eval(), {0: Dim("batch", min=2, max=64)}
+    inputs = (torch.randn(4, 9, 32),)
+    result = kvt_compile.rewrite(export(model, inputs, dynamic_shapes=(batch,)), *inputs, topk=4)
+    with kernels_inside():
+        package(result.program, tmp_path)
+    x = torch.randn(7, 9, 32)
+    torch.save((x, result.module(x)), tmp_path / "x.pt")
+    command = [sys.executable, "-c", RUN, str(tmp_path / "model.pt2"), str(tmp_path / "x.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_inductor_writes_in_cpp_calls_the_kernel() -> None:
+    model, x = TwoSites(), torch.randn(4, 9, 32)
+    plain, cpp = (torch.compile(model, backend="kvt", options={"topk": 4, "cpp_wrapper": y}) for y in (False, True))
+    found, (code,) = run_and_get_code(cpp, x)
+    assert code.count("aoti_torch_cpu_attention_") >= 2
+    assert "kvt.attention" not in code
+    torch.testing.assert_close(found, plain(x))
+    leaf = x.clone().requires_grad_()
+    gradients = [torch.autograd.grad(run(leaf).sum(), (leaf, model.bias)) for run in (plain, cpp)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_operators_run_from_a_package(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
     generate   spec -> C source          toolchain   compiler and flags       launch     tensors -> arguments -> tensors
     program    score expression -> C     cache       source -> library        lowering   the lowering "c" of the ops
+    traced     an operator in a graph -> a C function that Inductor's C++ calls
 
 `source(spec)` is what `explain` prints.  The kernel itself is explained in docs/cpu.md.
 """

@@ -20,7 +20,8 @@ from kvt_compile.kernels.c.program import Builder, Program
 from kvt_compile.kernels.c.scalar import ELEMENTS, ScalarPrinter
 from kvt_compile.kernels.language import score as language
 from kvt_compile.kernels.language.expressions import NotGenerated
-from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.op.captured import unclamped
+from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec, dtype_name
 
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("kvt_compile.kernels.c"),
@@ -35,6 +36,10 @@ STACK = 1 << 20
 QUICK_PASSES = 10
 """Interpolating passes before a tile is finished carefully; 16 rows of normal scores take 7.8 to 8.4 (measured)."""
 
+MOST_KEYS = 2**40
+"""Expanded keys need no memory, but scratch of this size does, and beyond it a kernel's sizes would leave 64 bits."""
+_EXTENTS = {"b": "a.B", "h": "a.Hq", "i": "a.Nq", "j": "a.Nk"}
+
 
 @lru_cache(maxsize=256)
 def source(spec: KernelSpec | SoftmaxSpec) -> str:
@@ -44,7 +49,12 @@ def source(spec: KernelSpec | SoftmaxSpec) -> str:
     return _attention(spec)
 
 
-def _attention(spec: KernelSpec) -> str:
+def source_inside(spec: KernelSpec, name: str) -> str:
+    """The C text of a forward that code written by Inductor calls, by the name `aoti_torch_cpu_<name>`."""
+    return _attention(spec, name)
+
+
+def _attention(spec: KernelSpec, name: str = "") -> str:
     scalar = ScalarPrinter(spec)
     score = Builder(scalar, language.s).build([spec.score_expression])
     weight = Builder(scalar, language.p).build([spec.weight_expression]) if spec.weight != "p" else None
@@ -74,8 +84,12 @@ def _attention(spec: KernelSpec) -> str:
         weight_scatter=weight_scatter,
         keep_raw=score_back.uses_symbol,
         float_slots=[n for n, c in enumerate(spec.captured) if c.is_float],
-        backward=True,
+        backward=not name,
         listed=bool(spec.select),
+        name=name,
+        dtypes=sorted({spec.dtype, spec.value_dtype, dtype_name(spec.accumulate), *(c.dtype for c in spec.captured)}),
+        needed=[(slot, dim, _EXTENTS.get(of, least + 1)) for slot, dim, of, least in unclamped(spec)],
+        most_keys=MOST_KEYS,
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvt_compile.kernels.c import cache
-from kvt_compile.kernels.c.generate import source
+from kvt_compile.kernels.c.generate import MOST_KEYS, source
 from kvt_compile.kernels.c.gradients import separated_axes
 from kvt_compile.kernels.c.layout import DRAW, MATRICES, SOFTMAX_FIELDS, call_fields, shape_fields
 from kvt_compile.kernels.c.settings import Settings
@@ -39,8 +39,6 @@ TASKS = 12
 """A backward with fewer (batch, head) pairs also splits the queries, at the price of partial sums of dk and dv.  Shapes
 alone decide, so that results do not depend on the number of threads."""
 NO_MEMORY = "a k-NN attention kernel found no memory for its scratch space"
-MOST_KEYS = 2**40
-"""Expanded keys need no memory, but scratch of this size does, and beyond it a kernel's sizes would leave 64 bits."""
 
 
 class Kernel:

@@ -23,7 +23,7 @@ def check_call(call: AttentionCall) -> None:
 def check_captured(spec: KernelSpec, shapes: Sequence[Sequence[int]], extents: dict[str, int]) -> None:
     """Raises ValueError when a coordinate that indexes a captured tensor (of the given shape) outside every where()
     leaves the tensor: such indices are not clamped in the kernel."""
-    for slot, dim, name, value in _unclamped(spec):
+    for slot, dim, name, value in unclamped(spec):
         if value < 0:
             raise ValueError(f"captured tensor {slot} is indexed by {value} in dimension {dim}: expected at least 0")
         needed = extents[name] if name else value + 1
@@ -47,7 +47,8 @@ def surely(condition: bool | torch.SymBool) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _unclamped(spec: KernelSpec) -> tuple[tuple[int, int, str, int], ...]:
+def unclamped(spec: KernelSpec) -> tuple[tuple[int, int, str, int], ...]:
+    """(slot, dimension, coordinate or "", constant) of every index that a generated kernel does not clamp."""
     guarded = guarded_loads(spec.score_expression) | guarded_loads(spec.weight_expression)
     found = []
     for x in {*spec.score_loads, *spec.weight_loads} - guarded:

@@ -27,6 +27,10 @@ class LoweringError(ValueError):
     """No such lowering, or one that was asked for by name and cannot run the node."""
 
 
+class CannotTraceError(Exception):
+    """Why an operator stays in a graph that is compiled ahead of time, as a clause."""
+
+
 class Lowering(Protocol):
     """What runs a node.  Shapes, dtypes and meaning are those of the ops (ops.py); inputs are already checked
     and autocast is off, strides may be anything, 0 included."""

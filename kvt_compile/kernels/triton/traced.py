@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kvt_compile.kernels.op.arguments import AttentionArguments, SoftmaxArguments
 from kvt_compile.kernels.op.call import AttentionCall
+from kvt_compile.kernels.op.lowerings import CannotTraceError
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton import rows
 from kvt_compile.kernels.triton.blocks import Blocks
@@ -33,10 +34,6 @@ from kvt_compile.kernels.triton.scalar import NotGenerated
 
 SOME_SIZE = 1024
 """Stands for a symbolic number of queries or keys where block sizes are chosen: rows that no tile holds whole."""
-
-
-class CannotTraceError(Exception):
-    """Why an operator stays in the graph, as a clause."""
 
 
 class TracingLauncher(Launcher):
