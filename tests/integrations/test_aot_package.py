@@ -86,15 +86,12 @@ def test_a_package_with_the_kernels_inside_runs_without_us(tmp_path: Path) -> No
 
 
 def test_what_inductor_writes_in_cpp_calls_the_kernel() -> None:
-    model, x = TwoSites(), torch.randn(4, 9, 32)
+    model, x = TwoSites().eval().requires_grad_(False), torch.randn(4, 9, 32)
     plain, cpp = (torch.compile(model, backend="kvt", options={"topk": 4, "cpp_wrapper": y}) for y in (False, True))
     found, (code,) = run_and_get_code(cpp, x)
     assert code.count("aoti_torch_cpu_attention_") >= 2
     assert "kvt.attention" not in code
     torch.testing.assert_close(found, plain(x))
-    leaf = x.clone().requires_grad_()
-    gradients = [torch.autograd.grad(run(leaf).sum(), (leaf, model.bias)) for run in (plain, cpp)]
-    torch.testing.assert_close(*gradients)
 
 
 def test_operators_run_from_a_package(tmp_path: Path) -> None:
