@@ -48,6 +48,11 @@ BARS = (
     Bar("compiled KVT, against ours, forward", "compiled / time", 5.0, 10.0, True,
         lambda c: _main(c) and not c.backward),
     Bar("peak memory, against SDPA", "memory / sdpa", 1.1, of=_main),
+    Bar("window 13 x 13 at 64 x 64, forward, of dense SDPA", "time / sdpa", 0.15,
+        of=lambda c: c.window == 13 and not c.backward),
+    Bar("window 13 x 13 at 64 x 64, forward + backward, of dense SDPA", "time / sdpa", 0.20,
+        of=lambda c: c.window == 13 and c.backward),
+    Bar("FlexAttention with its block mask, against ours, window", "flex / time", 4.0, None, True, lambda c: c.window == 13),
     Bar("ViT-B/16 training step, AMP, batch 128, against dense torch.compile", MODEL, 1.10, 1.03),
 )  # fmt: skip
 

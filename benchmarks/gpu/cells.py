@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 TOKENS = 32768
@@ -19,6 +20,8 @@ class Cell:
     size: int
     topk: int
     backward: bool
+    window: int = 0
+    """Of a square grid, with which no key is ranked: so many keys on each axis; 0: none."""
 
     @property
     def batch(self) -> int:
@@ -33,8 +36,18 @@ class Cell:
         """k is N divided by it."""
         return round(self.size / self.topk)
 
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Where tokens stand, of a cell with a window."""
+        return (math.isqrt(self.size),) * 2 if self.window else None
+
+    @property
+    def select(self) -> str:
+        return f"window({self.window})" if self.window else ""
+
     def __str__(self) -> str:
-        return f"{self.dtype} D={self.dim} N={self.size} k=N/{self.part} {'fwd+bwd' if self.backward else 'forward'}"
+        kept = f"{self.select} at {self.grid[0]}x{self.grid[1]}" if self.grid else f"k=N/{self.part}"
+        return f"{self.dtype} D={self.dim} N={self.size} {kept} {'fwd+bwd' if self.backward else 'forward'}"
 
 
 @dataclass(frozen=True)
@@ -58,8 +71,8 @@ def cells(dtype: str, dim: int, sizes: tuple[int, ...], part: int = 2) -> list[C
 
 
 def races() -> list[Race]:
-    """Every race: the bars' cells against what is quick to build, the same against what torch has to compile, then
-    single precision, wide heads, long rows, and what lies between."""
+    """Every race: the bars' cells against what is quick to build, the same against what torch has to compile, a window of
+    neighbours, then single precision, wide heads, long rows, and what lies between."""
     main = cells("bfloat16", 64, (197, 1024, 4096))
     others = (
         *cells("float32", 64, (197, 1024, 4096)),
@@ -69,6 +82,9 @@ def races() -> list[Race]:
         *cells("bfloat16", 64, (197, 1024, 4096), part=8),
         *cells("float32", 128, (1024,)),
     )
-    return [Race(cell, contestants) for contestants in (QUICK, SLOW) for cell in main] + [
-        Race(x, QUICK) for x in others
+    windows = [Cell("bfloat16", 64, 4096, 4096, backward, window=13) for backward in (False, True)]
+    return [
+        *(Race(cell, contestants) for contestants in (QUICK, SLOW) for cell in main),
+        *(Race(cell, (OURS, SDPA, FLEX)) for cell in windows),
+        *(Race(cell, QUICK) for cell in others),
     ]

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kvt_compile.kernels.op.ops  # noqa: F401 - registers the ops
@@ -15,6 +16,7 @@ from benchmarks._shared import eager_kvt, sdpa, step
 from benchmarks.gpu.cells import COMPILED, EAGER, FLEX, OURS, SDPA, TOLERANCE, TOLERANT, Cell
 from benchmarks.gpu.plan import ERROR, Prepare, WrongError
 from kvt_compile.kernels import lowerings, tune
+from kvt_compile.kernels.op.selection import selection_of
 from kvt_compile.kernels.op.spec import KernelSpec
 from kvt_compile.kernels.tune.timing import Clock, Run
 
@@ -52,7 +54,7 @@ class Contestants:
         self.errors: dict[str, float] = {}
         """Relative errors of ours, once it was judged."""
         self.score = f"{cell.dim**-0.5!r}*s"
-        self.spec = KernelSpec.of(*self.leaves, score=self.score)
+        self.spec = KernelSpec.of(*self.leaves, score=self.score, select=cell.select)
         tune.request(self.spec, autotune)
         self.backend = ""
 
@@ -70,8 +72,9 @@ class Contestants:
 
     def ours(self, q: Tensor, k: Tensor, v: Tensor, tolerance: float) -> Tensor:
         out: Tensor = torch.ops.kvt.attention(
-            q, k, v, [], self.score, "p", self.cell.topk, [], 0.0, None, self.lowering, tolerance
-        )[0]
+            q, k, v, [], self.score, "p", self.cell.topk, [], 0.0, None, self.lowering, tolerance, None,
+            self.cell.select, self.cell.grid,
+        )[0]  # fmt: skip
         return out
 
     def lowering_name(self) -> str:
@@ -108,13 +111,23 @@ class Contestants:
         found: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for b, h in places:
             q, k, v = (x.detach()[b, h].double().requires_grad_(self.cell.backward) for x in self.leaves)
-            exact = eager_kvt(q[rows], k, v, self.cell.topk)
+            exact = self._exact(q[rows], k, v, rows)
             found.setdefault("out", []).append((out.detach()[b, h, rows], exact.detach()))
             if self.cell.backward:
                 theirs = torch.autograd.grad(exact, (q, k, v), grad[b, h, rows].double())
                 for name, x, y in zip(("dq", "dk", "dv"), gradients, theirs, strict=True):
                     found.setdefault(name, []).append((x[b, h], y))
         return {name: max((_relative(x, y) for x, y in pairs), key=_size) for name, pairs in found.items()}
+
+    def _exact(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
+        """Of some rows of one head, in the type of q."""
+        selection = selection_of(self.cell.select, self.cell.grid, 0, self.cell.size, self.cell.size)
+        if selection is None:
+            return eager_kvt(q, k, v, self.cell.topk)
+        zero = torch.zeros((), dtype=torch.int64, device=q.device)
+        keys = torch.arange(self.cell.size, device=q.device)
+        allowed = selection.map(1, (zero, zero, rows[:, None], keys), {})
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
 
     def _rival(self, attention: Attention) -> Run:
         if self.real:
@@ -154,10 +167,21 @@ class Contestants:
         return self._rival(partial(_with_backend, best))
 
     def _flex(self) -> Run:
-        from torch.nn.attention.flex_attention import flex_attention
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         compiled = torch.compile(flex_attention, dynamic=False)
-        return self._rival(lambda q, k, v: compiled(q, k, v))
+        if not self.cell.grid:
+            return self._rival(lambda q, k, v: compiled(q, k, v))
+        side, size = self.cell.grid[0], self.cell.window
+
+        def near(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            """An odd window, shifted inward at the border."""
+            places = ((i // side, j // side), (i % side, j % side))
+            kept = [(key - query.clamp(size // 2, side - 1 - size // 2)).abs() <= size // 2 for query, key in places]
+            return kept[0] & kept[1]
+
+        mask = create_block_mask(near, None, None, self.cell.size, self.cell.size, device=str(self.grad.device))
+        return self._rival(lambda q, k, v: compiled(q, k, v, block_mask=mask))
 
 
 def _with_backend(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def _bars(speed: dict[str, Any]) -> str:
         )
         where = next(name for name, ratio in found.items() if ratio == worst)
         rows.append([*row, f"{worst:.2f} ×", said, f"{where} (of {len(found)})"])
-    return "## Bars (H100 or H200, bfloat16, D = 64, k = N/2)\n\n" + _table(
+    return "## Bars (H100 or H200, bfloat16, D = 64, k = N/2 or a window)\n\n" + _table(
         ["bar", "must", "aim", "worst", "", "worst cell"], rows
     )
 

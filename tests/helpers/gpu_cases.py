@@ -25,6 +25,20 @@ LARGE = [
               value_dim=48, dropout_p=0.2),
 ]  # fmt: skip
 
+SELECTED = [
+    PLAIN.but(id=text, heads=4, kv_heads=2, queries=401, keys=401, topk=topk, head_dim=64, value_dim=64, dtype=dtype,
+              score=score, captured=captured, select=text, grid=(20, 20), prefix=1)
+    for text, topk, dtype, score, captured in (
+        ("window(7) | prefix", 401, torch.bfloat16, "0.125*s", PLAIN.captured),
+        ("window(7) | prefix", 401, torch.float32, "0.125*s + c0[h, i, j]", floats("heads", "queries", "keys")),
+        ("window(9, dilation=2) | sinks(3)", 20, torch.bfloat16, "0.125*s", PLAIN.captured),
+        ("halo(8, 0) | prefix", 401, torch.bfloat16, "0.125*s", PLAIN.captured),
+        ("shifted(3) | prefix", 401, torch.float16, "where(le(j, i), 0.125*s, -oo)", PLAIN.captured),
+        ("regions(3, 8) | prefix", 401, torch.bfloat16, "0.125*s", PLAIN.captured),
+        ("regions(0.25, 5, heads=all) | prefix", 30, torch.float32, "0.125*s", PLAIN.captured),
+    )
+]  # fmt: skip
+
 TIES = [
     (dtype, low, high, keys)
     for dtype in (torch.float32, torch.bfloat16)

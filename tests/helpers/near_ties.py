@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvt_compile.kernels.op.selection import selection_of
 from kvt_compile.kernels.plain.reference import reference_scores
 
 if TYPE_CHECKING:
@@ -55,11 +56,16 @@ def near_ties(case: Case, tensors: Sequence[Tensor]) -> NearTies:
         return reference_scores(q, k, captured, score=case.score, sizes=case.sizes)
 
     t = scores(q, k)
+    selection = selection_of(case.select, case.grid, case.prefix, q.shape[2], k.shape[2])
+    if selection is not None:
+        at = torch.meshgrid(*map(torch.arange, t.shape), indexing="ij")
+        allowed = selection.map(t.shape[1], at, selection.tables(q, k))
+        t = t if allowed is None else torch.where(allowed, t, -torch.inf)
     keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     delta = (case.head_dim + 8) * eps * (q.abs() @ keys.abs().transpose(-1, -2)).amax(-1, keepdim=True)
     # one feature more, which adds delta to every product of a row
     moved = (scores(torch.cat((q, x), -1), torch.cat((k, torch.ones_like(k[..., :1])), -1)) for x in (delta, -delta))
-    largest = torch.stack([(x - t).abs().nan_to_num(0.0, 0.0, 0.0).amax(-1) for x in moved]).amax(0)
+    largest = torch.stack([torch.where(t > -torch.inf, x - t, 0.0).abs().nan_to_num(0.0, 0.0, 0.0).amax(-1) for x in moved]).amax(0)
     slack = largest + 4 * eps * torch.where(t.isfinite(), t.abs(), 0.0).amax(-1)
     valid = t > -torch.inf
     if case.topk >= case.keys:

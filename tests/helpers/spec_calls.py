@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvt_compile.kernels.language import score as language
 from kvt_compile.kernels.op.call import AttentionCall
+from kvt_compile.kernels.op.selection import selection_of
 from kvt_compile.kernels.op.spec import KernelSpec
 
 TABLE = 16
@@ -19,7 +20,9 @@ TABLE = 16
 def call_of(
     spec: KernelSpec, queries: int, keys: int, batch: int = 2, heads: int = 2, kv_heads: int = 0, topk: int = 0
 ) -> AttentionCall:
-    """A checked call: contiguous tensors, every n0, n1, ... is `batch`, half of the keys are kept."""
+    """A checked call: contiguous tensors, every n0, n1, ... is `batch`, half of the keys are kept.  Of a selection there
+    are as many keys as queries: one token before a grid of one axis."""
+    keys = queries if spec.select else keys
     kv_heads = kv_heads or heads
     q, k, v = (
         torch.randn(batch, h, n, d, dtype=torch.float32).to(getattr(torch, dtype))
@@ -33,8 +36,9 @@ def call_of(
     captured = [_captured(spec, n, extents, batch) for n in range(len(spec.captured))]
     seed = torch.tensor([7]) if spec.dropout else None
     return AttentionCall(
-        spec, q, k, v, captured, topk or max(1, keys // 2), (batch,) * spec.sizes, 0.1 if spec.dropout else 0.0, seed
-    )
+        spec, q, k, v, captured, topk or max(1, keys // 2), (batch,) * spec.sizes, 0.1 if spec.dropout else 0.0, seed,
+        selection=selection_of(spec.select, (keys - 1,), 1, queries, keys),
+    )  # fmt: skip
 
 
 def without_gradients(call: AttentionCall) -> AttentionCall:

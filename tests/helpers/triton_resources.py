@@ -6,6 +6,7 @@ A configuration is a spec, a kernel of it and a size that gets another default t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from kvt_compile.kernels.op.spec import CapturedSpec, KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton.blocks import Blocks
 from kvt_compile.kernels.triton.candidates import default
 from kvt_compile.kernels.triton.compile import Resources, resources
+from kvt_compile.kernels.triton.layout import online
 from kvt_compile.kernels.triton.targets import TARGETS, WARPGROUPS, parts_of
 
 BUDGET = GOLDEN / "triton_resources.json"
@@ -57,6 +59,9 @@ SPECS: dict[str, KernelSpec | SoftmaxSpec] = {
         captured=(CapturedSpec("bfloat16", 3), CapturedSpec("float32", 3)), sizes=1,
     ),
     "rows": SoftmaxSpec("float32", "float32"),
+    "bfloat16 64, lists": KernelSpec("bfloat16", "bfloat16", 64, 64, score="0.125*s", select="window(13) | prefix"),
+    "bfloat16 64, bias and lists": dataclasses.replace(learned_bias("bfloat16", 64), select="window(13) | prefix"),
+    "float32 64, lists": KernelSpec("float32", "float32", 64, 64, score="0.125*s", select="window(13) | prefix"),
 }  # fmt: skip
 SIZES = ((197, 197), (1024, 1024), (1, 4096))
 """Nq, Nk: resident, streaming, and the smaller tiles that few queries take."""
@@ -71,15 +76,15 @@ class Configuration:
     part: str
     blocks: Blocks
     target: str
+    ranked: bool = True
+    """Of a selection, whether rows may keep fewer keys than it allows."""
 
     def __str__(self) -> str:
-        x = self.blocks
-        return (
-            f"{self.name}, {self.part}, {x.kind} {x.rows}x{x.cols}, {x.warps} warps, {x.stages} stages, {self.target}"
-        )
+        x, part = self.blocks, self.part if self.ranked else f"{self.part} unranked"
+        return f"{self.name}, {part}, {x.kind} {x.rows}x{x.cols}, {x.warps} warps, {x.stages} stages, {self.target}"
 
     def resources(self) -> Resources:
-        return resources(self.spec, self.part, self.blocks, self.target)
+        return resources(self.spec, self.part, self.blocks, self.target, self.ranked)
 
 
 def configurations() -> list[Configuration]:
@@ -91,7 +96,9 @@ def configurations() -> list[Configuration]:
                 for target in TARGETS:
                     kind = target.startswith("gfx"), target in WARPGROUPS
                     for blocks in dict.fromkeys(default(version, part, *size, *kind) for size in SIZES):
-                        found.append(Configuration(name, version, part, blocks, target))
+                        unranked = part == "forward" and isinstance(version, KernelSpec) and online(version)
+                        for ranked in (True, False) if unranked else (True,):
+                            found.append(Configuration(name, version, part, blocks, target, ranked))
     return found
 
 

@@ -34,6 +34,9 @@ MASKED = KernelSpec(
 DROPOUT = KernelSpec("bfloat16", "bfloat16", 64, 64, score="0.125*s", dropout=True)
 GATED = KernelSpec("float32", "float32", 48, 24, score="s*c0[h]", weight="p*c1[h, i]*(1.0 + p)",
                    captured=(CapturedSpec("float32", 1), CapturedSpec("float32", 2)))  # fmt: skip
+WINDOW = KernelSpec("bfloat16", "bfloat16", 64, 64, score="0.125*s", select="window(13) | prefix")
+REGIONS = KernelSpec("float32", "float32", 32, 32, score="0.1767766952966369*s", weight="p*(1.0 + p)",
+                     select="regions(0.25, 8) | prefix")  # fmt: skip
 DOUBLE = KernelSpec("float64", "float64", 16, 16, score="0.25*s")
 
 SPECS: dict[str, KernelSpec | SoftmaxSpec] = {
@@ -51,6 +54,10 @@ SPECS: dict[str, KernelSpec | SoftmaxSpec] = {
     "gated": GATED,
     "gated_backward": training(GATED),
     "float64": DOUBLE,
+    "window": WINDOW,
+    "window_backward": training(WINDOW),
+    "regions": REGIONS,
+    "regions_backward": training(REGIONS),
     "rows": SoftmaxSpec("bfloat16", "float32"),
 }
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracles import Case, assert_matches_reference, floats
+from oracles import Case, assert_matches_reference
+from selected_cases import CASES, GRID, PREFIX, TOKENS
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,39 +14,6 @@ from kvt_compile import SelectionError, select
 from kvt_compile.kernels.op import lowerings
 from kvt_compile.kernels.op.spec import KernelSpec
 from kvt_compile.kernels.tiles import refusal
-
-GRID, PREFIX = (5, 7), 2
-TOKENS = 37
-CASE = Case("selected", queries=TOKENS, keys=TOKENS, heads=4, kv_heads=2, topk=TOKENS, grid=GRID, prefix=PREFIX)
-SELECTIONS = [
-    "window(3) | prefix",
-    "window((3, 4), dilation=(1, 2), stride=(2, 1)) | sinks(4)",
-    "window(4, causal=(True, False)) | prefix",
-    "halo(2, 1) | prefix",
-    "regions(3, (2, 3)) | prefix",
-    "regions(0.3, (2, 3), heads=all) | sinks(3)",
-    "shifted(3) | prefix",
-    "prefix(3) | window(2) & halo(3, 1)",
-]
-CASES = [
-    *(CASE.but(id=text, select=text) for text in SELECTIONS),
-    CASE.but(id="ranked", select="window(4) | prefix", topk=5),
-    CASE.but(id="by mass", select="(window(4) | prefix) & mass(0.6)"),
-    CASE.but(id="first of ties", select="topk(1.0, ties=lowest)", topk=7, grid=None, prefix=0),
-    CASE.but(id="bias with a gradient", select="window(3) | prefix", score="0.35*s + c0[h, i, j]",
-             captured=floats("heads", "queries", "keys")),
-    CASE.but(id="a mask besides, and a gate", select="window(3) | prefix", score="where(le(j, i), 0.35*s*c0[j], -oo)",
-             captured=floats("queries"), weight="p*c0[i]"),
-    CASE.but(id="dropout", select="halo(2, 1) | prefix", dropout_p=0.3),
-    CASE.but(id="no row keeps a key", select="sinks(2) & window(2)", grid=(TOKENS,), prefix=0),
-    CASE.but(id="bfloat16", select="window(3) | prefix", dtype=torch.bfloat16),
-    CASE.but(id="float64", select="window(3) | prefix", dtype=torch.float64),
-    CASE.but(id="heads that choose together", select="regions(0.3, 4, heads=all)", grid=(TOKENS,), prefix=0),
-    CASE.but(id="more queries than a tile", select="window(3) | prefix", grid=(9, 11), prefix=1, queries=100, keys=100,
-             topk=100),
-    CASE.but(id="other keys than queries", select="sinks(5)", queries=11, grid=None, prefix=0),
-]  # fmt: skip
-
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_aten_matches_the_reference(case: Case) -> None:

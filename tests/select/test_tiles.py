@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvt_compile.kernels.op.selection import Selection, selection_of
-from kvt_compile.kernels.tiles import TileLists, tile_lists
+from kvt_compile.kernels.tiles import TileLists, Walk, Walks, tile_lists
 from kvt_compile.kernels.tiles.order import patch_sizes
 
 HEADS = 4
@@ -73,6 +73,53 @@ def test_lists_say_what_the_selection_allows(text: str, grid: tuple[int, ...], p
     assert torch.equal(listed(lists, tokens), expected.expand(2, HEADS, tokens, tokens))
     queries = [q for tile, count in zip(lists.query.tolist(), lists.count.tolist(), strict=True) for q in tile[:count]]
     assert sorted(queries) == list(range(tokens))
+
+
+def walked(walk: Walk, tokens: int, turned: bool) -> Tensor:
+    """The same of what a GPU's kernels walk."""
+    found = torch.zeros(2, HEADS, tokens, tokens, dtype=torch.bool)
+    lanes, start = walk.lane.tolist(), walk.start.tolist()
+    every = walk.token if walk.block is None else walk.token[walk.block.long()].flatten()
+    for b in range(2):
+        for h in range(HEADS):
+            for x, lane in enumerate(lanes):
+                number = int(walk.list_of[x + h * walk.head_tiles]) + (b * HEADS + h) * walk.head_lists
+                places = torch.arange(start[number], start[number + 1])
+                places = places[every[places] < tokens]
+                some = every[places].long()
+                assert len(some) == len(some.unique()) <= walk.longest, "a token is listed twice, or too many are"
+                for n, token in enumerate(lane):
+                    if token < tokens:
+                        kept = some if walk.may is None else some[(walk.may[places] >> n & 1).bool()]
+                        found[(b, h, kept, token) if turned else (b, h, token, kept)] = True
+    return found
+
+
+@pytest.mark.parametrize("lanes", [4, 64])
+@pytest.mark.parametrize("turned", [False, True], ids=["queries", "keys"])
+@pytest.mark.parametrize(("text", "grid", "prefix"), CASES, ids=[text for text, *_ in CASES])
+def test_a_gpu_walks_what_the_selection_allows(
+    text: str, grid: tuple[int, ...], prefix: int, turned: bool, lanes: int
+) -> None:
+    selection, q, k, _ = made(text, grid, prefix, 32)
+    tokens = q.shape[2]
+    walk = Walks(selection, q, k).of(lanes, turned)
+    at = torch.meshgrid(*map(torch.arange, (2, HEADS, tokens, tokens)), indexing="ij")
+    expected = selection.map(HEADS, at, selection.tables(q, k))
+    assert expected is not None
+    assert torch.equal(walked(walk, tokens, turned), expected.expand(2, HEADS, tokens, tokens))
+    assert walk.lane[walk.lane < tokens].sort().values.tolist() == list(range(tokens))
+
+
+@pytest.mark.parametrize("text", ["window(99)", "halo(8, 0)"])
+def test_lists_that_say_the_same_are_one(text: str) -> None:
+    selection = selection_of(text, (32, 32), 0, 1024, 1024)
+    assert selection is not None
+    q = torch.zeros(1, HEADS, 1024, 1)
+    for turned in (False, True):
+        walk = Walks(selection, q, q).of(64, turned)
+        assert walk.token.numel() == 1024
+        assert walk.may is None
 
 
 def share(text: str, grid: tuple[int, ...], prefix: int = 0) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 import gpu_cases
 import pytest
 import torch
-from gpu_cases import IDENTITY, IDENTITY_ROWS, LARGE, MEMORY, ROWS, TIES, Site, attention, ties
+from gpu_cases import IDENTITY, IDENTITY_ROWS, LARGE, MEMORY, ROWS, SELECTED, TIES, Site, attention, ties
 from oracles import Case, assert_matches_reference, kept_by, reference
 from test_triton_interpreted import RESIDENT, STREAMING
 from torch import Tensor
@@ -60,7 +60,7 @@ def _registered() -> Iterator[None]:
     undo()
 
 
-@pytest.mark.parametrize("case", [*RESIDENT, *STREAMING, *LARGE], ids=str)
+@pytest.mark.parametrize("case", [*RESIDENT, *STREAMING, *LARGE, *SELECTED], ids=str)
 def test_matches_the_reference(case: Case) -> None:
     assert_matches_reference(case, NAME, rounding=True)
 

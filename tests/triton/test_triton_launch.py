@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 import gpu_cases
 import triton_resources
-from gpu_cases import IDENTITY, IDENTITY_ROWS, LARGE, MEMORY, ROWS, TIES, Site, attention
+from gpu_cases import IDENTITY, IDENTITY_ROWS, LARGE, MEMORY, ROWS, SELECTED, TIES, Site, attention
 from launching import run, softmax
 from oracles import Case, everything, kept_by
 from spec_calls import call_of
@@ -78,6 +78,21 @@ def test_types_and_gradients(name: str, gpu: Stub) -> None:
     run(gpu, call_of(TYPES[name], 33, 50, heads=4, kv_heads=2), DEFAULTS)
 
 
+LISTS = {
+    "every allowed key": "window(13) | prefix",
+    "no bits": "halo(16, 0) | prefix",
+    "heads that differ": "shifted(3) | prefix",
+    "blocks": "regions(2, 16) | prefix",
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_of_tiles(name: str, gpu: Stub) -> None:
+    spec = KernelSpec("bfloat16", "bfloat16", 16, 16, score="0.25*s", select=LISTS[name])
+    for version in (spec, training(spec)):
+        run(gpu, call_of(version, 70, 70, heads=4, kv_heads=2, topk=70), DEFAULTS)
+
+
 @pytest.mark.parametrize("spec", [VIT, training(GATED)], ids=["forward", "backward"])
 def test_every_number_is_one(spec: KernelSpec, gpu: Stub) -> None:
     """Triton makes a 1 part of the kernel: the name stands for a Python number there."""
@@ -134,7 +149,7 @@ def test_every_default_configuration(target: str, name: str, size: tuple[int, in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [*RESIDENT, *STREAMING, *LARGE], ids=str)
+@pytest.mark.parametrize("case", [*RESIDENT, *STREAMING, *LARGE, *SELECTED], ids=str)
 def test_what_the_gpu_tests_compare(case: Case, gpu: Stub) -> None:
     everything(case, "triton")
     kept_by(case, "triton")

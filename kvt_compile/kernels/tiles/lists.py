@@ -67,7 +67,7 @@ def refusal(select: str) -> str | None:
         return "mass(...) is not generated"
     if isinstance(rank, TopK) and rank.ties != "all":
         return f"ties={rank.ties} is not generated"
-    if allowed is not None and _by_content(allowed) and _routed(allowed) is None:
+    if allowed is not None and by_content(allowed) and routed(allowed) is None:
         return f"regions joined with anything but prefix is not generated: {allowed}"
     return None
 
@@ -79,16 +79,16 @@ def tile_lists(selection: Selection, q: Tensor, k: Tensor, lanes: int) -> TileLi
     if max(sizes) > MOST:
         raise MemoryError(f"{sizes[1]} queries and {sizes[2]} keys: lists of so many fit in no memory")
     with torch.device("cpu"):  # whatever the default device is: a kernel takes pointers into these
-        if not _by_content(selection.allowed):
+        if not by_content(selection.allowed):
             return _of_geometry(selection.allowed, selection.geometry, *sizes, lanes)
         return _of_regions(selection.allowed, selection.geometry, q, k, lanes)
 
 
-def _by_content(x: Selector) -> bool:
+def by_content(x: Selector) -> bool:
     return any(isinstance(y, Regions) for y in leaves(x))
 
 
-def _routed(x: Selector) -> Regions | None:
+def routed(x: Selector) -> Regions | None:
     """The regions of `regions(...)` or `regions(...) | prefix`."""
     parts = x.parts if isinstance(x, Either) else (x,)
     routes = [y for y in parts if isinstance(y, Regions)]
@@ -100,7 +100,7 @@ def _of_geometry(x: Selector, geometry: Geometry, heads: int, queries: int, keys
     tiles = query_tiles(x, geometry, queries, lanes)
     lane_query, count = _lanes(tiles, lanes)
     kinds = range(heads) if any(isinstance(y, Shifted) for y in leaves(x)) else range(1)
-    blocks = [_block(x, geometry, keys, head, heads, lane_query[n]) for head in kinds for n in range(len(tiles))]
+    blocks = [block_of(x, geometry, keys, head, heads, lane_query[n]) for head in kinds for n in range(len(tiles))]
     block_start, run, bits, lengths = _joined(blocks, lanes)
     number = torch.arange(len(blocks))
     return TileLists(
@@ -112,7 +112,7 @@ def _of_geometry(x: Selector, geometry: Geometry, heads: int, queries: int, keys
 
 def _of_regions(x: Selector, geometry: Geometry, q: Tensor, k: Tensor, lanes: int) -> TileLists:
     """Blocks: one for each region, then the prefix, then every key."""
-    route = _routed(x)
+    route = routed(x)
     assert route is not None
     static = _region_blocks(x, route, geometry, q.shape[2], k.shape[2], lanes)
     best = chosen(route, geometry, q, k).sort(-1).values
@@ -150,12 +150,7 @@ class _Regions:
 
 @lru_cache(maxsize=64)
 def _region_blocks(x: Selector, route: Regions, geometry: Geometry, queries: int, keys: int, lanes: int) -> _Regions:
-    patches = query_tiles(x, geometry, queries, lanes)
-    tiles: list[Tensor] = []
-    for tile in patches:  # a region may be smaller than a tile
-        of = region(route, geometry, tile)
-        tiles += [tile[of == n] for n in of.unique().tolist()] if bool(tile[0] >= geometry.prefix) else [tile]
-    lane_query, count = _lanes(tiles, lanes)
+    lane_query, count = _lanes(region_tiles(x, route, geometry, queries, lanes), lanes)
     on_grid = torch.arange(geometry.prefix, keys)
     of = region(route, geometry, on_grid)
     total = 1
@@ -171,21 +166,35 @@ def _region_blocks(x: Selector, route: Regions, geometry: Geometry, queries: int
     )  # fmt: skip
 
 
+def region_tiles(x: Selector, route: Regions, geometry: Geometry, queries: int, lanes: int) -> list[Tensor]:
+    """The queries of each tile: of one region, or before the grid."""
+    tiles: list[Tensor] = []
+    for tile in query_tiles(x, geometry, queries, lanes):  # a region may be smaller than a tile
+        of = region(route, geometry, tile)
+        tiles += [tile[of == n] for n in of.unique().tolist()] if bool(tile[0] >= geometry.prefix) else [tile]
+    return tiles
+
+
 def _lanes(tiles: Sequence[Tensor], lanes: int) -> tuple[Tensor, Tensor]:
     """`[tiles, lanes]` and `[tiles]`."""
     padded = [torch.cat([tile, tile[-1:].expand(lanes - len(tile))]) for tile in tiles]
     return torch.stack(padded), torch.tensor([len(tile) for tile in tiles])
 
 
-def _block(x: Selector, geometry: Geometry, keys: int, head: int, heads: int, queries: Tensor) -> tuple[Tensor, Tensor]:
+def block_of(x: Selector, geometry: Geometry, keys: int, head: int, heads: int, queries: Tensor) -> tuple[Tensor, Tensor]:
     """The keys a tile may keep, and for each the lanes that may."""
     some = candidates(x, geometry, keys, head, heads, queries)
     zero = torch.zeros((), dtype=torch.int64)
     may = allowed(x, Places(geometry, heads, zero, torch.tensor(head), queries[:, None], some))
-    lane = torch.arange(len(queries))[:, None]
-    bits = (may.expand(len(queries), len(some)).long() << lane).sum(0)
-    bits = torch.where(bits == (1 << len(queries)) - 1, -1, bits)
-    return some[bits != 0], bits[bits != 0]
+    return some_of(some, may.expand(len(queries), len(some)))
+
+
+def some_of(tokens: Tensor, may: Tensor) -> tuple[Tensor, Tensor]:
+    """may `[lanes, tokens]`, at most 64 lanes -> tokens of a tile's list, and of each one bit a lane; -1: every lane."""
+    lanes = len(may)
+    bits = (may.long() << torch.arange(lanes)[:, None]).sum(0)
+    bits = torch.where(bits == (-1 if lanes == 64 else (1 << lanes) - 1), -1, bits)
+    return tokens[bits != 0], bits[bits != 0]
 
 
 def _joined(blocks: Sequence[tuple[Tensor, Tensor]], lanes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -16,18 +16,27 @@ from torch import Tensor
 
 from kvt_compile.select.geometry import Geometry, needs_grid
 from kvt_compile.select.maps import prefix_of
-from kvt_compile.select.values import Halo, Prefix, Regions, Selector, Window, leaves, per_axis
+from kvt_compile.select.values import Halo, Prefix, Regions, Selector, Sinks, Window, leaves, per_axis
 
 
 def query_tiles(x: Selector, geometry: Geometry, queries: int, lanes: int) -> list[Tensor]:
     """The queries of each tile, at most `lanes`, int64; tokens before the grid, and those that a `prefix` gives every
     key, stand in tiles of their own, first."""
-    on_grid = geometry.prefix if needs_grid(x) else queries
+    return _tiles(x, geometry, queries, lanes, {prefix_of(y, geometry) for y in leaves(x) if isinstance(y, Prefix)})
+
+
+def key_tiles(x: Selector, geometry: Geometry, keys: int, lanes: int) -> list[Tensor]:
+    """The same of keys, for tiles of keys with lists of queries: what every query keeps stands apart, sinks too."""
     borders = {prefix_of(y, geometry) for y in leaves(x) if isinstance(y, Prefix)}
+    return _tiles(x, geometry, keys, lanes, borders | {y.n for y in leaves(x) if isinstance(y, Sinks) and y.n < keys})
+
+
+def _tiles(x: Selector, geometry: Geometry, tokens: int, lanes: int, borders: set[int]) -> list[Tensor]:
+    on_grid = geometry.prefix if needs_grid(x) else tokens
     ends = sorted({0, on_grid, *(y for y in borders if y < on_grid)})
     plain = [torch.arange(a, b) for a, b in itertools.pairwise(ends)]
     tiles = [part for run in plain for part in run.split(lanes)]
-    if on_grid < queries:
+    if on_grid < tokens:
         cuts = [y - on_grid for y in borders if y > on_grid]
         for patch in _patches(x, geometry, lanes):
             wide = torch.zeros_like(patch)

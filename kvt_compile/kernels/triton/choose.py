@@ -15,6 +15,7 @@ from kvt_compile.kernels.triton.blocks import Blocks
 from kvt_compile.kernels.triton.candidates import candidates, default, has_warpgroups, may_run
 from kvt_compile.kernels.triton.generate import module_source
 from kvt_compile.kernels.triton.jobs import Job
+from kvt_compile.kernels.triton.layout import listing
 from kvt_compile.kernels.triton.targets import precision
 from kvt_compile.kernels.tune.race import Effort, Outcome, Tell
 from kvt_compile.kernels.tune.timing import DeviceClock
@@ -47,7 +48,8 @@ class Launch:
 def choose(launch: Launch, mode: tune.Mode | None = None) -> Blocks:
     """Block sizes for one launch.  mode: instead of the one that was asked for when the site was compiled."""
     mode = mode or tune.requested(launch.spec)
-    if mode == "off" or isinstance(launch.spec, SoftmaxSpec):  # the row kernels have one candidate
+    # the row kernels have one candidate; a list of tiles, which says how long a kernel runs, is none that a worker draws
+    if mode == "off" or isinstance(launch.spec, SoftmaxSpec) or listing(launch.spec) is not None:
         return launch.first
     shape = tune.ShapeClass.of(launch.queries, launch.keys, launch.heads, launch.topk)
     key = _key(launch.spec, launch.part, shape, launch.device, precision(launch.spec))

@@ -17,6 +17,8 @@ from typing import Any
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton.blocks import Blocks
 from kvt_compile.kernels.triton.constants import constexprs, options
+from kvt_compile.kernels.triton.layout import listing, listing_names
+from kvt_compile.kernels.triton.listed import constants_of
 from kvt_compile.kernels.triton.module import module
 from kvt_compile.kernels.triton.scalar import ELEMENTS
 from kvt_compile.kernels.triton.targets import TARGETS, precision
@@ -39,12 +41,15 @@ class Resources:
         return asdict(self) | {"matrix_instructions": list(self.matrix_instructions)}
 
 
-def resources(spec: KernelSpec | SoftmaxSpec, part: str, blocks: Blocks, target: str) -> Resources:
-    """Compile one kernel for a target of TARGETS and see what it uses.
+def resources(
+    spec: KernelSpec | SoftmaxSpec, part: str, blocks: Blocks, target: str, ranked: bool = True
+) -> Resources:
+    """Compile one kernel for a target of TARGETS and see what it uses.  ranked: of a selection, whether rows may keep
+    fewer keys than it allows.
 
     Raises ValueError for an unknown target, and what Triton raises when it cannot compile the kernel.
     """
-    compiled = compile_kernel(spec, part, blocks, target)
+    compiled = compile_kernel(spec, part, blocks, target, ranked=ranked)
     shared = int(compiled.metadata.shared)
     if target.startswith("gfx"):
         assembly = compiled.asm["amdgcn"]
@@ -64,7 +69,13 @@ def resources(spec: KernelSpec | SoftmaxSpec, part: str, blocks: Blocks, target:
 
 
 def compile_kernel(
-    spec: KernelSpec | SoftmaxSpec, part: str, blocks: Blocks, target: str, kernel: Any = None, fusion: bool = False
+    spec: KernelSpec | SoftmaxSpec,
+    part: str,
+    blocks: Blocks,
+    target: str,
+    kernel: Any = None,
+    fusion: bool = False,
+    ranked: bool = True,
 ) -> Any:
     """Triton's compiled kernel, for contiguous tensors of even sizes below 2**31 elements, one query head a key head.
 
@@ -78,7 +89,9 @@ def compile_kernel(
     backend, architecture, warp = TARGETS[target]
     kernel = kernel or getattr(module(spec), part)
     products = precision(spec, backend == "hip") if isinstance(spec, KernelSpec) else None
-    constants: dict[str, Any] = constexprs(part, blocks, "int32", products)
+    selects = isinstance(spec, KernelSpec) and listing(spec) is not None
+    listed = constants_of(spec, part, ranked, True) if selects else None
+    constants: dict[str, Any] = constexprs(part, blocks, "int32", products, listed)
     signature = {name: _type(name, spec, part) for name in kernel.arg_names}
     for name, kind in signature.items():
         if kind == "constexpr" and name not in constants:
@@ -117,6 +130,8 @@ def _type(name: str, spec: KernelSpec | SoftmaxSpec, part: str) -> str:
     kinds = {"q": spec.dtype, "k": spec.dtype, "v": spec.value_dtype, "out": spec.value_dtype}
     kinds |= {"grad_out": spec.value_dtype, "dq": spec.dtype, "dk": spec.dtype, "dv": spec.value_dtype}
     bare = name.removesuffix("_ptr")
+    if name in listing_names(spec):
+        return "*i64" if bare == "may" else "*i32"
     return "*i64" if bare == "seed" else "*" + (ELEMENTS[kinds[bare]] if bare in kinds else real)
 
 

@@ -1,8 +1,8 @@
 """KernelSpec -> the Triton source of its kernels: of the forward, or, where it says what needs a gradient, of the
 backward; SoftmaxSpec -> the row kernels.
 
-    header  functions  load  program  score  select  normalise  forward
-    header  functions  load  program  score  normalise  slopes  backward
+    header  functions  load  program  [listed]  score  select  normalise  forward
+    header  functions  load  program  [listed]  score  normalise  slopes  backward
 
 The text depends on the spec alone: block sizes, the index type and the precision of products are compile-time arguments
 of the kernels.  Templates are the parts in `templates/`; each function stands in one of them, once.
@@ -18,8 +18,8 @@ from typing import Any
 import jinja2
 import sympy
 
+from kvt_compile.kernels import tiles
 from kvt_compile.kernels.language import score as language
-from kvt_compile.kernels.language.derivative import derivative
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton import bounds, layout
 from kvt_compile.kernels.triton.scalar import NotGenerated, TilePrinter, unsure_functions
@@ -53,6 +53,8 @@ def module_source(spec: KernelSpec | SoftmaxSpec, contracting: bool = False) -> 
 
 
 def _attention(spec: KernelSpec, contracting: bool) -> str:
+    if spec.select and (reason := tiles.refusal(spec.select)):
+        raise NotGenerated(reason)
     if contracting and (unsure := unsure_functions(spec.score_expression)):
         raise NotGenerated(
             f"{', '.join(unsure)} of a score, whose library code may round otherwise from place to place,"
@@ -62,10 +64,14 @@ def _attention(spec: KernelSpec, contracting: bool) -> str:
     backward = bool(spec.needs_grad)
     head_parts, value_parts = (layout.parts(x, layout.widest_part(spec)) for x in (spec.head_dim, spec.value_dim))
     wide = spec.dtype == "float64"
+    listed = layout.listing(spec) is not None
     row_source = ["rows", *_names("q", head_parts), "k_ptr", "k_stride2", "k_stride3", "nk", "tile"]
+    row_source += ["places"] if listed else []
     functions, scatters = slopes(spec, printer) if backward else ([], [])
     g, v = _names("g", value_parts), _names("v", value_parts)
     places = ["rows.to(INDEX)[:, None]", "cols.to(INDEX)[None, :]"]
+    partly = layout.listing(spec) == "tokens"
+    constants = ("ROWS", "COLS", "INDEX", "PRECISION", *(("PARTLY",) if partly else ()))
     values: dict[str, Any] = {
         "spec": spec,
         "title": f"k-NN attention, {'backward' if backward else 'forward'}",
@@ -84,10 +90,10 @@ def _attention(spec: KernelSpec, contracting: bool) -> str:
         "draw": ", ".join(layout.draw_names(spec)),
         "row_source_tuple": f"({', '.join(row_source)})",
         "reloads": layout.reloads(spec),
-        **_constants("ROWS", "COLS", "INDEX", "PRECISION"),
+        **_constants(*constants),
         "score": printer.program(spec.score_expression),
         "weight": printer.program(spec.weight_expression) if spec.weight != "p" else None,
-        "curved": _curved(spec),
+        "curved": layout.curved(spec),
         "key_bounds": _bounds(bounds.key_bounds(spec.score_expression), "row", printer),
         "row_bounds": _bounds(bounds.row_bounds(spec.score_expression), "key", printer),
         "unspecialised": ", ".join(f'"{x}"' for x in (*(() if backward else layout.KEPT), *layout.unspecialised(spec))),
@@ -104,12 +110,27 @@ def _attention(spec: KernelSpec, contracting: bool) -> str:
     }
     if backward:
         values |= dict(zip(("need_q", "need_k", "need_v"), spec.needs_grad, strict=False))
-    values |= _selection(wide)
+    values |= _selection(wide) | _listing(spec, listed, partly)
     values |= {"functions": printer.functions, "tanh_series": _tanh_series(14 if wide else 9)}
     values |= {"contracting": contracting}
-    names = ["header", "functions", "load", "program", "score"]
+    names = ["header", "functions", "load", "program", *(["listed"] if listed else []), "score"]
     names += ["normalise", "slopes", "backward"] if backward else ["select", "normalise", "forward"]
     return _render(names, values)
+
+
+def _listing(spec: KernelSpec, listed: bool, partly: bool) -> dict[str, Any]:
+    """Which tokens a program's rows and keys are: those that follow one another, or what lists name."""
+    values: dict[str, Any] = {"listed": listed, "partly": partly, "row_count": "nq", "key_count": "nk"}
+    values |= {"rows_at": "first_row + tl.arange(0, ROWS)", "keys_at": "first_key + tl.arange(0, COLS)"}
+    values |= {"cols_at": "start + tl.arange(0, COLS)", "walked_at": "start + tl.arange(0, ROWS)"}
+    if not listed:
+        return values
+    places = [x for x in layout.listing_names(spec) if x in layout.PLACES]
+    values |= {"row_count": "tiles * ROWS", "key_count": "tiles * COLS"}
+    values |= {"rows_at": "tile_of(lane_ptr, first_row, ROWS)", "keys_at": "tile_of(lane_ptr, first_key, COLS)"}
+    values |= {"cols_at": "listed(start, places, nk, COLS)", "walked_at": "listed(start, places, nq, ROWS)"}
+    values |= {"place_names": ", ".join([*places, "last"]), "unpack_places": f"{', '.join([*places, 'last'])} = places"}
+    return values | {"list_names": ", ".join(layout.LISTS)}
 
 
 def _softmax(spec: SoftmaxSpec) -> str:
@@ -184,11 +205,6 @@ def _bounds(found: Sequence[bounds.Bound], other: str, printer: TilePrinter) -> 
     return [(side, printer(bound.xreplace(names)).text) for side, bound in found]
 
 
-def _curved(spec: KernelSpec) -> bool:
-    """Whether the weight expression is more than p times something, so that p has to be normalised before it."""
-    return language.p in derivative(spec.weight_expression, language.p).free_symbols
-
-
 def _tanh_series(terms: int) -> list[str]:
     """Coefficients of x, x**3, ... highest first."""
     four = sympy.Integer(4)
@@ -201,9 +217,11 @@ def _notation(spec: KernelSpec) -> str:
     lines = [
         f"q [B, Hq, Nq, D = {d}] {spec.dtype},  k [B, Hk, Nk, D],  v [B, Hk, Nk, Dv = {dv}] {spec.value_dtype}",
         f"s = q . k    t = {spec.score}",
-        "kept: t among the topk largest of its row, ties included    p = softmax over the kept",
+        f"kept: t among the topk largest of its row{' that are allowed' * bool(layout.listing(spec))}, ties included    p = softmax over the kept",
         f"w = {spec.weight}{', then dropout' if spec.dropout else ''}    out = sum over j of w v_j",
     ]
+    if layout.listing(spec):
+        lines.insert(2, f"allowed: {spec.select}")
     lines += [f"c{n}: {c.dtype}, {c.ndim} dimensions" for n, c in enumerate(spec.captured)]
     if spec.needs_grad:
         inputs = ("q", "k", "v", *(f"c{n}" for n in range(len(spec.captured))))

@@ -21,11 +21,13 @@ from kvt_compile.kernels.op.call import AttentionCall
 from kvt_compile.kernels.op.captured import check_captured, surely
 from kvt_compile.kernels.op.lowerings import Gradients
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.tiles import Walks
 from kvt_compile.kernels.triton import layout
 from kvt_compile.kernels.triton.blocks import Blocks
 from kvt_compile.kernels.triton.choose import Launch, choose
 from kvt_compile.kernels.triton.constants import constexprs, options
 from kvt_compile.kernels.triton.jobs import Job, Sizes
+from kvt_compile.kernels.triton.listed import listed, walks
 from kvt_compile.kernels.triton.module import module
 from kvt_compile.kernels.triton.scalar import index_needs_64_bits
 from kvt_compile.kernels.triton.targets import precision
@@ -57,7 +59,8 @@ class Launcher:
             arguments = _arguments(call)
             arguments |= {"out_ptr": out, "logsumexp_ptr": logsumexp, "threshold_ptr": threshold}
             arguments |= kept(call.topk, call.tolerance)
-            self.run(call, "forward", layout.forward_names(call.spec), arguments, _index(call, out))
+            names, index = layout.forward_names(call.spec), _index(call, out)
+            self.run(call, "forward", names, arguments, index, walks(call))
         return out, logsumexp, threshold
 
     def backward(
@@ -87,24 +90,35 @@ class Launcher:
             arguments |= {f"dc{n}_ptr": x for n, x in enumerate(sums)}
             written = [x for x in (dq, dk, dv, *sums) if x is not None]
             names, index = layout.backward_names(spec), _index(moved, out, grad_out, *written)
-            self.run(moved, "backward_rows", names, arguments, index)
-            if dq is not None or any(x is not None for x in sums):
-                self.run(moved, "backward_q", names, arguments, index)
-            if dk is not None or dv is not None:
-                self.run(moved, "backward_kv", names, arguments, index)
+            parts = ["backward_rows"]
+            parts += ["backward_q"] if dq is not None or any(x is not None for x in sums) else []
+            parts += ["backward_kv"] if dk is not None or dv is not None else []
+            every = walks(moved)
+            for part in parts:
+                self.run(moved, part, names, arguments, index, every)
         gradients = [None if x is None else x.to(c) for x, c in zip(sums, call.captured, strict=True)]
         return dq, dk, dv, gradients
 
-    def run(self, call: AttentionCall, part: str, names: Sequence[str], arguments: Arguments, index: str) -> None:
-        """Launch one kernel of a spec with the block sizes that are chosen for it."""
+    def run(
+        self,
+        call: AttentionCall,
+        part: str,
+        names: Sequence[str],
+        arguments: Arguments,
+        index: str,
+        every: Walks | None = None,
+    ) -> None:
+        """Launch one kernel of a spec with the block sizes that are chosen for it.  every: of a selection, its lists."""
         sizes = Sizes.of(call)
         kernel = self.kernel(call.spec, part)
         products = precision(call.spec)
 
         def launch(blocks: Blocks, arguments: Arguments) -> Any:
-            constants = constexprs(part, blocks, index, products)
-            values = [arguments[x] for x in names]
-            return self.launch(kernel, sizes.programs(part, blocks), values, constants, blocks)
+            found = None if every is None else listed(call, part, blocks, every)
+            constants = constexprs(part, blocks, index, products, None if found is None else found.constants)
+            arguments = arguments if found is None else arguments | found.arguments
+            programs = sizes.programs(part, blocks) if found is None else found.programs
+            return self.launch(kernel, programs, [arguments[x] for x in names], constants, blocks)
 
         def trial(blocks: Blocks) -> Callable[[], None]:
             # every other output is written anew, but sums into captured tensors would grow

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
+from kvt_compile.kernels import tiles
+from kvt_compile.kernels.language import score as language
+from kvt_compile.kernels.language.derivative import derivative
 from kvt_compile.kernels.op.spec import KernelSpec
+from kvt_compile.select.text import parse
+from kvt_compile.select.values import split
 
 SMALLEST = 16
+"""Features of the narrowest part: a matrix instruction takes no fewer."""
 DRAW = ("draw_first", "draw_b", "draw_h", "draw_i")
 """Where dropout draws: `AttentionCall.draw`."""
 KEPT = ("topk", "fewest", "most")
-"""Features of the narrowest part: a matrix instruction takes no fewer."""
+LISTS = ("list_ptr", "list_start_ptr", "head_tiles", "head_lists")
+"""Where a tile's list is: `tiles.Walk`."""
+PLACES = ("token_ptr", "may_ptr", "block_ptr", "width")
+"""What stands at a place of a list."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,34 @@ def tile_names(spec: KernelSpec) -> tuple[str, ...]:
     return (*names, *(f"n{n}" for n in range(spec.sizes)))
 
 
+@lru_cache(maxsize=1024)
+def listing(spec: KernelSpec) -> Literal["tokens", "blocks"] | None:
+    """What the lists of a selection name; None: every key is computed."""
+    if not spec.select:
+        return None
+    allowed, _ = split(parse(spec.select))
+    return None if allowed is None else "blocks" if tiles.by_content(allowed) else "tokens"
+
+
+def online(spec: KernelSpec) -> bool:
+    """Whether a forward may go over its keys once, with a running maximum: where nothing is ranked, and weights need not
+    be normalised before the values are added up."""
+    return listing(spec) is not None and not curved(spec)
+
+
+def curved(spec: KernelSpec) -> bool:
+    """Whether the weight expression is more than p times something, so that p has to be normalised before it."""
+    return language.p in derivative(spec.weight_expression, language.p).free_symbols
+
+
+def listing_names(spec: KernelSpec) -> tuple[str, ...]:
+    """Of a kernel with lists of tiles: the arrays of `tiles.Walk`."""
+    found = listing(spec)
+    if found is None:
+        return ()
+    return ("lane_ptr", "tiles", *LISTS, "token_ptr", *(("may_ptr",) if found == "tokens" else ("block_ptr", "width")))
+
+
 def draw_names(spec: KernelSpec) -> tuple[str, ...]:
     """What dropout reads besides i and j; something in any case, as a tuple may not be empty."""
     return ("b", "h", "heads", "nq", "nk", *_dropout_names(spec))
@@ -82,7 +120,7 @@ def matrix_names(*matrices: str) -> tuple[str, ...]:
 
 
 def _common(spec: KernelSpec) -> tuple[str, ...]:
-    names = ("heads", "group", *tile_names(spec)[2:], *_dropout_names(spec))
+    names = ("heads", "group", *tile_names(spec)[2:], *_dropout_names(spec), *listing_names(spec))
     return tuple(dict.fromkeys(names))
 
 
@@ -99,4 +137,5 @@ def backward_names(spec: KernelSpec) -> tuple[str, ...]:
 
 def unspecialised(spec: KernelSpec) -> tuple[str, ...]:
     """Numbers that may change from call to call and gain nothing from being 1 or a multiple of 16."""
-    return (*(f"n{n}" for n in range(spec.sizes)), *_dropout_names(spec)[1:])
+    of_lists = [x for x in listing_names(spec) if not x.endswith("_ptr")]
+    return (*(f"n{n}" for n in range(spec.sizes)), *_dropout_names(spec)[1:], *of_lists)

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from kvt_compile.kernels import tiles
 from kvt_compile.kernels.op.call import AttentionCall
 from kvt_compile.kernels.op.lowerings import Gradients, Lowering
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
@@ -114,8 +115,8 @@ def refusal(spec: KernelSpec | SoftmaxSpec) -> str | None:
     if isinstance(spec, SoftmaxSpec):
         missing = [x for x in (spec.dtype, spec.out_dtype) if x not in FLOATS]
         return f"softmax of {', '.join(missing)} is not generated" if missing else None
-    if spec.select:
-        return f"the selection {spec.select} is not generated"
+    if spec.select and (reason := tiles.refusal(spec.select)):
+        return reason
     if spec.value_dtype == "float64" != spec.dtype:
         return f"float64 values with {spec.dtype} queries are not generated"
     if not 1 <= spec.head_dim <= LARGEST_HEAD or not 1 <= spec.value_dim <= LARGEST_HEAD:

@@ -70,6 +70,8 @@ def attention(a: AttentionArguments) -> tuple[Tensor, Tensor, Tensor]:
     """`kvt::attention` by launches.  Raises CannotTraceError."""
     if a.dropout_p:
         raise CannotTraceError("it has dropout, which inference has not")
+    if a.select:
+        raise CannotTraceError("its selection makes lists of tiles, which a package does not hold")
     if any(x.device != a.q.device for x in a.captured or ()):
         raise CannotTraceError("a captured tensor is on another device")
     call = AttentionCall.of(a, topk=torch.sym_min(a.topk, a.k.shape[2]))
