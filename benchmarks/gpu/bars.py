@@ -52,7 +52,8 @@ BARS = (
         of=lambda c: c.window == 13 and not c.backward),
     Bar("window 13 x 13 at 64 x 64, forward + backward, of dense SDPA", "time / sdpa", 0.20,
         of=lambda c: c.window == 13 and c.backward),
-    Bar("FlexAttention with its block mask, against ours, window", "flex / time", 4.0, None, True, lambda c: c.window == 13),
+    Bar("FlexAttention with its block mask, against ours, window", "flex / time", 4.0, None, True,
+        lambda c: c.window == 13),
     Bar("ViT-B/16 training step, AMP, batch 128, against dense torch.compile", MODEL, 1.10, 1.03),
 )  # fmt: skip
 

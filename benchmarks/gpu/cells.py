@@ -71,8 +71,8 @@ def cells(dtype: str, dim: int, sizes: tuple[int, ...], part: int = 2) -> list[C
 
 
 def races() -> list[Race]:
-    """Every race: the bars' cells against what is quick to build, the same against what torch has to compile, a window of
-    neighbours, then single precision, wide heads, long rows, and what lies between."""
+    """Every race: the bars' cells against what is quick to build, the same against what torch has to compile, a window
+    of neighbours, then single precision, wide heads, long rows, and what lies between."""
     main = cells("bfloat16", 64, (197, 1024, 4096))
     others = (
         *cells("float32", 64, (197, 1024, 4096)),

@@ -172,16 +172,20 @@ class Contestants:
         compiled = torch.compile(flex_attention, dynamic=False)
         if not self.cell.grid:
             return self._rival(lambda q, k, v: compiled(q, k, v))
-        side, size = self.cell.grid[0], self.cell.window
-
-        def near(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            """An odd window, shifted inward at the border."""
-            places = ((i // side, j // side), (i % side, j % side))
-            kept = [(key - query.clamp(size // 2, side - 1 - size // 2)).abs() <= size // 2 for query, key in places]
-            return kept[0] & kept[1]
-
+        near = neighbours(self.cell.grid[0], self.cell.window)
         mask = create_block_mask(near, None, None, self.cell.size, self.cell.size, device=str(self.grad.device))
         return self._rival(lambda q, k, v: compiled(q, k, v, block_mask=mask))
+
+
+def neighbours(side: int, size: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """A window of an odd size on a square grid, shifted inward at the border, as FlexAttention takes it."""
+
+    def near(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        places = ((i // side, j // side), (i % side, j % side))
+        kept = [(key - query.clamp(size // 2, side - 1 - size // 2)).abs() <= size // 2 for query, key in places]
+        return kept[0] & kept[1]
+
+    return near
 
 
 def _with_backend(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -65,7 +65,9 @@ def near_ties(case: Case, tensors: Sequence[Tensor]) -> NearTies:
     delta = (case.head_dim + 8) * eps * (q.abs() @ keys.abs().transpose(-1, -2)).amax(-1, keepdim=True)
     # one feature more, which adds delta to every product of a row
     moved = (scores(torch.cat((q, x), -1), torch.cat((k, torch.ones_like(k[..., :1])), -1)) for x in (delta, -delta))
-    largest = torch.stack([torch.where(t > -torch.inf, x - t, 0.0).abs().nan_to_num(0.0, 0.0, 0.0).amax(-1) for x in moved]).amax(0)
+    largest = torch.stack(
+        [torch.where(t > -torch.inf, x - t, 0.0).abs().nan_to_num(0.0, 0.0, 0.0).amax(-1) for x in moved]
+    ).amax(0)
     slack = largest + 4 * eps * torch.where(t.isfinite(), t.abs(), 0.0).amax(-1)
     valid = t > -torch.inf
     if case.topk >= case.keys:

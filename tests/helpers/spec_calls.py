@@ -20,8 +20,8 @@ TABLE = 16
 def call_of(
     spec: KernelSpec, queries: int, keys: int, batch: int = 2, heads: int = 2, kv_heads: int = 0, topk: int = 0
 ) -> AttentionCall:
-    """A checked call: contiguous tensors, every n0, n1, ... is `batch`, half of the keys are kept.  Of a selection there
-    are as many keys as queries: one token before a grid of one axis."""
+    """A checked call: contiguous tensors, every n0, n1, ... is `batch`, half of the keys are kept.  Of a selection
+    there are as many keys as queries: one token before a grid of one axis."""
     keys = queries if spec.select else keys
     kv_heads = kv_heads or heads
     q, k, v = (

@@ -16,13 +16,14 @@ from benchmarks._vit import VisionTransformer
 from benchmarks.gpu import correct, profiling, report, speed
 from benchmarks.gpu.bars import BARS, MODEL, bars_of
 from benchmarks.gpu.cells import COMPILED, EAGER, FLEX, OURS, QUICK, SDPA, SLOW, TOLERANT, Cell, Race, races
-from benchmarks.gpu.contestants import Contestants
+from benchmarks.gpu.contestants import Contestants, neighbours
 from benchmarks.gpu.correct import CHECKS, Check, judge
 from benchmarks.gpu.folder import Folder
 from benchmarks.gpu.model import model_run
 from benchmarks.gpu.place import Place
 from benchmarks.gpu.plan import Budget, Measured, measure
 from kvt_compile.kernels import lowerings
+from kvt_compile.kernels.op.selection import selection_of
 from kvt_compile.kernels.plain import aten
 from kvt_compile.kernels.tune.timing import WallClock
 
@@ -58,7 +59,10 @@ def test_the_telling_races_come_first_and_none_twice() -> None:
     assert {x.contestants for x in plan[:6]} == {QUICK}
     assert {x.contestants for x in plan[6:12]} == {SLOW}
     assert [x.cell for x in plan[:6]] == [x.cell for x in plan[6:12]]
-    assert {x.cell.dtype for x in plan[12:18]} == {"float32"}
+    assert [str(x.cell) for x in plan[12:14]] == [
+        f"bfloat16 D=64 N=4096 window(13) at 64x64 {what}" for what in ("forward", "fwd+bwd")
+    ]
+    assert {x.cell.dtype for x in plan[14:20]} == {"float32"}
     assert all(x.cell.batch * x.cell.size <= 32768 < (x.cell.batch + 1) * x.cell.size for x in plan)
     assert all(x.cell.heads * x.cell.dim == 768 for x in plan)
 
@@ -201,6 +205,18 @@ def test_contestants_run_and_ours_is_right(backward: bool) -> None:
     assert contestants.lowering_name() == "aten"
     assert set(contestants.errors) == ({"out", "dq", "dk", "dv"} if backward else {"out"})
     assert max(contestants.errors.values()) < 1e-6
+
+
+@pytest.mark.usefixtures("few_tokens")
+def test_a_window_is_judged_by_its_map() -> None:
+    result, contestants = raced(Cell("float32", 64, 25, 25, True, window=3), "aten")
+    assert {OURS, SDPA} <= set(result.ms), result.dropped
+    assert max(contestants.errors.values()) < 1e-6
+    assert contestants.spec.select == "window(3)"
+    selection = selection_of("window(3)", (5, 5), 0, 25, 25)
+    assert selection is not None
+    i, j = torch.meshgrid(torch.arange(25), torch.arange(25), indexing="ij")
+    assert torch.equal(neighbours(5, 3)(i, i, i, j), selection.map(1, (i, i, i, j), {}))
 
 
 @pytest.mark.usefixtures("few_tokens")
@@ -370,7 +386,7 @@ def test_the_report_holds_results_against_the_bars(tmp_path: Any) -> None:
     assert "not measured" in line_of(text, "eager KVT")
     assert "1.05 × | met " in line_of(text, "ViT-B/16")
     assert "1.50 NO" in line_of(text, str(second))
-    assert "37 of 40 races were not begun" in text
+    assert "39 of 42 races were not begun" in text
 
 
 def test_the_worst_cell_of_a_bar_counts(tmp_path: Any) -> None:

@@ -15,6 +15,7 @@ from kvt_compile.kernels.op import lowerings
 from kvt_compile.kernels.op.spec import KernelSpec
 from kvt_compile.kernels.tiles import refusal
 
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_aten_matches_the_reference(case: Case) -> None:
     assert_matches_reference(case, "aten")

@@ -25,8 +25,8 @@ ONE = SMALL.but(heads=1)
 LISTED = [
     SMALL.but(id="bias with a gradient", score="0.35*s + c0[h, i, j]", captured=floats("heads", "queries", "keys")),
     ONE.but(id="ranked", topk=4, dropout_p=0.3),
-    SMALL.but(id="heads that differ, causal", select="shifted(2)", kv_heads=2, grid=(18,), prefix=0, queries=18, keys=18,
-              score="where(le(j, i), 0.35*s, -oo)", dtype=torch.bfloat16),
+    SMALL.but(id="heads that differ, causal", select="shifted(2)", kv_heads=2, grid=(18,), prefix=0, queries=18,
+              keys=18, score="where(le(j, i), 0.35*s, -oo)", dtype=torch.bfloat16),
     ONE.but(id="no bits", select="halo((4, 3), (0, 1)) | prefix", dtype=torch.float64),
     ONE.but(id="no multiple of p", weight="p*c0[i]*(1.0 + p)", captured=floats("queries"), grid=(12,), prefix=0,
             select="window(3, dilation=2, causal=True) | sinks(2)", queries=12, keys=12),

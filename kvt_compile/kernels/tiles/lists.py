@@ -181,7 +181,9 @@ def _lanes(tiles: Sequence[Tensor], lanes: int) -> tuple[Tensor, Tensor]:
     return torch.stack(padded), torch.tensor([len(tile) for tile in tiles])
 
 
-def block_of(x: Selector, geometry: Geometry, keys: int, head: int, heads: int, queries: Tensor) -> tuple[Tensor, Tensor]:
+def block_of(
+    x: Selector, geometry: Geometry, keys: int, head: int, heads: int, queries: Tensor
+) -> tuple[Tensor, Tensor]:
     """The keys a tile may keep, and for each the lanes that may."""
     some = candidates(x, geometry, keys, head, heads, queries)
     zero = torch.zeros((), dtype=torch.int64)
@@ -190,7 +192,7 @@ def block_of(x: Selector, geometry: Geometry, keys: int, head: int, heads: int, 
 
 
 def some_of(tokens: Tensor, may: Tensor) -> tuple[Tensor, Tensor]:
-    """may `[lanes, tokens]`, at most 64 lanes -> tokens of a tile's list, and of each one bit a lane; -1: every lane."""
+    """may `[lanes, tokens]`, at most 64 lanes -> tokens of a tile's list, of each one bit a lane; -1: every lane."""
     lanes = len(may)
     bits = (may.long() << torch.arange(lanes)[:, None]).sum(0)
     bits = torch.where(bits == (-1 if lanes == 64 else (1 << lanes) - 1), -1, bits)

@@ -135,9 +135,7 @@ def _of_geometry(
     return _moved(lambda: _made(x, geometry, heads, queries, keys, lanes, turned), device)
 
 
-def _made(
-    x: Selector, geometry: Geometry, heads: int, queries: int, keys: int, lanes: int, turned: bool
-) -> Walk:
+def _made(x: Selector, geometry: Geometry, heads: int, queries: int, keys: int, lanes: int, turned: bool) -> Walk:
     differ = heads > 1 and any(isinstance(y, Shifted) for y in leaves(x))
     kinds = (0, heads - 1) if differ else (0,)  # the first half of the heads, and the second
     tiles = (key_tiles if turned else query_tiles)(x, geometry, keys if turned else queries, lanes)

@@ -136,7 +136,12 @@ def default(
     crowded = _captured_tiles(spec) > 1 and part != "backward_kv"
     full = crowded or (spec.dropout and part == "forward")
     # rows that stay on chip, 32 at a time; AMD has no matrix instruction for fewer that agrees with the other kernels'
-    short = size == 2 and width <= 64 and listing(spec) is None and nk <= (RESIDENT_COLS // 2 if full and hip else RESIDENT_COLS)
+    short = (
+        size == 2
+        and width <= 64
+        and listing(spec) is None
+        and nk <= (RESIDENT_COLS // 2 if full and hip else RESIDENT_COLS)
+    )
     if short and part == "forward":
         cols = max(32, power_of_two(nk))
         return Blocks("resident", 16 if full and cols == RESIDENT_COLS else 32, cols, 4, 1)

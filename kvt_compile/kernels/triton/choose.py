@@ -48,7 +48,7 @@ class Launch:
 def choose(launch: Launch, mode: tune.Mode | None = None) -> Blocks:
     """Block sizes for one launch.  mode: instead of the one that was asked for when the site was compiled."""
     mode = mode or tune.requested(launch.spec)
-    # the row kernels have one candidate; a list of tiles, which says how long a kernel runs, is none that a worker draws
+    # the row kernels have one candidate; lists of tiles, which say how long a kernel runs, are none that a worker draws
     if mode == "off" or isinstance(launch.spec, SoftmaxSpec) or listing(launch.spec) is not None:
         return launch.first
     shape = tune.ShapeClass.of(launch.queries, launch.keys, launch.heads, launch.topk)

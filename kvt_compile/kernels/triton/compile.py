@@ -41,9 +41,7 @@ class Resources:
         return asdict(self) | {"matrix_instructions": list(self.matrix_instructions)}
 
 
-def resources(
-    spec: KernelSpec | SoftmaxSpec, part: str, blocks: Blocks, target: str, ranked: bool = True
-) -> Resources:
+def resources(spec: KernelSpec | SoftmaxSpec, part: str, blocks: Blocks, target: str, ranked: bool = True) -> Resources:
     """Compile one kernel for a target of TARGETS and see what it uses.  ranked: of a selection, whether rows may keep
     fewer keys than it allows.
 
@@ -89,8 +87,9 @@ def compile_kernel(
     backend, architecture, warp = TARGETS[target]
     kernel = kernel or getattr(module(spec), part)
     products = precision(spec, backend == "hip") if isinstance(spec, KernelSpec) else None
-    selects = isinstance(spec, KernelSpec) and listing(spec) is not None
-    listed = constants_of(spec, part, ranked, True) if selects else None
+    listed = None
+    if isinstance(spec, KernelSpec) and listing(spec) is not None:
+        listed = constants_of(spec, part, ranked, True)
     constants: dict[str, Any] = constexprs(part, blocks, "int32", products, listed)
     signature = {name: _type(name, spec, part) for name in kernel.arg_names}
     for name, kind in signature.items():

@@ -19,7 +19,6 @@ import jinja2
 import sympy
 
 from kvt_compile.kernels import tiles
-from kvt_compile.kernels.language import score as language
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton import bounds, layout
 from kvt_compile.kernels.triton.scalar import NotGenerated, TilePrinter, unsure_functions
@@ -214,10 +213,11 @@ def _tanh_series(terms: int) -> list[str]:
 
 def _notation(spec: KernelSpec) -> str:
     d, dv = spec.head_dim, spec.value_dim
+    those = " that are allowed" if layout.listing(spec) else ""
     lines = [
         f"q [B, Hq, Nq, D = {d}] {spec.dtype},  k [B, Hk, Nk, D],  v [B, Hk, Nk, Dv = {dv}] {spec.value_dtype}",
         f"s = q . k    t = {spec.score}",
-        f"kept: t among the topk largest of its row{' that are allowed' * bool(layout.listing(spec))}, ties included    p = softmax over the kept",
+        f"kept: t among the topk largest of its row{those}, ties included    p = softmax over the kept",
         f"w = {spec.weight}{', then dropout' if spec.dropout else ''}    out = sum over j of w v_j",
     ]
     if layout.listing(spec):

@@ -108,7 +108,7 @@ class Launcher:
         index: str,
         every: Walks | None = None,
     ) -> None:
-        """Launch one kernel of a spec with the block sizes that are chosen for it.  every: of a selection, its lists."""
+        """Launch one kernel of a spec with the block sizes that are chosen for it.  every: a selection's lists."""
         sizes = Sizes.of(call)
         kernel = self.kernel(call.spec, part)
         products = precision(call.spec)

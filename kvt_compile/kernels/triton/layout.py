@@ -85,8 +85,8 @@ def listing(spec: KernelSpec) -> Literal["tokens", "blocks"] | None:
 
 
 def online(spec: KernelSpec) -> bool:
-    """Whether a forward may go over its keys once, with a running maximum: where nothing is ranked, and weights need not
-    be normalised before the values are added up."""
+    """Whether a forward may go over its keys once, with a running maximum: where nothing is ranked, and weights need
+    not be normalised before the values are added up."""
     return listing(spec) is not None and not curved(spec)
 
 
