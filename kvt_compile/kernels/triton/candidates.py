@@ -154,9 +154,17 @@ def default(
         # row would cross from one to the other: 46 barriers instead of 21 (D = 64 with a bias), no spills in either.
         # On sm_80 it changes no barrier, on sm_100 four warps spill
         warps = 4
-    if crowded:
+    if crowded or (listing(spec) is not None and _lists_crowd(spec, part, size, large and warpgroups, large or hip)):
         cols = max(cols // 2, 32 if hip else SMALLEST)
     return Blocks("streaming", rows, cols, warps, 1 if spec.weight != "p" and part == "forward" else stages)
+
+
+def _lists_crowd(spec: KernelSpec, part: str, size: int, warpgroups: bool, wide: bool) -> bool:
+    """Whether a list's places and bits take registers that half a tile pays for: where whole tiles spill, and halves do
+    not."""
+    if part == "forward" and size == 2:
+        return not warpgroups and (wide or not _captured_tiles(spec))
+    return part == "backward_rows" and size == 4
 
 
 def _captured_tiles(spec: KernelSpec) -> int:
