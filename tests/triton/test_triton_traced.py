@@ -27,15 +27,16 @@ BIASED = "0.25*s + c0[h, i, j]"
 
 
 class Attention(nn.Module):
-    def __init__(self, score: str, topk: int = 9, dropout_p: float = 0.0) -> None:
+    def __init__(self, score: str, topk: int = 9, dropout_p: float = 0.0, select: str = "") -> None:
         super().__init__()
-        self.score, self.topk, self.dropout_p = score, topk, dropout_p
+        self.score, self.topk, self.dropout_p, self.select = score, topk, dropout_p, select
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *captured: Tensor, lowering: str = "auto") -> tuple[Tensor, ...]:
         seed = torch.zeros(1, dtype=torch.int64, device=q.device) if self.dropout_p else None
         out: tuple[Tensor, ...] = kvt.attention(
-            q, k, v, list(captured), self.score, "p", self.topk, [], self.dropout_p, seed, lowering
-        )
+            q, k, v, list(captured), self.score, "p", self.topk, [], self.dropout_p, seed, lowering, 0.0, None,
+            self.select,
+        )  # fmt: skip
         return out
 
 
@@ -125,8 +126,9 @@ def test_sizes_that_may_be_anything_take_64_bits_and_tiles() -> None:
         (Attention("0.25*s", dropout_p=0.5), "cpu", "it has dropout"),
         (Attention("erf(s)"), "cuda", "erf of a score, whose library code may round otherwise from place to place"),
         (Attention("0.25*s", dropout_p=0.5), "cuda", "it has dropout"),
+        (Attention("0.25*s", select="sinks(4)"), "cuda", "its selection makes lists of tiles"),
     ],
-    ids=["cpu", "erf", "dropout"],
+    ids=["cpu", "erf", "dropout", "selection"],
 )
 def test_what_stays_is_named(site: nn.Module, device: str, reason: str) -> None:
     with kernels_inside(), pytest.warns(RuntimeWarning, match=rf"kvt::attention stays in the package.*: {reason}"):
