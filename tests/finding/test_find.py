@@ -67,9 +67,9 @@ def test_by_export(name: str) -> None:
     torch.testing.assert_close(result.module(*spelling.tensors()), module(*spelling.tensors()), rtol=1e-9, atol=1e-9)
 
 
-_DYNAMIC_ROWS = {
-    "rows_but_the_first": [], "rows_but_the_last": ["scores-kept"],
-    "every_third_row": [], "scores_of_one_row": ["fused"],
+_DYNAMIC_ROWS: dict[str, tuple[list[str], ...]] = {
+    "rows_but_the_first": ([], ["scores-kept"]),  # torch 2.14 knows the size of the slice, those before do not
+    "rows_but_the_last": (["scores-kept"],), "every_third_row": ([],), "scores_of_one_row": (["fused"],),
 }  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def test_part_of_a_dynamic_axis(name: str) -> None:
     result = kvt_compile.rewrite(
         torch.export.export(module, tensors, dynamic_shapes=dynamic), topk=1.0, force_rewrite=True
     )
-    assert [site.outcome for site in result.report.sites] == _DYNAMIC_ROWS[name]
+    assert [site.outcome for site in result.report.sites] in _DYNAMIC_ROWS[name]
     assert len(result.report.sites) + len(result.report.refusals) == 1
     longer = tuple(torch.cat([x, x.flip(2)], 2) for x in tensors)
     torch.testing.assert_close(result.module(*longer), module(*longer), rtol=1e-9, atol=1e-9)
