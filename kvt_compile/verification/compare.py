@@ -58,8 +58,10 @@ def unlike(found: Outcome, expected: Outcome, tolerance: float) -> list[Differen
     return [check for check in (*plain, *numbers) if check is not None and not check.ok]
 
 
-def compare_tensors(rows: Sequence[Row], unit: float = 1.0) -> Iterator[Difference]:
-    """A difference for each row; a row whose values have no rounding differs infinitely or not at all."""
+def compare_tensors(rows: Sequence[Row], unit: float = 1.0, least: float = SMALL) -> Iterator[Difference]:
+    """A difference for each row; a row whose values have no rounding differs infinitely or not at all.  `least`: what a
+    budget in float64 is at least, of the tensor's largest value; a model that casts to float32 inside is only that
+    exact."""
     numbers = [row for row in rows if _is_number(row[3])]
     for name, found, _, exact in rows:
         if not _is_number(exact) and (different := _unlike(name, found, exact)):
@@ -71,8 +73,8 @@ def compare_tensors(rows: Sequence[Row], unit: float = 1.0) -> Iterator[Differen
         if scale <= rounding:  # zero in truth (the gradient of a bias that a softmax or a norm cancels): all rounding
             scale, rounding = largest, largest_rounding
         budget = unit * (FACTOR * rounding + torch.finfo(dense.dtype).eps * scale)
-        if unit < 1:  # a model that casts to float32 inside is only that exact in float64
-            budget = max(budget, SMALL * scale)
+        if unit < 1:
+            budget = max(budget, least * scale)
         yield _difference(name, found, exact, scale, budget)
 
 

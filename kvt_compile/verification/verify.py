@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from kvt_compile.capture.capture import through_dynamo
 from kvt_compile.capture.outside import calls_outside
 from kvt_compile.capture.skipped import disabled
 from kvt_compile.config import NAMES, OptionError, Options, make_options
+from kvt_compile.kernels.op import lowerings
 from kvt_compile.passes.decide import unmatched_patterns
 from kvt_compile.passes.site import AttentionSite, Fused
 from kvt_compile.report.facts import location_of
@@ -33,6 +34,7 @@ from kvt_compile.verification.beside import NAME, beside_the_reference
 from kvt_compile.verification.compare import FLOAT64, LOOSE, compare, distance, settled, worst
 from kvt_compile.verification.facts import Difference, Findings, SiteCheck
 from kvt_compile.verification.outcome import Outcome, Run, VerificationError, first_line
+from kvt_compile.verification.over_ranks import Whole, beside_the_whole
 from kvt_compile.verification.reproduce import options_text, reproduce
 from kvt_compile.verification.ways import EVERY, Rewrites, Way
 
@@ -74,6 +76,8 @@ def verify(
     *inputs: Any,
     one_by_one: bool = True,
     reproduce_in: str | Path | Literal[False] | None = None,
+    whole: Sequence[Any] | None = None,
+    cut: Callable[[Tensor], Tensor] | None = None,
     **keywords: Any,
 ) -> Verification:
     """Checks on one set of inputs that with every key kept k-NN attention is the dense model.
@@ -93,6 +97,9 @@ def verify(
             for each.
         reproduce_in: folder for the file that reproduces the first failure; a new one in the temporary folder by
             default; False: none is written.
+        whole: where `inputs` are this rank's part of a sequence that several ranks share: the same inputs uncut.  The
+            dense model runs on these, and its outputs alone are compared, as ...
+        cut: ... this cuts them to this rank's rows, such as `lambda x: context.shard(x, 1)`.  All ranks call verify.
         keywords: options of `kvt_compile.config.Options` but for `topk`, `force_rewrite` and `then`; every other
             keyword is an input of the model.
 
@@ -113,7 +120,17 @@ def verify(
         raise VerificationError(f"reproduce_in: there is no folder {str(reproduce_in)!r}; make it first")
     if reason := disabled():
         return Verification((), None, dropped=(reason,))
+    if (whole is None) != (cut is None):
+        raise VerificationError("whole= (inputs uncut) and cut= (what cuts outputs to this rank's rows) go together")
+    if whole is None and lowerings.inside().ranks > 1:
+        raise VerificationError(
+            "inside of context_parallel attention is over keys of other ranks, which the model by itself has not: give "
+            "whole=, the inputs uncut, and cut=, what cuts an output to this rank's rows"
+        )
     with torch.random.fork_rng():
+        if whole is not None and cut is not None:
+            with torch.no_grad():
+                return Verification(**_fields(_Case(model, tuple(whole), kwargs, options).over_ranks(inputs, cut)))
         case = _Case(model, inputs, kwargs, options)
         return Verification(
             **_fields(
@@ -241,6 +258,15 @@ class _Case:
             )
             return replace(found, reproduction=path, note="; ".join(filter(None, (found.note, note))))
 
+    def over_ranks(self, inputs: tuple[Any, ...], cut: Callable[[Tensor], Tensor]) -> Findings:
+        """`inputs`, this rank's part, beside the model on all of it, which is this case's."""
+        part = replace(self.run, args=inputs)
+        model, args, kwargs = copies.converted(self.model, inputs, self.kwargs, torch.float64)
+        wide = replace(self.run, model=model, args=args, kwargs=kwargs)
+        return beside_the_whole(
+            Whole(self.short, self.exact, cut), part, wide, self.rewritten, FLOAT64 if self.wide else 1.0
+        )
+
     def _options(self) -> dict[str, Any]:
         """What an attention that stands alone is rewritten with: whatever its axis is, it was."""
         axes = dict.fromkeys(("channel_attention", "batch_attention", "unknown_attention"), "rewrite")
@@ -309,6 +335,9 @@ class _Case:
 
     def _note(self) -> str:
         notes = ["in training mode, without dropout"] if self.training else []
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and (ranks := torch.distributed.get_world_size()) > 1:
+            notes.append(f"one of {ranks} ranks, its inputs taken for all there is (whole= compares with more)")
         if not self.backward:
             notes.append("gradients were not compared: grad mode is off, or nothing has one")
         elif not self.run.inputs:

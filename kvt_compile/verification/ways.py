@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import fx
 
+from kvt_compile.kernels.op import lowerings
 from kvt_compile.passes.canonical.modes import Mode, ambient
 from kvt_compile.passes.decide import Decision, Policy
 from kvt_compile.passes.pipeline import PassResult, run_passes
@@ -102,7 +103,9 @@ class Rewrites:
         graph = copied(self.graphs[number])
         policy = replace(self.policy, topk=_rule(way, number), force_rewrite=True)
         lowering = self.lowering if way.lowering == "auto" else way.lowering
-        return graph, run_passes(graph, policy, lowering=lowering, entry=entry)
+        inside = lowerings.inside()
+        lowering = inside.lowering if lowering == "auto" else lowering
+        return graph, run_passes(graph, policy, lowering=lowering, entry=entry, ranks=inside.ranks)
 
 
 def _rule(way: Way, number: int) -> TopK | Callable[[AttentionSite], TopK | None]:

@@ -247,3 +247,76 @@ def check_disagreement() -> None:
 
 def test_ranks_with_different_lowerings_are_told(run: Run) -> None:
     run(2, check_disagreement)
+
+
+def check_disagreement_without_a_context() -> list[str]:
+    """What each of three calls told this rank; on rank 1 there is no compiler at the second."""
+    import warnings
+
+    import torch.distributed as dist
+
+    from kvt_compile.kernels import lowerings
+    from kvt_compile.kernels.warn import warn_once
+
+    warn_once.cache_clear()
+    q = torch.randn(1, 1, 7, 13)  # a kernel of no other test
+    undo = lowerings.register("c", _Missing(lowerings.get("c"))) if dist.get_rank() else lambda: None
+    told = []
+    for turn in range(3):
+        if turn == 2:
+            undo()
+        if turn == dist.get_rank() or turn == 2:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                torch.ops.kvt.attention(q, q, q, [], "0.3*s", "p", 3, [], 0.0, None, "auto")
+            told += [str(x.message) for x in seen if "lowering" in str(x.message)]
+        dist.barrier()
+    return told
+
+
+def test_ranks_with_different_lowerings_are_told_in_every_layout(run: Run) -> None:
+    first, (message,) = run(2, check_disagreement_without_a_context)
+    assert first == []
+    assert "rank 1 computes k-NN attention on its cpu by the lowering 'aten' and rank 0 by 'c'" in message
+    assert "kvt doctor" in message
+
+
+# ---- verify ----------------------------------------------------------------------------------------------------------
+
+
+def check_verify() -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    import kvt_compile
+    from kvt_compile.parallel import context_parallel
+
+    mesh, model, whole = init_device_mesh("cpu", (2,)), Model(causal=True), _inputs(ties=False)[:3]
+    with context_parallel(mesh, order="balanced") as context:
+        mine = [context.shard(x, 2) for x in whole]
+
+        def cut(x: Tensor) -> Tensor:
+            return context.shard(x, 2)
+
+        inside = kvt_compile.verify(model, *mine, whole=whole, cut=cut, reproduce_in=False)
+        with pytest.raises(kvt_compile.VerificationError, match="give whole="):
+            kvt_compile.verify(model, *mine, reproduce_in=False)
+    assert inside.ok, inside
+    assert inside.together is not None
+    outside = kvt_compile.verify(model, *mine, whole=whole, cut=cut, reproduce_in=False)
+    assert not outside.ok
+    assert "over its own keys" in str(outside)
+    by_itself = kvt_compile.verify(model, *mine, reproduce_in=False)  # each its own: right in data parallelism
+    assert by_itself.ok
+    assert f"one of {dist.get_world_size()} ranks" in by_itself.note
+
+
+def test_verify_tells_a_part_of_a_sequence_from_a_whole_one(run: Run) -> None:
+    run(2, check_verify)
+
+
+def test_verify_takes_both_or_none() -> None:
+    import kvt_compile
+
+    with pytest.raises(kvt_compile.VerificationError, match="go together"):
+        kvt_compile.verify(Model(causal=True), torch.randn(1, 2, 3, 4), whole=())

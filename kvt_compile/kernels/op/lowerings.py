@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from kvt_compile.kernels.op import ready
+from kvt_compile.kernels.op import agreement, ready
 from kvt_compile.kernels.op.call import AttentionCall
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.source import Source
@@ -169,6 +169,7 @@ def choose(name: str, spec: KernelSpec | SoftmaxSpec, device: str) -> Lowering:
         return lowering
     for candidate in _PLACES:
         if candidate != "reference" and refusal(get(candidate), spec, device) is None:
+            agreement.note(spec, device, candidate)
             return get(candidate)
     raise LoweringError(f"no lowering runs this node on {device}: {spec}")
 
