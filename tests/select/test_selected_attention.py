@@ -158,6 +158,15 @@ def test_programs_saved_without_a_selection_still_load() -> None:
     assert torch.equal(torch.ops.kvt.attention(*plain)[0], torch.ops.kvt.attention(*plain, 0.0, None, "", None, 0)[0])
 
 
+@pytest.mark.parametrize("lowering", ["c", "aten"])
+def test_a_text_that_says_no_more_than_topk_is_topk(lowering: str) -> None:
+    q, k, v = (x.detach() for x in qkv(9))
+    plain = (q, k, v, [], "s", "p", 3, [], 0.0, None, lowering)
+    for text in ("topk(1.0)", "topk(5)"):
+        mine = torch.ops.kvt.attention(*plain, 0.0, None, text, None, 0)[0]
+        assert torch.equal(mine, torch.ops.kvt.attention(*plain)[0])
+
+
 def test_a_saved_program_cannot_say_what_is_no_selection() -> None:
     q, k, v = qkv()
     for text, grid, message in (

@@ -71,5 +71,10 @@ def counts_heads(select: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def canonical_selection(select: str) -> str:
-    """The text as the parsed selection prints it: the only one a spec holds.  Raises SelectionError."""
-    return str(parse(select)) if select else ""
+    """The text as the parsed selection prints it: the only one a spec holds; empty where it says no more than `topk`
+    does.  Raises SelectionError."""
+    if not select:
+        return ""
+    allowed, rank = split(parse(select))
+    plain = allowed is None and isinstance(rank, TopK) and rank.ties == "all"
+    return "" if plain else str(parse(select))
