@@ -26,7 +26,7 @@ def note(spec: KernelSpec | SoftmaxSpec, device: str, chosen: str) -> None:
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return
     rank = distributed.get_rank()
-    key = f"kvt_compile/lowering/{device}/{hashlib.sha256(repr(spec).encode()).hexdigest()[:32]}"
+    key = f"kvt:lowering:{device}:{hashlib.sha256(repr(spec).encode()).hexdigest()[:32]}"
     try:
         group: torch.distributed.ProcessGroup = distributed.group.WORLD  # type: ignore[assignment]
         first = group.get_group_store().compare_set(key, "", f"{rank} {chosen}").decode()
