@@ -273,9 +273,17 @@ def cpu_model() -> str:
 def instruction_set() -> str:
     """The one kernels are built for: forced by KVT_CPU, else the best of this CPU."""
     target = from_environment().target
-    if target != "native":
-        return target
+    return best() if target == "native" else target
+
+
+def best() -> str:
+    """The best instruction set that this CPU says it has; a host may hide some from its guests."""
     return next((x for x, needed in NEEDED.items() if cpu_flags().issuperset(needed)), "portable")
+
+
+def conditions() -> str:
+    """The instruction set, and of which one it is a part that was forced."""
+    return instruction_set() if instruction_set() == best() else f"{instruction_set()} of {best()}"
 
 
 def targets() -> tuple[float, ...]:
@@ -283,13 +291,13 @@ def targets() -> tuple[float, ...]:
 
 
 def cpu_name() -> str:
-    return f"{cpu_model()}, {os.cpu_count()} cores, {instruction_set()}"
+    return f"{cpu_model()}, {os.cpu_count()} cores, {conditions()}"
 
 
 def record() -> Path:
     """Where the figures of this CPU model and instruction set are kept."""
     model = re.sub(r"[^a-z0-9]+", "_", re.sub(r"\((R|TM)\)|CPU|Processor", "", cpu_model()).lower()).strip("_")
-    return Path(__file__).parent / "results" / f"cpu_{model}_{instruction_set()}.json"
+    return Path(__file__).parent / "results" / f"cpu_{model}_{conditions().replace(' ', '_')}.json"
 
 
 def main() -> None:

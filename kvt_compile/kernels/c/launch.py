@@ -105,7 +105,7 @@ def runner(call: AttentionCall, settings: Settings) -> Runner | None:
 
     def run(q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         new = q.new_empty
-        out, logsumexp, threshold = new(result, **of_values), new(rows, **of_rows), new(rows, **of_rows)
+        out, logsumexp, threshold = new(*result, **of_values), new(*rows, **of_rows), new(*rows, **of_rows)
         pointers = q.data_ptr(), k.data_ptr(), v.data_ptr()
         if 0 in pointers:
             pointers = _pointer("q", q), _pointer("k", k), _pointer("v", v)
