@@ -16,9 +16,10 @@ from torch import Tensor
 
 import kvt_compile.kernels.op.ops  # noqa: F401 - registers torch.ops.kvt
 from kvt_compile.kernels.op import lowerings
-from kvt_compile.select.geometry import needs_grid, needs_prefix, resolve_grid
+from kvt_compile.select.function import GIVEN, outside
+from kvt_compile.select.geometry import Geometry, needs_grid, needs_prefix, resolve_grid
 from kvt_compile.select.text import parse
-from kvt_compile.select.values import Selector, for_node
+from kvt_compile.select.values import SelectionError, Selector, for_node
 from kvt_compile.topk import TopK, constant, resolve, validate_tolerance
 
 
@@ -100,13 +101,24 @@ def attention(
         raise TypeError(
             f"select is {select!r} ({type(select).__name__}), expected a selection or its text: 'window(13)'"
         )
-    text, best, by_grid, by_prefix = _read(str(select))  # of a text Dynamo makes a constant in every torch
+    condition: tuple[str, list[Tensor]] | None = None
+    said = str(select)  # of a text Dynamo makes a constant in every torch
+    if isinstance(select, Selector) and GIVEN in said:
+        if not q.dim() == k.dim() == 4:
+            raise SelectionError(
+                f"{select} takes q and k of 4 dimensions, [B, H, N, D]; they have {q.dim()} and {k.dim()}"
+            )
+        left, text, found = outside(select, q, k, Geometry(resolve_grid(grid, prefix, k.shape[2]), prefix))
+        condition, said = (text, found), "topk(1.0)" if left is None else str(left)
+    text, best, by_grid, by_prefix = _read(said)
     keys = k.shape[-2]
     # a node says no more than it needs, so that the same node is the same text
     placed = list(resolve_grid(grid, prefix, keys)) if by_grid else None
     where = (None, text, placed, prefix if by_prefix else 0)  # after the `draw` of a part of a larger call
     kept = 1.0 if best is None else best
-    return _attention(q, k, v, kept, where, attn_mask, dropout_p, is_causal, scale, enable_gqa, lowering, 0.0)
+    return _attention(
+        q, k, v, kept, where, attn_mask, dropout_p, is_causal, scale, enable_gqa, lowering, 0.0, condition
+    )
 
 
 def _read(select: str) -> tuple[str, int | float | None, bool, bool]:
@@ -134,8 +146,10 @@ def _attention(
     enable_gqa: bool,
     lowering: str,
     topk_tolerance: float,
+    condition: tuple[str, list[Tensor]] | None = None,
 ) -> Tensor:
-    """Checked arguments of the way in -> the operator.  `select`: its last arguments, none for the best of all keys."""
+    """Checked arguments of the way in -> the operator.  `select`: its last arguments, none for the best of all keys;
+    `condition`: what must hold for a key besides, over tensors that are captured."""
     if torch.is_autocast_enabled(q.device.type):
         # what autocast does to scaled_dot_product_attention
         low = torch.get_autocast_dtype(q.device.type)
@@ -151,7 +165,12 @@ def _attention(
     if plan.folded is not None:
         batch, heads, kv_heads = plan.folded
         q, k, v = _fold(q, batch, heads), _fold(k, batch, kv_heads), _fold(v, batch, kv_heads)
-    out = torch.ops.kvt.attention(q, k, v, captured, *plan.before, seed, *plan.after, *select)[0]
+    before = plan.before
+    if condition is not None:
+        holds = condition[0].format(*(f"c{len(captured) + n}" for n in range(len(condition[1]))))
+        before = (f"where({holds}, {before[0]}, -oo)", *before[1:])
+        captured += condition[1]
+    out = torch.ops.kvt.attention(q, k, v, captured, *before, seed, *plan.after, *select)[0]
     return out if plan.result is None else out.reshape(plan.result)  # type: ignore[no-any-return]
 
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from kvt_compile.passes.reading.grid import grid_of
+from kvt_compile.passes.reading.grid import Placed, grid_of
 from kvt_compile.passes.site import AttentionSite, Fused
+from kvt_compile.select.function import has_given
 from kvt_compile.select.geometry import Geometry, check_geometry, needs_grid, needs_prefix, resolve_grid
 from kvt_compile.select.share import kept_share
 from kvt_compile.select.text import parse
@@ -38,10 +39,17 @@ class Selected:
     """None where the selection does not ask for it."""
     kept: float | None
     """The share of pairs it allows, before anything is ranked; None where that is not known beforehand."""
+    placed: Placed | None = None
+    """In place of a geometry: where its sizes are read from at run time."""
 
     def __str__(self) -> str:
-        where = f" on {self.geometry}" if self.geometry else ""
+        where = f" on {self.where}" if self.where else ""
         return f"{self.text}{where}{'' if self.kept is None else f', {100 * self.kept:.3g} %'}"
+
+    @property
+    def where(self) -> str:
+        """Where the tokens stand, if the selection asks: `14x14 + 1`."""
+        return str(self.placed or self.geometry or "")
 
 
 def rule_for(rule: Any, site: AttentionSite) -> Any:
@@ -62,6 +70,11 @@ def selected(site: AttentionSite, rule: SelectRule, grid: GridRule, prefix: Pref
     if value is None:
         raise SelectionError("select is None for this site")
     chosen = parse(value) if isinstance(value, str) else value
+    if has_given(chosen):
+        raise SelectionError(
+            f"{chosen} holds a function, and a graph takes what can be written as a text; call "
+            "kvt_compile.attention(q, k, v, select=...) in the model"
+        )
     text, best = for_node(chosen)
     topk: TopK = 1.0 if best is None else best
     if not text:
@@ -70,9 +83,7 @@ def selected(site: AttentionSite, rule: SelectRule, grid: GridRule, prefix: Pref
         raise SelectionError(f"it cannot be fused ({site.tier_reason}), and {text} is generated for fused sites only")
     asked = needs_grid(chosen)
     if not isinstance(site.queries, int) or not isinstance(site.keys, int) or not isinstance(site.heads, int):
-        if needs_prefix(chosen):
-            raise SelectionError(f"how many tokens it has is known only at run time, and {text} asks where they stand")
-        return topk, Selected(text, None, None)
+        return topk, Selected(text, None, None, _placed(site, chosen, grid, prefix) if needs_prefix(chosen) else None)
     geometry = _geometry(site, site.keys, grid, prefix) if needs_prefix(chosen) else Geometry(())
     if not asked:
         geometry = Geometry((), geometry.prefix)
@@ -84,8 +95,20 @@ def selected(site: AttentionSite, rule: SelectRule, grid: GridRule, prefix: Pref
     return topk, Selected(text, geometry if needs_prefix(chosen) else None, share)
 
 
+def _placed(site: AttentionSite, chosen: Selector, grid: GridRule, prefix: PrefixRule) -> Placed:
+    """Where the tokens stand, of a site whose number of tokens is known only at run time."""
+    read, before = grid_of(site.plan), rule_for(prefix, site)
+    if rule_for(grid, site) is not None or read is None:
+        raise SelectionError(
+            f"how many tokens it has is known only at run time, {chosen} asks where they stand, and "
+            + ("a grid of fixed sizes cannot say it" if read is not None else "the graph does not say it")
+        )
+    return read if before is None else replace(read, prefix=before)
+
+
 def _geometry(site: AttentionSite, tokens: int, grid: GridRule, prefix: PrefixRule) -> Geometry:
-    read = grid_of(site.plan)
+    found = grid_of(site.plan)
+    read = None if found is None else found.geometry
     said, before = rule_for(grid, site), rule_for(prefix, site)
     if said is not None:
         before = before if before is not None else read.prefix if read else 0

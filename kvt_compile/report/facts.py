@@ -135,7 +135,7 @@ class SiteReport:
             own_k=str(site.own or ""),
             keeps_own=own,
             select="" if select is None else select.text,
-            grid="" if select is None or select.geometry is None else str(select.geometry),
+            grid="" if select is None else select.where,
             kept=None if select is None else select.kept,
             canonical="" if site.anchor is None else renamed_sources(seen_text(site.anchor)),
         )

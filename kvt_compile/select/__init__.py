@@ -9,6 +9,7 @@ from __future__ import annotations
 from kvt_compile.select.geometry import Geometry
 from kvt_compile.select.text import parse
 from kvt_compile.select.values import (
+    Given,
     Halo,
     Heads,
     Keys,
@@ -34,11 +35,13 @@ sinks = Sinks
 prefix = Prefix
 keys = Keys
 heads = Heads
+given = Given
 
 __all__ = [
     "Geometry",
     "SelectionError",
     "Selector",
+    "given",
     "halo",
     "heads",
     "keys",

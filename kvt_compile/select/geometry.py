@@ -15,6 +15,7 @@ from kvt_compile.select.values import (
     AXES,
     Both,
     Either,
+    Given,
     Halo,
     Prefix,
     Regions,
@@ -64,7 +65,11 @@ class Geometry:
 
 def needs_grid(x: Selector | None) -> bool:
     """Whether a selection asks where on a grid a token stands."""
-    return x is not None and any(isinstance(y, ON_GRID) for y in leaves(x))
+    return x is not None and any(isinstance(y, ON_GRID) or _by_region(y) for y in leaves(x))
+
+
+def _by_region(x: Selector) -> bool:
+    return isinstance(x, Given) and x.size is not None
 
 
 def needs_prefix(x: Selector | None) -> bool:

@@ -230,6 +230,30 @@ class Heads(Selector):
         validate(self.keep)
 
 
+@dataclass(frozen=True, repr=False)
+class Given(Selector):
+    """What a function (or module) of q `[B, Hq, Nq, D]` and k `[B, Hk, Nk, D]` returns, broadcastable to
+    `[B, Hq, Nq, Nk]`: a bool map, or scores that `topk` ranks in place of the final ones.  With `size`, a bool map of
+    regions of the grid, `[B, Hq, regions, regions]`.  No gradient flows through it.  It has no text: only
+    `kvt_compile.attention` takes it."""
+
+    function: Callable[..., Any]
+    size: Axes | None = None
+    name = "given"
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise SelectionError(
+                f"given: {self.function!r} cannot be called, expected a function of (q, k) or a module"
+            )
+        if self.size is not None:
+            _axes("given", "size", self.size, 1)
+
+    def __str__(self) -> str:
+        what = getattr(self.function, "__name__", type(self.function).__name__)
+        return f"given({what}{'' if self.size is None else f', size={_shown(self.size)}'})"
+
+
 # ---- joined ----------------------------------------------------------------------------------------------------------
 
 

@@ -198,7 +198,8 @@ def _assert_separates(case: Case, threshold: Tensor, kept: Tensor, decided: Tens
     )
     t = every.out.detach().log() + every.logsumexp.detach().unsqueeze(-1)
     t, kept, threshold = t[decided], kept[decided], threshold[decided]
-    slack = max(1e-5 * float(t[t.isfinite()].abs().max()), error)
+    finite = t[t.isfinite()]  # none where no row keeps a key
+    slack = max(1e-5 * float(finite.abs().max()) if len(finite) else 0.0, error)
     tau = threshold.double().unsqueeze(-1)
     assert (t[kept] >= (tau - slack).expand_as(t)[kept]).all()
     dropped = ~kept & (t > -torch.inf)

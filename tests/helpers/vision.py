@@ -31,16 +31,18 @@ class Attention(nn.Module):
 class Transformer(nn.Module):
     """A vision transformer of two blocks; `change` is what happens to the tokens before the blocks."""
 
-    def __init__(self, prefix: int = 1, change: Change = lambda x: x, grid: tuple[int, int] = (5, 7)) -> None:
+    def __init__(self, prefix: int = 1, change: Change = lambda x: x, grid: tuple[int, int] | None = (5, 7)) -> None:
         super().__init__()
         self.patch, self.change, self.prefix = nn.Conv2d(3, 16, 4, 4), change, prefix
         self.cls = nn.Parameter(torch.randn(1, prefix, 16))
-        self.place = nn.Parameter(torch.randn(1, grid[0] * grid[1], 16))
+        # without a place for each token images may have any size
+        self.place = None if grid is None else nn.Parameter(torch.randn(1, grid[0] * grid[1], 16))
         self.blocks = nn.ModuleList(Attention() for _ in range(2))
         self.mlp = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
 
     def forward(self, image: Tensor) -> Tensor:
-        x = self.change(self.patch(image).flatten(2).transpose(1, 2) + self.place)
+        x = self.patch(image).flatten(2).transpose(1, 2)
+        x = self.change(x if self.place is None else x + self.place)
         if self.prefix:
             x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1)
         for block in self.blocks:

@@ -94,6 +94,20 @@ def test_what_inductor_writes_in_cpp_calls_the_kernel() -> None:
     torch.testing.assert_close(found, plain(x))
 
 
+@pytest.mark.parametrize("select", ["window(2)", "regions(2, 2)", "keys(4)"])
+def test_a_selection_runs_from_its_package(tmp_path: Path, select: str) -> None:
+    model, batch = TwoSites().eval(), {0: Dim("batch", min=2, max=64)}
+    inputs = (torch.randn(4, 9, 32),)
+    program = export(model, inputs, dynamic_shapes=(batch,))
+    result = kvt_compile.rewrite(program, *inputs, select=select, grid=(3, 3))
+    assert result.report.counts["fused"] == 2
+    assert result.program is not None
+    found = package(result.program, tmp_path)
+    for x in (*inputs, torch.randn(7, 9, 32)):
+        torch.testing.assert_close(found(x), result.module(x))
+        assert not torch.allclose(found(x), model(x))
+
+
 def test_operators_run_from_a_package(tmp_path: Path) -> None:
     x = torch.randn(4, 2, 5, 8)
     program = export(Calls(), (x,), dynamic_shapes=({0: 2 * Dim("half", min=2, max=8)},))

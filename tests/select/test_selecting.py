@@ -177,6 +177,22 @@ def test_a_program_with_a_selection_is_saved_and_loaded(tmp_path: Any) -> None:
     torch.testing.assert_close(loaded(IMAGE), result.module(IMAGE))
 
 
+def test_a_grid_that_is_known_only_at_run_time() -> None:
+    """An exported program of images of any size: the sizes of the map are read from it when it runs."""
+    model = Transformer(grid=None).eval()
+    sizes = {2: 4 * torch.export.Dim("rows", min=3, max=9), 3: 4 * torch.export.Dim("columns", min=3, max=9)}
+    program = torch.export.export(model, (IMAGE,), dynamic_shapes=(sizes,))
+    for text in ("window(3) | prefix", "(regions(2, 2) | prefix) & topk(5)", "sinks(2) | prefix"):
+        result = kvt_compile.rewrite(program, select=text)
+        assert result.report.counts["fused"] == 2
+        for image in (IMAGE, torch.randn(2, 3, 16, 36)):
+            fixed = kvt_compile.rewrite(model, image, select=text)
+            assert fixed.report.counts["fused"] == 2
+            torch.testing.assert_close(result.module(image), fixed.module(image))
+    site = kvt_compile.rewrite(program, select="window(3) | prefix", grid=(5, 7)).report.sites[0]
+    assert "a grid of fixed sizes cannot say it" in site.reason
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -9,6 +9,8 @@ prefix.  Where it leads to anything else nothing is said: a guess would move eve
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from kvt_compile.passes.canonical.coords import Atom, Coord, Coords, Space
 from kvt_compile.passes.canonical.spellings import Call
 from kvt_compile.passes.canonical.values import Value
@@ -33,7 +35,27 @@ _LIMIT = 2000
 """Steps back: some twenty a block of a model."""
 
 
-def grid_of(plan: Plan) -> Geometry | None:
+@dataclass(frozen=True)
+class Placed:
+    """Where tokens stand, by the tensor whose dimensions are the grid: sizes that are known only at run time too."""
+
+    prefix: int
+    value: Value
+    dims: tuple[int, ...]
+
+    @property
+    def geometry(self) -> Geometry | None:
+        """None where a size is known only at run time."""
+        grid = tuple(self.value.shape[d] for d in self.dims)
+        sizes = tuple(int(size) for size in grid if isinstance(size, int))
+        return Geometry(sizes, self.prefix) if len(sizes) == len(grid) else None
+
+    def __str__(self) -> str:
+        grid = "x".join(str(self.value.shape[d]) for d in self.dims)
+        return f"{grid} + {self.prefix}" if self.prefix else grid
+
+
+def grid_of(plan: Plan) -> Placed | None:
     """How the queries of a site are laid out, where queries and keys are the same tokens and the graph says so."""
     if not isinstance(plan, Fused):
         return None
@@ -42,7 +64,7 @@ def grid_of(plan: Plan) -> Geometry | None:
     return of_queries if of_queries == of_keys else None
 
 
-def _grid(value: Value, coords: Coords, axis: tuple[Atom, ...]) -> Geometry | None:
+def _grid(value: Value, coords: Coords, axis: tuple[Atom, ...]) -> Placed | None:
     space, tokens, prefix = Space(), Coord(axis), 0
     for _ in range(_LIMIT):
         coords, tokens = space.resolve_all(coords), space.resolve(tokens)
@@ -66,7 +88,7 @@ def _grid(value: Value, coords: Coords, axis: tuple[Atom, ...]) -> Geometry | No
             sizes = [x.shape[dim] for x in parts]
             if set(coords[dim].digits) != wanted or not space.covers(coords[dim], value.shape[dim]):
                 return None
-            if last.kind == "source" or not all(isinstance(size, int) for size in sizes):
+            if last.kind == "source" or not all(isinstance(size, int) for size in sizes[:-1]):
                 return None
             prefix += sum(int(size) for size in sizes[:-1])
             tokens = space.fresh("tokens", sizes[-1])
@@ -87,7 +109,7 @@ def _grid(value: Value, coords: Coords, axis: tuple[Atom, ...]) -> Geometry | No
     return None
 
 
-def _found(space: Space, value: Value, coords: Coords, tokens: Coord, here: list[int], prefix: int) -> Geometry | None:
+def _found(space: Space, value: Value, coords: Coords, tokens: Coord, here: list[int], prefix: int) -> Placed | None:
     """Several dimensions that are the token axis together, each as a whole and nothing else."""
     order = sorted(here, key=lambda d: tokens.digits.index(coords[d].digits[0]) if coords[d].digits else -1)
     digits = tuple(a for d in order for a in coords[d].digits)
@@ -96,5 +118,4 @@ def _found(space: Space, value: Value, coords: Coords, tokens: Coord, here: list
         return None
     if not all(space.covers(coords[d], value.shape[d]) for d in order):
         return None
-    grid = tuple(int(size) for size in sizes if isinstance(size, int))
-    return Geometry(grid, prefix) if len(grid) == len(sizes) else None
+    return Placed(prefix, value, tuple(order)) if value.holder is not None else None

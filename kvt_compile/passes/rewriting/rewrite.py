@@ -15,9 +15,12 @@ from torch import fx, nn
 from kvt_compile.kernels.op import ops as _ops  # noqa: F401 - registers torch.ops.kvt
 from kvt_compile.passes.canonical.values import Value, meta_value
 from kvt_compile.passes.decide import Decision, share_of
+from kvt_compile.passes.reading.grid import Placed
 from kvt_compile.passes.rewriting.emit import Emitter
 from kvt_compile.passes.selecting import Selected
 from kvt_compile.passes.site import Fused, OwnK, ScoresKept, Thinned
+from kvt_compile.select.geometry import needs_grid
+from kvt_compile.select.text import parse
 from kvt_compile.topk import TopK
 
 aten = torch.ops.aten
@@ -93,7 +96,7 @@ def _fuse(
     call = emit.call(
         torch.ops.kvt.attention.default, q, k, v, captured, plan.score, plan.weight,
         _keys_to_keep(emit, topk, _times(emit, emit.size(g.keys), ranks)), sizes, rate, seed,
-        *how, *_selection(select),
+        *how, *_selection(select, emit),
     )  # fmt: skip
     out = emit.call(operator.getitem, call, 0)
     out = emit.arrange(out, (g.batch, heads, g.queries, g.value_features), plan.out)
@@ -103,12 +106,23 @@ def _fuse(
     return call
 
 
-def _selection(select: Selected | None) -> tuple[Any, ...]:
+def _selection(select: Selected | None, emit: Emitter) -> tuple[Any, ...]:
     """The last arguments of the node: it is no part of a larger call, then what it keeps and where its tokens stand."""
     if select is None:
         return ()
+    if (placed := select.placed) is not None:
+        grid = _grid(placed, emit) if needs_grid(parse(select.text)) else None
+        return None, select.text, grid, placed.prefix
     geometry = select.geometry
     return None, select.text, list(geometry.grid) or None if geometry else None, geometry.prefix if geometry else 0
+
+
+def _grid(placed: Placed, emit: Emitter) -> list[Any]:
+    """Sizes of the map that the tokens were: numbers, or nodes that read them when the graph runs."""
+    sizes = [(d, placed.value.shape[d]) for d in placed.dims]
+    map_ = emit.value(placed.value)
+    size_of = torch.ops.aten.sym_size.int
+    return [size if isinstance(size, int) else emit.call(size_of, map_, d) for d, size in sizes]
 
 
 def _dropout(gm: fx.GraphModule, plan: Fused, emit: Emitter, q: fx.Node) -> tuple[Any, Any]:
