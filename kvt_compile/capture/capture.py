@@ -218,12 +218,16 @@ def _propagate(graph: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, 
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     fakes = pytree.tree_map_only(torch.Tensor, lambda x: _fake(mode, x), values)
     with undisturbed():
-        _Shapes(graph, mode).propagate_dont_convert_inputs(*fakes)
+        Shapes(graph, mode).propagate_dont_convert_inputs(*fakes)
 
 
-class _Shapes(FakeTensorProp):
+class Shapes(FakeTensorProp):
+    """Leaves on every node what it computes, as a fake."""
+
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
+        if n.op in ("placeholder", "get_attr") and isinstance(result, torch.Tensor) and result.requires_grad:
+            n.meta["val"].requires_grad_()  # what is noted there is detached, and who has a gradient matters
         if isinstance(result, int | float | torch.SymInt | torch.SymFloat):
             n.meta.setdefault(
                 "val", result

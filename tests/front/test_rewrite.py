@@ -189,3 +189,25 @@ def test_a_model_captured_by_export_knows_the_mode_in_its_graph(training: bool) 
     with pytest.raises(NotImplementedError, match=f"in {'training' if training else 'evaluation'} mode"):
         module.train(not training)
     assert torch.equal(module(x), module(x)) is not training
+
+
+class Unread(nn.Module):
+    """Adds a tensor not at all, to which torch gives a gradient of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(2, 5, 5))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, other: Tensor) -> Tensor:
+        first = torch.baddbmm(self.bias, q, k.mT, beta=0).softmax(-1) @ v
+        return torch.baddbmm(other, first, k.mT, beta=0).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_who_has_a_gradient_is_known_of_inputs_and_parameters(trained: bool) -> None:
+    tensors = [torch.randn(2, 5, n, requires_grad=trained or n == 4) for n in (4, 4, 4, 5)]
+    model = Unread()
+    module = kvt_compile.rewrite(model, *tensors, topk=1.0, force_rewrite=True, lowering="aten").module
+    module(*tensors).sum().backward()
+    assert model.bias.grad is not None
+    assert (tensors[3].grad is not None) == trained

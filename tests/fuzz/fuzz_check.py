@@ -18,9 +18,9 @@ from fuzz_graphs import Program, Selection
 from hypothesis import assume
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
+from kvt_compile.capture.capture import Shapes
 from kvt_compile.passes.decide import Policy
 from kvt_compile.passes.pipeline import PassResult, run_passes
 from kvt_compile.verification.compare import unlike
@@ -95,7 +95,7 @@ def traced_with_fakes(model: nn.Module, inputs: Sequence[Tensor]) -> fx.GraphMod
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(x, static_shapes=True) for x in with_gradients(inputs)]
     with torch.no_grad():
-        FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*fakes)
+        Shapes(graph, mode).propagate_dont_convert_inputs(*fakes)
     return graph
 
 
