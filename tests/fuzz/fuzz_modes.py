@@ -78,9 +78,15 @@ WHOLE = ("checkpoint", "vmap", "grad", "vjp", "jvp")
 HOOKS: dict[str, Callable[..., Any]] = {
     "forward": lambda module, given, out: out,
     "forward_pre": lambda module, given: (given[0] * 2.0, *given[1:]),
-    "full_backward": lambda module, given, out: tuple(g if g is None else g * 2.0 for g in given),
-    "full_backward_pre": lambda module, out: tuple(g if g is None else g * 2.0 for g in out),
+    "full_backward": lambda module, given, out: _doubled(given),
+    "full_backward_pre": lambda module, out: _doubled(out),
 }
+
+
+def _doubled(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """A mask has a gradient of its own type in such a hook."""
+    return tuple(g if g is None or not g.is_floating_point() else g * 2.0 for g in gradients)
+
 
 Lines = list[list[str]]
 """Every line as it is, and with k-NN attention by hand in it."""
