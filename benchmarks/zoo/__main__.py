@@ -22,7 +22,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.zoo import ROOT, catalogue, table
+from benchmarks.zoo import ROOT, catalogue, elsewhere, table
 from benchmarks.zoo.catalogue import Entry
 from benchmarks.zoo.inductor import matched
 from benchmarks.zoo.judge import Verdict, judge
@@ -38,11 +38,15 @@ def main() -> int:
     if not entries:
         console.print(f"no model matches {options.only!r}; an id looks like timm/vit_tiny_patch16_224/eager")
         return 2
+    missing = sorted({entry.library for entry in entries if not elsewhere.is_here(entry.library)})
+    if missing:
+        console.print(f"not judged, for they are not installed: {', '.join(missing)} ({elsewhere.HOW})")
+        entries = [entry for entry in entries if entry.library not in missing]
     if options.inductor:
         return count_matches(entries, options, console)
     if not options.table:
         judge_all(entries, options, console)
-    known = {id: verdict_of(record) for id, record in read(options.log).items()}
+    known = {id: verdict_of(record) for id, record in {**table.judged_before(missing), **read(options.log)}.items()}
     pairs = [(entry, known[entry.id]) for entry in entries if entry.id in known]
     console.print(table.rich_table(pairs))
     everything = catalogue.entries()

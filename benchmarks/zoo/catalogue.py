@@ -26,7 +26,7 @@ class Entry:
     """One model in one mode, and what is true of it."""
 
     library: str
-    """timm, torchvision, transformers or torch.nn."""
+    """timm, torchvision, transformers, torch.nn, or a package of `elsewhere`."""
     name: str
     attention: str
     """eager: scores written out; sdpa: scaled_dot_product_attention where the model has the choice; "" no choice."""

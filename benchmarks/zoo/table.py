@@ -6,13 +6,14 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.zoo import ROOT
+from benchmarks.zoo import ROOT, elsewhere
 from benchmarks.zoo.catalogue import Entry
 from benchmarks.zoo.judge import Verdict
 
@@ -102,26 +103,42 @@ def write(pairs: Sequence[Pair]) -> None:
     PAGE.write_text(page(pairs))
 
 
+def judged_before(libraries: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Id -> what zoo.json has of the models of some libraries."""
+    models = json.loads(RESULTS.read_text())["models"] if RESULTS.exists() else []
+    return {record["id"]: record for record in models if record["id"].partition("/")[0] in libraries}
+
+
 def page(pairs: Sequence[Pair]) -> str:
     """docs/zoo.md."""
     parts = [_HEAD, "\n".join(f"- {text}" for text in summary(totals(pairs)))]
     problems = [f"- `{e.id}`: {problem}" for e, v in pairs for problem in v.problems]
     parts += ["## Problems", "\n".join(problems)] if problems else []
-    for library in dict.fromkeys(e.library for e, _ in pairs):
-        part = [(e, v) for e, v in pairs if e.library == library]
-        t = totals(part)
-        parts.append(
-            f"## {library}\n\n{t['true_sites']} true sites in {t['runs']} runs: {t['fused']} fused, "
-            f"{t['scores_kept']} scores-kept, {t['left_dense']} left dense, {t['missed']} missed."
+    others = elsewhere.packages()
+    for library in dict.fromkeys(e.library for e, _ in pairs if e.library not in others):
+        parts += _part(library, [(e, v) for e, v in pairs if e.library == library])
+    if part := [(e, v) for e, v in pairs if e.library in others]:
+        parts += _part(
+            "Libraries the project was not made for", part, f"{len({e.library for e, _ in part})} packages. "
         )
-        header = "| " + " | ".join(COLUMNS) + " |\n|---|" + "---:|" * (len(COLUMNS) - 1)
-        rows = [f"| {' | '.join(cells(e, v))} |" for e, v in part if e.count or e.others]
-        parts.append("\n".join([header, *rows]))
-        if without := [e.id.partition("/")[2] for e, _ in part if not (e.count or e.others)]:
-            parts.append(f"No softmax at all, and nothing matched: {', '.join(without)}.")
     parts.append("## Why scores are kept\n\n" + _reasons((e, r) for e, v in pairs for r in v.kept_reasons))
     parts.append("## Why softmaxes are left alone\n\n" + _reasons((e, r) for e, v in pairs for _, r in v.refused))
     return "\n\n".join(parts) + "\n"
+
+
+def _part(title: str, part: Sequence[Pair], said: str = "") -> list[str]:
+    """One heading, its sums and its table."""
+    t = totals(part)
+    header = "| " + " | ".join(COLUMNS) + " |\n|---|" + "---:|" * (len(COLUMNS) - 1)
+    rows = [f"| {' | '.join(cells(e, v))} |" for e, v in part if e.count or e.others]
+    parts = [
+        f"## {title}\n\n{said}{t['true_sites']} true sites in {t['runs']} runs: {t['fused']} fused, "
+        f"{t['scores_kept']} scores-kept, {t['left_dense']} left dense, {t['missed']} missed.",
+        "\n".join([header, *rows]),
+    ]
+    if without := [e.id.partition("/")[2] for e, _ in part if not (e.count or e.others)]:
+        parts.append(f"No softmax at all, and nothing matched: {', '.join(without)}.")
+    return parts
 
 
 def _reasons(given: Iterable[tuple[Entry, str]]) -> str:

@@ -6,16 +6,17 @@ Found: exactly the true sites.  Kept: k = N equals dense by float64's measure, a
 from __future__ import annotations
 
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.zoo import ROOT, catalogue
+from benchmarks.zoo import ROOT, catalogue, elsewhere
 from benchmarks.zoo.catalogue import Entry, entries, unfold
 from benchmarks.zoo.judge import Verdict, judge
 from benchmarks.zoo.pool import each_in_a_process
-from benchmarks.zoo.table import page
+from benchmarks.zoo.table import judged_before, page
 from benchmarks.zoo.tally import unmatched
 
 
@@ -175,3 +176,26 @@ def test_documentation_shows_every_model() -> None:
     for entry in entries():
         name = entry.id if entry.count or entry.others else entry.id.partition("/")[2]
         assert name in text, f"{entry.id}: run `make zoo`"
+
+
+def test_libraries_the_project_was_not_made_for() -> None:
+    """At least 40 models of 20 other packages, each with a maker and a pinned version, in a part of the page."""
+    others = [entry for entry in entries() if entry.library in elsewhere.packages()]
+    assert {(entry.library, entry.name) for entry in others} == set(elsewhere.MODELS)
+    assert len(others) >= 40
+    assert len(elsewhere.packages()) >= 20
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = project["optional-dependencies"]["elsewhere"]
+    assert len(pinned) == len(elsewhere.packages())
+    assert all("==" in line for line in pinned)
+    text = page([(entry, Verdict(entry.id)) for entry in (CUT[0][0], others[0])])
+    assert f"## Libraries the project was not made for\n\n1 packages. {others[0].count} true sites" in text
+
+
+def test_a_package_that_is_missing_is_said_and_keeps_its_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elsewhere, "find_spec", lambda name: None)
+    assert elsewhere.is_here("timm")
+    assert not any(map(elsewhere.is_here, elsewhere.packages()))
+    (library,) = {entry.library for entry in entries("vit_pytorch/*")}
+    before = judged_before([library])
+    assert before.keys() == {entry.id for entry in entries("vit_pytorch/*")}
