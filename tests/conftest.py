@@ -6,11 +6,11 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import hypothesis
 import pytest
 import torch
+from cli_result import Result
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -42,13 +42,6 @@ def _fresh() -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
-
-
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Result
+from cli_result import Result
 from places import FACTORIES, TESTS
 
 import kvt_compile

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import Result
+from cli_result import Result
 from tuning import KEY
 
 from kvt_compile.kernels.c.cache import load

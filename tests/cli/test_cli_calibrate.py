@@ -11,7 +11,7 @@ import numpy
 import pytest
 import skimage.io
 import torch
-from conftest import Result
+from cli_result import Result
 from factories import many
 from places import FACTORIES
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Result
+from cli_result import Result
 from places import FACTORIES
 from rich.console import Console
 from torch import Tensor

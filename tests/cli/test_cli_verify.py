@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from broken import wrong
-from conftest import Result
+from cli_result import Result
 from factories import stack
 from places import FACTORIES
 

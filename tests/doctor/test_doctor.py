@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
-from conftest import Result
+from cli_result import Result
 from torch._inductor import compile_fx
 
 import kvt_compile.doctor

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Result
+from cli_result import Result
 from faults import COUNTS, SCALE, SPEC, compiler, fresh, in_fork, softmax, three_calls
 from tuning import KEY
 

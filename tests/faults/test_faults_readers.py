@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Result
+from cli_result import Result
 from faults import COUNTS, SCALE
 from hypothesis import example, given, settings
 from hypothesis import strategies as st

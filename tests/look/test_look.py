@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Result
+from cli_result import Result
 from factories import stack, vision
 from PIL import Image
 from places import FACTORIES

@@ -98,6 +98,13 @@ class TestPackage:
 class TestImports:
     """Each in a fresh process, so that nothing imported by another test helps."""
 
+    def test_nothing_is_imported_from_a_conftest(self) -> None:
+        """There are several, and which of them has the name depends on what is collected first."""
+        importers = [
+            str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("*.py") if "conftest" in imported(path)
+        ]
+        assert importers == []
+
     def test_every_module_imports_without_triton(self) -> None:
         names = [
             ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
