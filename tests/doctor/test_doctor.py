@@ -41,10 +41,10 @@ def _no_memory_of_kernels() -> Iterator[None]:
         c_lowering.LOWERING._settings = settings
         for cached in (lowerings.choose, launch.kernel, c_lowering.warn_once):
             cached.cache_clear()
+        toolchain.forget()
 
+    forget()
     c_lowering.LOWERING._settings = None
-    for cached in (lowerings.choose, launch.kernel, c_lowering.warn_once):
-        cached.cache_clear()
     yield
     forget()
 
