@@ -19,12 +19,7 @@ BUDGETS = ("mass", "cosine", "ratio")
 
 def fields_of(data: Any, version: int) -> dict[str, Any]:
     """Raises ValueError with the place and the reason."""
-    if not isinstance(data, dict) or "kvt_calibration" not in data:
-        raise ValueError("it is no calibrated policy: it has no entry 'kvt_calibration'")
-    if data["kvt_calibration"] != version:
-        raise ValueError(
-            f"it has format {brief(data['kvt_calibration'])}, this version reads {version}; calibrate again"
-        )
+    of_format(data, version)
     grid = many(data, "grid", _topk)
     sites = many(data, "sites", lambda site, place: _site(site, place, grid))
     _same_topk(data.get("topk"), sites)
@@ -59,6 +54,16 @@ def _site(data: Any, place: str, grid: tuple[TopK, ...]) -> SiteCurve:
     if site.topk not in grid:
         raise ValueError(f"{place}.topk is {site.topk!r}, which is not one of the measured: grid is {list(grid)}")
     return site
+
+
+def of_format(data: Any, version: int) -> None:
+    """Raises ValueError for what is no policy of this format, whatever it chose."""
+    if not isinstance(data, dict) or "kvt_calibration" not in data:
+        raise ValueError("it is no calibrated policy: it has no entry 'kvt_calibration'")
+    if data["kvt_calibration"] != version:
+        raise ValueError(
+            f"it has format {brief(data['kvt_calibration'])}, this version reads {version}; calibrate again"
+        )
 
 
 def check(data: Any, place: str) -> Check:

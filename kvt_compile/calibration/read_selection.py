@@ -10,19 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvt_compile.calibration.facts import SelectionCurve, Speed
-from kvt_compile.calibration.read import bound, budget, check, count, field, many, number, point, text
+from kvt_compile.calibration.read import bound, budget, check, count, field, many, number, of_format, point, text
 from kvt_compile.kernels.tune.key import brief
 from kvt_compile.select.text import parse
 
 
 def fields_of(data: Any, version: int) -> dict[str, Any]:
     """Raises ValueError with the place and the reason."""
-    if not isinstance(data, dict) or "kvt_calibration" not in data:
-        raise ValueError("it is no calibrated policy: it has no entry 'kvt_calibration'")
-    if data["kvt_calibration"] != version:
-        raise ValueError(
-            f"it has format {brief(data['kvt_calibration'])}, this version reads {version}; calibrate again"
-        )
+    of_format(data, version)
     if "select" not in data and "topk" in data:
         raise ValueError("it is a policy of numbers of keys: CalibratedPolicy.load reads it")
     sites = many(data, "sites", _site)
