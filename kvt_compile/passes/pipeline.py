@@ -86,7 +86,7 @@ def _run(
         if watch:
             watch("found", name, graph, decided, found.refusals)
         if apply:
-            changed |= rewrite(graph, decided, lowering, tolerance, ranks)
+            changed |= rewrite(graph, decided, lowering, tolerance, ranks, mode)
             if watch:
                 watch("rewritten", name, graph, decided, found.refusals)
         decisions += decided

@@ -110,8 +110,10 @@ def opaque_value(state: State, node: fx.Node, fake: Any) -> Value:
 def storage_of(node: fx.Node) -> int | None:
     """Identity of the memory behind a node's tensor; fake tensors share it exactly when the real ones do."""
     fake = meta_value(node)
-    if not isinstance(fake, torch.Tensor):
-        return None
+    return memory_of(fake) if isinstance(fake, torch.Tensor) else None
+
+
+def memory_of(fake: torch.Tensor) -> int | None:
     try:
         return int(fake.untyped_storage()._cdata)
     except (RuntimeError, NotImplementedError):

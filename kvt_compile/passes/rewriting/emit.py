@@ -28,10 +28,15 @@ Group = tuple[Atom, ...]
 
 
 class Emitter:
-    """Inserts before one node.  `renamed` maps nodes that earlier rewrites replaced to their replacements."""
+    """Inserts before one node.  `renamed` maps nodes that earlier rewrites replaced to their replacements, `viewed` are
+    those that stay tensors that need a gradient where they are read without grad (flags.py)."""
 
-    def __init__(self, graph: fx.Graph, before: fx.Node, like: fx.Node, renamed: dict[fx.Node, fx.Node]) -> None:
+    def __init__(
+        self, graph: fx.Graph, before: fx.Node, like: fx.Node, renamed: dict[fx.Node, fx.Node],
+        viewed: frozenset[fx.Node] = frozenset(),
+    ) -> None:  # fmt: skip
         self._graph, self._before, self._like, self._renamed = graph, before, like, renamed
+        self._viewed = viewed
         self._key = "example_value" if "example_value" in like.meta else "val"
         self._sizes: dict[Atom, SizeSource] = {}
 
@@ -42,12 +47,24 @@ class Emitter:
         return node
 
     def value(self, value: Value) -> fx.Node:
-        """The node that now holds a value; behind a border it is detached."""
+        """The node that now holds a value; behind a border no gradient comes to it."""
         if is_made(value):
             return self._made(value)
         assert value.holder is not None
         node = self.node(value.holder)
-        return self.call(aten.detach.default, node) if value.kind == "border" else node
+        if value.kind != "border":
+            return node
+        return self._viewed_without_grad(node) if node in self._viewed else self.call(aten.detach.default, node)
+
+    def _viewed_without_grad(self, node: fx.Node) -> fx.Node:
+        self._switch_grad(False)
+        view = self.call(aten.alias.default, node)
+        self._switch_grad(True)
+        return view
+
+    def _switch_grad(self, on: bool) -> None:
+        with self._graph.inserting_before(self._before):
+            self._graph.call_function(torch._C._set_grad_enabled, (on,))
 
     def _made(self, value: Value) -> fx.Node:
         """What no node of the model holds, written down as it was read (`canonical/made.py`)."""

@@ -13,10 +13,12 @@ import torch
 from torch import fx, nn
 
 from kvt_compile.kernels.op import ops as _ops  # noqa: F401 - registers torch.ops.kvt
+from kvt_compile.passes.canonical.modes import Mode
 from kvt_compile.passes.canonical.values import Value, meta_value
 from kvt_compile.passes.decide import Decision, share_of
 from kvt_compile.passes.reading.grid import Placed
 from kvt_compile.passes.rewriting.emit import Emitter
+from kvt_compile.passes.rewriting.flags import needs_as_much_as
 from kvt_compile.passes.selecting import Selected
 from kvt_compile.passes.site import Fused, OwnK, ScoresKept, Thinned
 from kvt_compile.select.geometry import needs_grid
@@ -47,10 +49,11 @@ def rewrite(
     lowering: str = "auto",
     tolerance: float = 0.0,
     ranks: int = 1,
+    entry: Mode | None = None,
 ) -> bool:
     """Rewrites every decided site of the graph in place and returns whether anything changed.
 
-    The graph is linted before and after; a site whose decision has no k is not touched.
+    The graph starts in mode `entry`.  It is linted before and after; a site whose decision has no k is not touched.
     """
     gm.graph.lint()
     renamed: dict[fx.Node, fx.Node] = {}
@@ -60,7 +63,7 @@ def rewrite(
         plan = decision.site.plan
         how = lowering, 0.0 if decision.own else tolerance  # what the model does is not the user's to be lax about
         if isinstance(plan, Fused):
-            new = _fuse(gm, plan, decision.topk, how, renamed, decision.select, ranks)
+            new = _fuse(gm, plan, decision.topk, how, renamed, decision.select, ranks, entry or Mode())
         elif isinstance(plan, Thinned):
             new = _thin(gm.graph, plan, decision.topk, how, renamed)
         else:
@@ -82,8 +85,11 @@ def _fuse(
     renamed: dict[fx.Node, fx.Node],
     select: Selected | None,
     ranks: int,
+    entry: Mode,
 ) -> fx.Node:
-    emit = Emitter(gm.graph, plan.node, plan.node, renamed)
+    read = (plan.q.value, plan.k.value, plan.v.value, *plan.captured)
+    viewed = needs_as_much_as(plan.node, entry) if any(x.kind == "border" for x in read) else frozenset()
+    emit = Emitter(gm.graph, plan.node, plan.node, renamed, viewed)
     emit.know_sizes(plan.q, plan.k, plan.v)
     g = plan.groups
     heads = (*g.kv_heads, *g.group)
