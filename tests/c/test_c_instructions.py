@@ -164,6 +164,26 @@ def test_the_backward_keeps_the_forward_s_keys() -> None:
             assert torch.equal(dv[0, 0].T != 0, out[0, 0] != 0)
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1], ids=["usual", "all ones", "all ones, negative"])
+def test_a_gradient_that_is_not_a_number_stays_one(bits: int) -> None:
+    """Rounding to bfloat16 adds half of its last bit, which would carry out of a NaN that is all ones."""
+    nan = torch.tensor([bits], dtype=torch.int64).to(torch.int32).view(torch.float32)
+    case = CASE.but(weight="p*c0[i, j]", captured=lambda case: [torch.ones(77, 233)])
+    q, k, v, (gate,) = case.tensors()
+    with torch.no_grad():
+        gate[3, 5] = nan
+    kept = kept_by(case, "c", [q, k, v, gate])[:, :, 3, 5].nonzero().tolist()
+    assert kept, "no head keeps that key: choose another"
+    for target in there():
+        out = call(case, f"c {target}", [q, k, v, gate])[0]
+        dq, dk, dv = torch.autograd.grad(out, [q, k, v], torch.ones_like(out))
+        for b, h in kept:
+            assert out[b, h, 3].isnan().all(), target
+            assert dq[b, h, 3].isnan().all(), target
+            assert dv[b, h, 5].isnan().all(), target
+            assert dk[b, h].isnan().any(), target
+
+
 WANTED = {
     "amx": r"tdpbf16ps.*|ldtilecfg.*",
     "avx512bf16": r"vdpbf16ps.*zmm",

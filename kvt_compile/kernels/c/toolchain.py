@@ -32,14 +32,15 @@ TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "native": ("-march=native",),
         "amx": ("-march=sapphirerapids",),
-        "avx512bf16": ("-march=cooperlake",),
-        "avx512": ("-march=skylake-avx512",),
+        "avx512bf16": ("-march=cooperlake", "-mtune=native"),
+        "avx512": ("-march=skylake-avx512", "-mtune=native"),
         "avx2": ("-march=haswell",),
         "portable": ("-march=x86-64",),
     },
     "aarch64": {"native": ("-mcpu=native",), "portable": ()},
 }
-"""Machine -> name of an instruction set -> flags.  The source is the same for all."""
+"""Machine -> name of an instruction set -> flags.  The source is the same for all; those that several makers' CPUs have
+are tuned for the one at hand, as `native` is."""
 NEEDED = {
     "amx": ("amx_tile", "amx_bf16", "avx512_bf16"),
     "avx512bf16": ("avx512_bf16",),
