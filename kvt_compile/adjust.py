@@ -62,17 +62,18 @@ class KeysToKeep(nn.Module):
         self.topk, self.adjusted = topk, True
 
     def forward(self, keys: Tensor, captured: int) -> int:
-        count = keys.shape[self.dim] * lowerings.inside().ranks
         if not self.adjusted and (self.own or not _forced):
             return captured
-        return keep(self.topk, count)
+        return keep(self.topk, keys.shape[self.dim])
 
     def extra_repr(self) -> str:
         return f"{self.path}, topk={self.topk if self.adjusted else 'as captured'}"
 
 
 def keep(own: Choice, keys: int) -> int:
-    """k for `keys` keys: what `options` asks for inside its `with`, else the attention's own `own`."""
+    """k for `keys` keys, of each rank that shares them: what `options` asks for inside its `with`, else the attention's
+    own `own`."""
+    keys *= lowerings.inside().ranks
     topk = _forced[-1] if _forced else own
     return keys if topk is None else resolve(topk, keys)
 

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from kvt_compile.kernels.dropout import place_of_draws
 from kvt_compile.kernels.language import limits
 from kvt_compile.kernels.op import ops
-from kvt_compile.kernels.op.arguments import AttentionArguments, BackwardArguments
+from kvt_compile.kernels.op.arguments import AttentionArguments, BackwardArguments, SoftmaxArguments
 from kvt_compile.kernels.op.captured import check_captured
 from kvt_compile.kernels.op.check import check_attention, check_backward
 from kvt_compile.kernels.op.selection import counts_heads
@@ -111,8 +111,11 @@ def _is_exact(parts: Mapping[str, int], extents: Mapping[str, int], kv_heads: in
 def _on_shards(func: Callable[..., Any], a: AttentionArguments, plan: Plan) -> Any:
     """The operator on what this rank has."""
     mesh, layout = plan.mesh, plan.layout
+    place = mesh.get_coordinate()
+    if place is None:
+        return _of_no_rank(a)
     local = {x: shard(operand.tensor, operand.wanted(layout)) for x, operand in plan.operands.items()}
-    shape, place = [mesh.size(dim) for dim in range(mesh.ndim)], mesh.get_coordinate() or [0] * mesh.ndim
+    shape = [mesh.size(dim) for dim in range(mesh.ndim)]
     first = {
         axis: first_of(axis, a.q.shape[ROWS[axis]], layout, shape, place) for axis in coordinates.AXES if axis in layout
     }
@@ -123,6 +126,15 @@ def _on_shards(func: Callable[..., Any], a: AttentionArguments, plan: Plan) -> A
     if a.dropout_p > 0.0:
         changes |= {"seed": agreed(a.seed, mesh), "draw": _draw(a, first)}
     return func(*_in_order(func, dataclasses.replace(a, **changes)))
+
+
+def _of_no_rank(a: AttentionArguments) -> Any:
+    """What a rank that is not of the mesh has of the results: nothing, of their dtypes, as of torch's own operators."""
+    if isinstance(a, BackwardArguments):
+        q, k, v, *captured = (torch.empty(0, dtype=x.dtype) for x in (a.q, a.k, a.v, *(a.captured or ())))
+        return q, k, v, captured
+    rows = torch.float64 if a.q.dtype == torch.float64 else torch.float32
+    return tuple(torch.empty(0, dtype=dtype) for dtype in (a.v.dtype, rows, rows))
 
 
 def _draw(a: AttentionArguments, first: Mapping[str, int]) -> list[int]:
@@ -181,6 +193,9 @@ def _topk_softmax(func: Callable[..., Any], a: Any) -> DTensor:
         return not any(first.shape[int(axis)] < ranks for axis, ranks in parts.items())
 
     layout = choose(list(operands.values()), list(dims), is_exact)
+    if mesh.get_coordinate() is None:
+        dtype = a.dtype if isinstance(a, SoftmaxArguments) else a.input_dtype
+        return whole(torch.empty(0, dtype=dtype), first.shape, mesh, result_placements(dims, layout))
     local = {x: shard(operand.tensor, operand.wanted(layout)) for x, operand in operands.items()}
     result = func(*_in_order(func, dataclasses.replace(a, **local)))
     return whole(result, first.shape, mesh, result_placements(dims, layout))

@@ -7,6 +7,7 @@ without a compiler or without Triton pays nothing for them.
 from __future__ import annotations
 
 import difflib
+from collections import deque
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
@@ -101,16 +102,31 @@ class Inside(NamedTuple):
 _OUTSIDE = Inside()
 _inside: list[Inside] = []
 """Innermost last.  A plain list: Dynamo guards on what it read of it."""
+_began: list[int] = []
+_ended: deque[range] = deque(maxlen=256)
+"""The numbers that autograd gave to what ran between `enter` and `leave`, of the last times."""
 
 
 def enter(inside: Inside) -> None:
     """From here on attention is over keys that several ranks share (`kvt_compile.parallel.context_parallel`)."""
+    _began.append(_autograd_number())
     _inside.append(inside)
 
 
 def leave() -> None:
     """The end of what `enter` began."""
     _inside.pop()
+    _ended.append(range(_began.pop(), _autograd_number()))
+
+
+def _autograd_number() -> int:
+    return torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+
+
+def _is_recomputed() -> bool:
+    """Whether a backward computes anew, as activation checkpointing does, what ran between `enter` and `leave`."""
+    node = torch._C._current_autograd_node()
+    return node is not None and any(node._sequence_nr() in numbers for numbers in _ended)
 
 
 def inside() -> Inside:
@@ -119,9 +135,15 @@ def inside() -> Inside:
 
 
 def check_inside(name: str) -> None:
-    """Raises LoweringError where attention asks for another lowering than the one it is inside of, or is inside of a
-    region in which torch has replaced `scaled_dot_product_attention`, and it alone, by one over all ranks."""
+    """Raises LoweringError where attention asks for another lowering than the one it is inside of, is computed anew
+    outside of the one it was inside of, or is inside of a region in which torch has replaced
+    `scaled_dot_product_attention`, and it alone, by one over all ranks."""
     if not _inside:
+        if _ended and _is_recomputed():
+            raise LoweringError(
+                "this attention ran inside of context_parallel and its activations are recomputed outside: it would "
+                "attend to this rank's own keys only. With activation checkpointing call backward inside as well"
+            )
         replaced = getattr(torch.nn.functional.scaled_dot_product_attention, "__module__", None) or ""
         if replaced.startswith("torch.distributed"):
             raise LoweringError(

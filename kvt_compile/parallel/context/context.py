@@ -52,7 +52,8 @@ def context_parallel(
 
     Outputs, kept keys (ties at the threshold included), dropout for a given seed and gradients are those of one
     process.  `topk` counts keys of the whole sequence, and coordinates (`is_causal`) are those of the whole sequence.
-    A model is compiled inside, and its backward may run anywhere.
+    A model is compiled inside, and its backward may run anywhere, but for what activation checkpointing recomputes:
+    that is attention again, and an error outside.  Over a group of one rank it changes nothing.
 
     Args:
         mesh: the device mesh.
@@ -63,8 +64,9 @@ def context_parallel(
             takes the one that moves fewer bytes.
 
     All ranks have parts of one size.  Raises ContextParallelError (when attention runs) where they have not, where they
-    would compute by different lowerings, and for a captured tensor that cannot be told; RefusalError (when a model is
-    compiled) where attention would be left as it is, over this rank's own keys; ValueError for arguments that are none.
+    would compute by different lowerings, where keys are not a part but the same on every rank (cross-attention to a
+    text), and for a captured tensor that cannot be told; RefusalError (when a model is compiled) where attention would
+    be left as it is, over this rank's own keys; ValueError for arguments that are none.
     """
     for name, value, allowed in (("order", order, get_args(Order)), ("way", way, get_args(Way))):
         if value not in allowed:
@@ -75,6 +77,9 @@ def context_parallel(
     if context is None or context.ring.group is not group:
         context = _made[name] = Context(Ring(group, order), name)
         lowerings.register(name, ContextLowering(name, context.ring, way))
+    if context.ring.ranks == 1:
+        yield context
+        return
     lowerings.enter(lowerings.Inside(name, context.ring.ranks))
     try:
         yield context

@@ -74,7 +74,7 @@ class ContextLowering:
         return "count" if counted_bytes(call, self.ring.ranks) < gathered_bytes(call, self.ring.ranks) else "gather"
 
     def _agree(self, call: AttentionCall) -> None:
-        """Once for each kind of call: the ranks have parts of one size, and compute them by the same lowering.
+        """Once for each kind of call: the ranks have parts of one size, and of keys, and compute by the same lowering.
 
         Raises ContextParallelError on every rank, with what each of them has."""
         part = (*call.q.shape, *call.k.shape, call.v.shape[3], call.asked)
@@ -84,19 +84,36 @@ class ContextLowering:
         names = [name for name in lowerings.names() if not name.startswith("context:")]
         local = replace(call.spec, needs_grad=())
         mine = names.index(lowerings.choose("auto", local, call.q.device.type).name)
-        every = [tuple(x.tolist()) for x in self.ring.each(torch.tensor([*part, mine], device=call.q.device))]
-        if len({x[:-1] for x in every}) > 1:
+        told = torch.tensor([*part, mine, _fingerprint(call)], device=call.q.device)
+        every = [tuple(x.tolist()) for x in self.ring.each(told)]
+        if len({x[:-2] for x in every}) > 1:
             raise ContextParallelError(
                 "the ranks of context_parallel have parts of different sizes, expected the same on all: (q, k, Dv, "
-                f"topk) are {', '.join(f'{x[:-1]} on rank {rank}' for rank, x in enumerate(every))}; pad the sequence"
+                f"topk) are {', '.join(f'{x[:-2]} on rank {rank}' for rank, x in enumerate(every))}; pad the sequence"
             )
-        if len({x[-1] for x in every}) > 1:
+        if len({x[-2] for x in every}) > 1:
             raise ContextParallelError(
                 "the ranks of context_parallel would compute attention by different lowerings, expected one: "
-                f"{', '.join(f'{names[x[-1]]} on rank {rank}' for rank, x in enumerate(every))}. `kvt doctor` says on "
+                f"{', '.join(f'{names[x[-2]]} on rank {rank}' for rank, x in enumerate(every))}. `kvt doctor` says on "
                 "each machine what it lacks (a compiler, Triton)"
             )
+        if every[0][-1] and len({x[-1] for x in every}) == 1:
+            raise ContextParallelError(
+                f"the {call.keys} keys of this attention are the same on all {self.ring.ranks} ranks of "
+                "context_parallel, expected those of this rank's part of the sequence: each of them would be counted "
+                f"{self.ring.ranks} times. Call attention to what every rank has whole (a text, say) outside of it"
+            )
         self._agreed.add(kind)
+
+
+def _fingerprint(call: AttentionCall) -> int:
+    """A number that other keys hardly have; 0 where nothing can be told: keys that are all alike, that are not finite,
+    or as many as rows, which a trial with the same data on every rank has."""
+    k = call.k.detach()
+    if call.q.shape[2] == call.keys or bool((k == k[:, :, :1]).all()):
+        return 0
+    summed = (k.double() * torch.arange(1, k.numel() + 1, device=k.device).view(k.shape)).sum()
+    return int(summed.view(torch.int64).item()) if summed.isfinite() else 0
 
 
 def gathered_bytes(call: AttentionCall, ranks: int) -> int:
