@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import kvt_compile
 
 WIDTH, HEADS, KEY_HEADS, LAYERS = 32, 4, 2, 2
+TOPKS: tuple[float | None, ...] = (5,) * LAYERS
 OPTIONS: dict[str, Any] = {"topk": 5, "lowering": "aten", "then": "aot_eager"}
 """Without compilers, whose time is not what these tests are about."""
 
@@ -23,7 +24,7 @@ class Attention(nn.Module):
 
     def __init__(self, causal: bool, key_heads: int) -> None:
         super().__init__()
-        self.causal, self.size = causal, WIDTH // HEADS
+        self.causal, self.size, self.topk = causal, WIDTH // HEADS, TOPKS[0]
         self.wq, self.wo = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
         self.wk, self.wv = (nn.Linear(WIDTH, key_heads * self.size, bias=False) for _ in range(2))
 
@@ -32,12 +33,18 @@ class Attention(nn.Module):
         if turn is not None:
             q, k = rotated(q, turn), rotated(k, turn)
         if self.by_hand:
+            topk = 1.0 if self.topk is None else self.topk
             out = kvt_compile.topk_attention(
-                q, k, v, topk=OPTIONS["topk"], is_causal=self.causal, enable_gqa=self.causal, lowering="aten"
+                q, k, v, topk=topk, is_causal=self.causal, enable_gqa=self.causal, lowering="aten"
             )
         else:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=self.causal)
         return self.wo(out.transpose(1, 2).flatten(2))
+
+
+def turns(positions: Tensor) -> Tensor:
+    """`[N, D / 2]`: angles of a rotary embedding."""
+    return positions[:, None] / 10.0 ** (torch.arange(WIDTH // HEADS // 2, device=positions.device) / 4.0)
 
 
 def rotated(x: Tensor, turn: Tensor) -> Tensor:
@@ -77,9 +84,7 @@ class Model(nn.Module):
         self.head = nn.Linear(WIDTH, 4)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        turn = None
-        if self.causal:
-            turn = positions[:, None] / 10.0 ** (torch.arange(WIDTH // HEADS // 2, device=x.device) / 4.0)
+        turn = turns(positions) if self.causal else None
         x = self.embed(x)
         for block in self.blocks:
             x = block(x, turn)
