@@ -35,6 +35,9 @@ SELECTED = [
         ("halo(8, 0) | prefix", 401, torch.bfloat16, "0.125*s", PLAIN.captured),
         ("shifted(3) | prefix", 401, torch.float16, "where(le(j, i), 0.125*s, -oo)", PLAIN.captured),
         ("regions(3, 8) | prefix", 401, torch.bfloat16, "0.125*s", PLAIN.captured),
+        ("keys(20) | window(5) | prefix", 401, torch.bfloat16, "0.125*s", PLAIN.captured),
+        ("heads(2) & (window(9) | prefix)", 30, torch.float32, "0.125*s + c0[h, i, j]",
+         floats("heads", "queries", "keys")),
         ("regions(0.25, 5, heads=all) | prefix", 30, torch.float32, "0.125*s", PLAIN.captured),
     )
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from places import GOLDEN
 from triton_specs import training
 
 from kvt_compile.kernels.op.spec import CapturedSpec, KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.tiles import conditioned
 from kvt_compile.kernels.triton.blocks import Blocks
 from kvt_compile.kernels.triton.candidates import default
 from kvt_compile.kernels.triton.compile import Resources, resources
@@ -61,6 +62,9 @@ SPECS: dict[str, KernelSpec | SoftmaxSpec] = {
     "rows": SoftmaxSpec("float32", "float32"),
     "bfloat16 64, lists": KernelSpec("bfloat16", "bfloat16", 64, 64, score="0.125*s", select="window(13) | prefix"),
     "bfloat16 64, bias and lists": dataclasses.replace(learned_bias("bfloat16", 64), select="window(13) | prefix"),
+    "bfloat16 64, chosen": conditioned(KernelSpec(
+        "bfloat16", "bfloat16", 64, 64, score="0.125*s", select="heads(0.5) & keys(64) | window(13) | prefix"
+    )),
     "float32 64, lists": KernelSpec("float32", "float32", 64, 64, score="0.125*s", select="window(13) | prefix"),
 }  # fmt: skip
 SIZES = ((197, 197), (1024, 1024), (1, 4096))

@@ -9,6 +9,7 @@ from pathlib import Path
 from places import GOLDEN, TESTS
 
 from kvt_compile.kernels.op.spec import CapturedSpec, KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.tiles import conditioned
 from kvt_compile.kernels.triton.generate import module_source
 
 SOURCES = GOLDEN / "triton"
@@ -37,6 +38,8 @@ GATED = KernelSpec("float32", "float32", 48, 24, score="s*c0[h]", weight="p*c1[h
 WINDOW = KernelSpec("bfloat16", "bfloat16", 64, 64, score="0.125*s", select="window(13) | prefix")
 REGIONS = KernelSpec("float32", "float32", 32, 32, score="0.1767766952966369*s", weight="p*(1.0 + p)",
                      select="regions(0.25, 8) | prefix")  # fmt: skip
+CHOSEN = conditioned(KernelSpec("bfloat16", "bfloat16", 32, 32, score="0.1767766952966369*s",
+                                select="heads(0.5) & keys(64) | window(13) | prefix"))  # fmt: skip
 DOUBLE = KernelSpec("float64", "float64", 16, 16, score="0.25*s")
 
 SPECS: dict[str, KernelSpec | SoftmaxSpec] = {
@@ -58,6 +61,8 @@ SPECS: dict[str, KernelSpec | SoftmaxSpec] = {
     "window_backward": training(WINDOW),
     "regions": REGIONS,
     "regions_backward": training(REGIONS),
+    "chosen": CHOSEN,
+    "chosen_backward": training(CHOSEN),
     "rows": SoftmaxSpec("bfloat16", "float32"),
 }
 

@@ -8,11 +8,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvt_compile.kernels.language.evaluate import compile_text, tile
+from kvt_compile.kernels.language.grid import Environment, Grid
 from kvt_compile.kernels.op.selection import Selection, selection_of
 from kvt_compile.kernels.tiles import TileLists, Walk, Walks, tile_lists
+from kvt_compile.kernels.tiles.conditions import Tables, condition
 from kvt_compile.kernels.tiles.order import patch_sizes
 
 HEADS = 4
+BY_TABLES = [
+    ("keys(6)", (5, 7), 2),
+    ("keys(6) | prefix", (5, 7), 2),
+    ("keys(0.2, by=mean_query) & (window(3) | prefix)", (5, 7), 2),
+    ("heads(1)", (50,), 0),
+    ("heads(2) | window((3, 4), dilation=(1, 2)) | prefix", (5, 7), 2),
+    ("heads(3) & (keys(7) | halo(2, 1) | prefix)", (11, 10), 1),
+    ("regions(2, (2, 3)) | window(3) | sinks(4)", (5, 7), 2),
+    ("regions(0.1, 4, heads=all) & shifted(3) | prefix", (5, 7), 2),
+]
+"""What tensors choose: lists name all of it, and the condition of the score says which pairs."""
 CASES = [
     ("window(3) | prefix", (5, 7), 2),
     ("window((3, 4), dilation=(1, 2), stride=(2, 1)) | sinks(4)", (5, 7), 2),
@@ -37,8 +51,9 @@ def listed(lists: TileLists, keys: int) -> Tensor:
     found = torch.zeros(2, HEADS, keys, keys, dtype=torch.bool)
     for b in range(2):
         for h in range(HEADS):
-            for x, count in enumerate(lists.count.tolist()):
+            for x, count in enumerate((lists.count[b, h] if lists.own_lanes else lists.count).tolist()):
                 number = b * lists.per_batch + h * lists.per_head + x
+                query = lists.query[b, h, x] if lists.own_lanes else lists.query[x]
                 some: list[int] = []
                 for block in lists.block[lists.list_start[number] : lists.list_start[number + 1]].tolist():
                     for first, many, bits in lists.run[
@@ -48,7 +63,7 @@ def listed(lists: TileLists, keys: int) -> Tensor:
                         for y in range(many):
                             lanes = -1 if bits < 0 else int(lists.bits[bits + y])
                             kept = [lane for lane in range(count) if lanes >> lane & 1]
-                            found[b, h, lists.query[x, kept].long(), first + y] = True
+                            found[b, h, query[kept].long(), first + y] = True
                 assert len(some) == len(set(some)) <= lists.longest, "a key is listed twice, or too many are"
     return found
 
@@ -67,22 +82,56 @@ def made(text: str, grid: tuple[int, ...], prefix: int, lanes: int) -> tuple[Sel
 def test_lists_say_what_the_selection_allows(text: str, grid: tuple[int, ...], prefix: int, lanes: int) -> None:
     selection, q, k, lists = made(text, grid, prefix, lanes)
     tokens = q.shape[2]
-    at = torch.meshgrid(*map(torch.arange, (2, HEADS, tokens, tokens)), indexing="ij")
-    expected = selection.map(HEADS, at, selection.tables(q, k))
-    assert expected is not None
-    assert torch.equal(listed(lists, tokens), expected.expand(2, HEADS, tokens, tokens))
+    assert torch.equal(listed(lists, tokens), expected_of(selection, q, k))
     queries = [q for tile, count in zip(lists.query.tolist(), lists.count.tolist(), strict=True) for q in tile[:count]]
     assert sorted(queries) == list(range(tokens))
+
+
+def expected_of(selection: Selection, q: Tensor, k: Tensor) -> Tensor:
+    tokens = q.shape[2]
+    at = torch.meshgrid(*map(torch.arange, (2, HEADS, tokens, tokens)), indexing="ij")
+    found = selection.map(HEADS, at, selection.tables(q, k))
+    assert found is not None
+    return found.expand(2, HEADS, tokens, tokens)
+
+
+@pytest.mark.parametrize("lanes", [4, 32])
+@pytest.mark.parametrize(("text", "grid", "prefix"), BY_TABLES, ids=[text for text, *_ in BY_TABLES])
+def test_lists_name_all_that_tensors_choose(text: str, grid: tuple[int, ...], prefix: int, lanes: int) -> None:
+    selection, q, k, lists = made(text, grid, prefix, lanes)
+    assert not (expected_of(selection, q, k) & ~listed(lists, q.shape[2])).any()
+    rows = zip(lists.query.flatten(0, -2).tolist(), lists.count.flatten().tolist(), strict=True)
+    queries = sorted(x for tile, count in rows for x in tile[:count])
+    assert queries == sorted([*range(q.shape[2])] * (2 * HEADS if lists.own_lanes else 1))
+
+
+@pytest.mark.parametrize(("text", "grid", "prefix"), BY_TABLES, ids=[text for text, *_ in BY_TABLES])
+def test_the_condition_of_a_score_says_what_the_selection_allows(text: str, grid: tuple[int, ...], prefix: int) -> None:
+    selection, q, k, _ = made(text, grid, prefix, 32)
+    tables, tokens = Tables(selection, q, k), q.shape[2]
+    assert selection.allowed is not None
+    holds, needed = condition(selection.allowed)
+    found = tables.in_order()
+    assert [(str(x.dtype), x.dim()) for x in found] == [(f"torch.{x.dtype}", x.ndim) for x in needed]
+    grid_of = Grid(range(2), range(HEADS), range(tokens), range(tokens), torch.device("cpu"), torch.float32)
+    scores = tile(
+        compile_text(f"where({holds.format(*(f'c{n}' for n in range(len(found))))}, s, -oo)"),
+        Environment(grid_of, found, (), s=torch.zeros(2, HEADS, tokens, tokens)),
+    )
+    assert torch.equal(scores == 0, expected_of(selection, q, k))
 
 
 def walked(walk: Walk, tokens: int, turned: bool) -> Tensor:
     """The same of what a GPU's kernels walk."""
     found = torch.zeros(2, HEADS, tokens, tokens, dtype=torch.bool)
-    lanes, start = walk.lane.tolist(), walk.start.tolist()
-    every = walk.token if walk.block is None else walk.token[walk.block.long()].flatten()
+    start = walk.start.tolist()
+    every = walk.token if walk.block is None else walk.token.reshape(-1, walk.width)[walk.block.long()].flatten()
     for b in range(2):
         for h in range(HEADS):
-            for x, lane in enumerate(lanes):
+            head = (b * 2 + h // 2) if turned else b * HEADS + h  # of the lanes, where heads have their own
+            at = torch.arange(walk.tiles) * walk.lane.shape[-1] + head * walk.head_lanes
+            lanes = walk.lane.flatten()[at[:, None] + torch.arange(walk.lane.shape[-1])]
+            for x, lane in enumerate(lanes.tolist()):
                 number = int(walk.list_of[x + h * walk.head_tiles]) + (b * HEADS + h) * walk.head_lists
                 places = torch.arange(start[number], start[number + 1])
                 places = places[every[places] < tokens]
@@ -104,11 +153,24 @@ def test_a_gpu_walks_what_the_selection_allows(
     selection, q, k, _ = made(text, grid, prefix, 32)
     tokens = q.shape[2]
     walk = Walks(selection, q, k).of(lanes, turned)
-    at = torch.meshgrid(*map(torch.arange, (2, HEADS, tokens, tokens)), indexing="ij")
-    expected = selection.map(HEADS, at, selection.tables(q, k))
-    assert expected is not None
-    assert torch.equal(walked(walk, tokens, turned), expected.expand(2, HEADS, tokens, tokens))
+    assert torch.equal(walked(walk, tokens, turned), expected_of(selection, q, k))
     assert walk.lane[walk.lane < tokens].sort().values.tolist() == list(range(tokens))
+
+
+@pytest.mark.parametrize("lanes", [4, 64])
+@pytest.mark.parametrize("turned", [False, True], ids=["queries", "keys"])
+@pytest.mark.parametrize(("text", "grid", "prefix"), BY_TABLES, ids=[text for text, *_ in BY_TABLES])
+def test_a_gpu_walks_all_that_tensors_choose(
+    text: str, grid: tuple[int, ...], prefix: int, turned: bool, lanes: int
+) -> None:
+    selection, q, k, _ = made(text, grid, prefix, 32)
+    tokens = q.shape[2]
+    walk = Walks(selection, q, k).of(lanes, turned)
+    assert not (expected_of(selection, q, k) & ~walked(walk, tokens, turned)).any()
+    heads = walk.lane.reshape(-1, walk.tiles * lanes)
+    assert len(heads) == (1 if walk.lane.dim() == 2 else 4 if turned else 2 * HEADS)
+    for lane in heads:
+        assert lane[lane < tokens].sort().values.tolist() == list(range(tokens))
 
 
 @pytest.mark.parametrize("text", ["window(99)", "halo(8, 0)"])
@@ -123,7 +185,7 @@ def test_lists_that_say_the_same_are_one(text: str) -> None:
 
 
 def share(text: str, grid: tuple[int, ...], prefix: int = 0) -> float:
-    *_, q, _, lists = made(text, grid, prefix, 32)
+    _, q, _, lists = made(text, grid, prefix, 32)
     return lists.listed / q.shape[2] ** 2
 
 
@@ -136,6 +198,12 @@ def share(text: str, grid: tuple[int, ...], prefix: int = 0) -> float:
         ("regions(1/8, 8)", (64, 64), 0.126),
         ("window(256, causal=True) | sinks(4)", (4096,), 0.08),
         ("shifted(16)", (4096,), 0.075),
+        ("keys(64)", (4096,), 64 / 4096),
+        ("heads(1)", (4096,), 0.252),
+        ("heads(1) & window(13)", (64, 64), 0.08),
+        ("keys(64) | window(13)", (64, 64), 0.16),  # blocks of 4 x 8 keys, whole
+        ("keys(64) & window(13)", (64, 64), 64 / 4096),
+        ("regions(1/16, 8) | window(13)", (64, 64), 0.2),
     ],
 )
 def test_cost_follows_what_is_kept(text: str, grid: tuple[int, ...], at_most: float) -> None:

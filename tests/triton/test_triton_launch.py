@@ -29,6 +29,7 @@ from triton_specs import GATED, SPECS, SWIN, VIT, VIT32, training
 
 from kvt_compile.integrations.aot import kernels_inside
 from kvt_compile.kernels.op.spec import CapturedSpec, KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.tiles import with_tables
 from kvt_compile.kernels.triton.launch import LARGEST, Launcher
 from kvt_compile.kernels.triton.targets import TARGETS
 
@@ -83,6 +84,7 @@ LISTS = {
     "no bits": "halo(16, 0) | prefix",
     "heads that differ": "shifted(3) | prefix",
     "blocks": "regions(2, 16) | prefix",
+    "chosen by tensors": "heads(2) & keys(5) | window(3) | prefix",
 }
 
 
@@ -90,7 +92,7 @@ LISTS = {
 def test_lists_of_tiles(name: str, gpu: Stub) -> None:
     spec = KernelSpec("bfloat16", "bfloat16", 16, 16, score="0.25*s", select=LISTS[name])
     for version in (spec, training(spec)):
-        run(gpu, call_of(version, 70, 70, heads=4, kv_heads=2, topk=70), DEFAULTS)
+        run(gpu, with_tables(call_of(version, 70, 70, heads=4, kv_heads=2, topk=70)), DEFAULTS)
 
 
 @pytest.mark.parametrize("spec", [VIT, training(GATED)], ids=["forward", "backward"])

@@ -33,6 +33,14 @@ LISTED = [
     SMALL.but(id="regions", select="regions(1, (4, 3)) | prefix"),
     ONE.but(id="ranked in regions", select="regions(0.5, 8, heads=all)", grid=(19,), prefix=0, queries=19, keys=19,
             topk=3),
+    SMALL.but(id="keys", select="keys(5)"),
+    SMALL.but(id="keys that query heads do not share", select="keys(6, by=mean_query) & (window(3) | prefix)",
+              dtype=torch.bfloat16),
+    SMALL.but(id="heads", select="heads(1) & (window(3) | keys(4)) | prefix", batch=2, topk=4),
+    ONE.but(id="regions, and a window", select="regions(1, (2, 3)) | window(3) | prefix",
+            score="0.35*s + c0[h, i, j]", captured=floats("heads", "queries", "keys"), dropout_p=0.3),
+    SMALL.but(id="heads that differ, regions of all", select="regions(0.3, 4, heads=all) & shifted(2) | sinks(1)",
+              kv_heads=2, grid=(18,), prefix=0, queries=18, keys=18, dtype=torch.float64),
     ONE.but(id="no row keeps a key", select="sinks(2) & window(2)", grid=(9,), prefix=0, queries=9, keys=9),
     ONE.but(id="other keys than queries", select="sinks(5)", queries=7, grid=None, prefix=0),
 ]  # fmt: skip
@@ -87,7 +95,10 @@ def test_a_score_of_nan_and_an_infinite_one_make_their_rows_nan_and_no_others(in
         ("regions(2, 3) | prefix", None),
         ("(window(3) | prefix) & mass(0.5)", "mass"),
         ("topk(1.0, ties=lowest)", "ties=lowest"),
-        ("regions(2, 3) | window(3) | prefix", "regions joined with anything but prefix"),
+        ("regions(2, 3) | window(3) | prefix", None),
+        ("keys(8)", None),
+        ("heads(0.5) & window(3)", None),
+        (" | ".join(f"window({n}) & keys({n})" for n in range(2, 32)), "tokens, expected at most"),
     ],
 )
 def test_a_gpu_runs_it_or_says_why_not(select: str, reason: str | None) -> None:

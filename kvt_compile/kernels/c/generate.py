@@ -22,6 +22,7 @@ from kvt_compile.kernels.language import score as language
 from kvt_compile.kernels.language.expressions import NotGenerated
 from kvt_compile.kernels.op.captured import unclamped
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec, dtype_name
+from kvt_compile.kernels.tiles import check_conditioned
 
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("kvt_compile.kernels.c"),
@@ -55,6 +56,7 @@ def source_inside(spec: KernelSpec, name: str) -> str:
 
 
 def _attention(spec: KernelSpec, name: str = "") -> str:
+    check_conditioned(spec)
     scalar = ScalarPrinter(spec)
     score = Builder(scalar, language.s).build([spec.score_expression])
     weight = Builder(scalar, language.p).build([spec.weight_expression]) if spec.weight != "p" else None

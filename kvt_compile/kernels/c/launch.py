@@ -29,7 +29,7 @@ from kvt_compile.kernels.op.lowerings import Gradients
 from kvt_compile.kernels.op.ready import Runner
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.remember import remembered
-from kvt_compile.kernels.tiles import TileLists, shared_lists, shares_keys, tile_lists
+from kvt_compile.kernels.tiles import TileLists, tables_of, tile_lists
 
 Arguments = dict[str, int | float]
 Plan = dict[str, int]
@@ -206,8 +206,7 @@ def _lists(call: AttentionCall, settings: Settings) -> TileLists | None:
     """Which keys each tile computes; None: all."""
     if call.selection is None or call.selection.allowed is None:
         return None
-    make = shared_lists if shares_keys(call.spec.select) else tile_lists
-    return make(call.selection, call.q, call.k, kernel(call.spec, settings).lanes)
+    return tile_lists(call.selection, call.q, call.k, kernel(call.spec, settings).lanes, tables_of(call))
 
 
 def _arguments(call: AttentionCall, lists: TileLists | None) -> Arguments:
@@ -216,7 +215,8 @@ def _arguments(call: AttentionCall, lists: TileLists | None) -> Arguments:
     arguments["threads"] = torch.get_num_threads()
     if lists is not None:
         arguments |= {name: getattr(lists, field).data_ptr() for name, field in _LISTED.items()}
-        arguments |= {"tiles": len(lists.count), "longest": lists.longest}
+        arguments |= {"tiles": lists.tiles, "longest": lists.longest}
+        arguments |= {"own_tiles": lists.tiles if lists.own_lanes else 0}
         arguments |= {"per_batch": lists.per_batch, "per_head": lists.per_head}
     if call.seed is not None:
         arguments["seed"] = int(call.seed.item())

@@ -34,6 +34,7 @@ LISTED_FIELDS = (
     ("const int64_t *", "run"),
     ("const uint32_t *", "bits"),
     ("int64_t", "tiles"),
+    ("int64_t", "own_tiles"),
     ("int64_t", "per_batch"),
     ("int64_t", "per_head"),
     ("int64_t", "longest"),

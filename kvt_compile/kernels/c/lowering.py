@@ -16,10 +16,11 @@ from kvt_compile.kernels.c.scalar import ELEMENTS
 from kvt_compile.kernels.c.settings import Settings, from_environment
 from kvt_compile.kernels.c.toolchain import BuildError, find_compiler
 from kvt_compile.kernels.language.expressions import NotGenerated
+from kvt_compile.kernels.language.limits import ScoreSyntaxError
 from kvt_compile.kernels.op.call import AttentionCall
 from kvt_compile.kernels.op.lowerings import Gradients, Lowering
 from kvt_compile.kernels.op.ready import Runner
-from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec, SpecError
 from kvt_compile.kernels.plain import aten
 from kvt_compile.kernels.source import Source
 from kvt_compile.kernels.warn import warn_once
@@ -52,9 +53,9 @@ class CLowering:
         return refusal(spec if isinstance(spec, SoftmaxSpec) else dataclasses.replace(spec, needs_grad=()))
 
     def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-        if not self.built(call.spec):
+        if not self.built(tiles.conditioned(call.spec)):
             return self.fallback.forward(call)
-        return launch.forward(call, self.settings)
+        return launch.forward(tiles.with_tables(call), self.settings)
 
     def runner(self, call: AttentionCall) -> Runner | None:
         return launch.runner(call, self.settings) if self.built(call.spec) else None
@@ -62,9 +63,10 @@ class CLowering:
     def backward(
         self, call: AttentionCall, grad_out: Tensor, out: Tensor, logsumexp: Tensor, threshold: Tensor
     ) -> Gradients:
-        if not self.built(call.spec):
+        if not self.built(tiles.conditioned(call.spec)):
             return self.fallback.backward(call, grad_out, out, logsumexp, threshold)
-        return launch.backward(call, self.settings, grad_out, logsumexp, threshold)
+        dq, dk, dv, dcaptured = launch.backward(tiles.with_tables(call), self.settings, grad_out, logsumexp, threshold)
+        return dq, dk, dv, dcaptured[: len(call.captured)]
 
     def softmax(self, scores: Tensor, dim: int, topk: int, dtype: torch.dtype, tolerance: float = 0.0) -> Tensor:
         spec = SoftmaxSpec.of(scores.dtype, dtype)
@@ -79,7 +81,7 @@ class CLowering:
         return rows.softmax_backward(spec, self.settings, grad, weights, dim, input_dtype)
 
     def source(self, spec: KernelSpec | SoftmaxSpec) -> Source:
-        return Source("c", source(spec))
+        return Source("c", source(spec if isinstance(spec, SoftmaxSpec) else tiles.conditioned(spec)))
 
     def built(self, spec: KernelSpec | SoftmaxSpec) -> bool:
         """Whether the kernel is there; when it cannot be built, says so once and lets the fallback run."""
@@ -111,7 +113,7 @@ def refusal(spec: KernelSpec | SoftmaxSpec) -> str | None:
     if isinstance(spec, SoftmaxSpec):
         missing = [x for x in (spec.dtype, spec.out_dtype) if x not in rows.DTYPES]
         return f"softmax of {', '.join(missing)} is not generated" if missing else None
-    if spec.select and not tiles.shares_keys(spec.select) and (reason := tiles.refusal(spec.select)):
+    if spec.select and (reason := tiles.refusal(spec.select)):
         return reason
     if spec.value_dtype == "float64" != spec.dtype:
         return f"float64 values with {spec.dtype} queries are not generated"
@@ -121,8 +123,8 @@ def refusal(spec: KernelSpec | SoftmaxSpec) -> str | None:
     if missing:
         return f"captured tensors of {', '.join(missing)} are not generated"
     try:
-        source(spec)
-    except NotGenerated as error:
+        source(tiles.conditioned(spec))
+    except (NotGenerated, SpecError, ScoreSyntaxError) as error:
         return str(error)
     return None
 

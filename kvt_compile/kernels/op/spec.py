@@ -82,6 +82,9 @@ class KernelSpec:
     dropout: bool = False
     select: str = ""
     """Which keys may be kept and how they are ranked, text of `kvt_compile.select`; empty: the best of all."""
+    tables: int = 0
+    """How many of the captured tensors, the last ones, say what the selection chose, in a condition that the score
+    holds besides: of a spec that a lowering made of a node's (`kernels/tiles/conditions.py`)."""
 
     def __post_init__(self) -> None:
         for role, dtype in (("q and k", self.dtype), ("v", self.value_dtype)):

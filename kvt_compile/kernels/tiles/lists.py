@@ -6,8 +6,9 @@
     bits                                 ->   for each key of a run that not every lane may keep: one bit a lane
 
 Geometry decides once for each shape, with one block a list.  `regions` makes the lists anew in each call, of blocks
-that are regions.  Memory is O(queries * kept keys / lanes) for the parts of runs that only some queries of a tile may
-keep, and a few words a run for the others.
+that are regions; where tensors choose in another way blocks are tiles of keys, and which pairs of a listed block are
+kept is a condition of the score (`conditions`).  Memory is O(queries * kept keys / lanes) for the parts of runs that
+only some queries of a tile may keep, and a few words a run for the others.
 """
 
 from __future__ import annotations
@@ -20,14 +21,18 @@ import torch
 from torch import Tensor
 
 from kvt_compile.kernels.op.selection import Selection
+from kvt_compile.kernels.tiles.conditions import Tables, routed
 from kvt_compile.kernels.tiles.keys import candidates
 from kvt_compile.kernels.tiles.order import query_tiles
+from kvt_compile.kernels.tiles.touched import queries_and_keys, touched
 from kvt_compile.select.content import chosen
 from kvt_compile.select.geometry import Geometry
 from kvt_compile.select.maps import Places, allowed, region, region_counts
 from kvt_compile.select.text import parse
-from kvt_compile.select.values import Either, Heads, Keys, Mass, Prefix, Regions, Selector, Shifted, TopK, leaves, split
+from kvt_compile.select.values import BY_CONTENT, Mass, Regions, Selector, Shifted, TopK, leaves, split
 
+BLOCK = 32
+"""Keys of a block where tensors choose."""
 MOST = 2**31 - 1
 """Queries and keys are counted in 32 bits."""
 
@@ -37,9 +42,10 @@ class TileLists:
     """Arrays on the CPU; see the head of the file."""
 
     query: Tensor
-    """int32 `[tiles, lanes]`: the query of each lane; lanes past a tile's last query repeat it."""
+    """int32 `[tiles, lanes]`, or where heads have their own `[B, Hq, tiles, lanes]`: the query of each lane; lanes past
+    a tile's last query repeat it."""
     count: Tensor
-    """int32 `[tiles]`: how many lanes are queries."""
+    """int32 `[tiles]` or `[B, Hq, tiles]`: how many lanes are queries."""
     list_start: Tensor
     """int64 `[lists + 1]`"""
     block: Tensor
@@ -56,24 +62,27 @@ class TileLists:
     """Keys of the longest list."""
     listed: int
     """Keys of all lists, times the queries of their tiles, of one batch item and head on average."""
+    own_lanes: bool = False
+    """Whether heads have lanes of their own."""
+
+    @property
+    def tiles(self) -> int:
+        return self.count.shape[-1]
 
 
 def refusal(select: str) -> str | None:
     """None, or why there are no lists for a selection, as a clause."""
-    allowed, rank = split(parse(select))
-    if allowed is not None and any(isinstance(y, Keys | Heads) for y in leaves(allowed)):
-        return f"what q and k choose besides regions is not listed: {allowed}"
+    _, rank = split(parse(select))
     if isinstance(rank, Mass):
-        return "mass(...) is not generated"
+        return "mass(...) is not generated: which keys it keeps would hang on the order in which a kernel adds up"
     if isinstance(rank, TopK) and rank.ties != "all":
-        return f"ties={rank.ties} is not generated"
-    if allowed is not None and by_content(allowed) and routed(allowed) is None:
-        return f"regions joined with anything but prefix is not generated: {allowed}"
+        return f"ties={rank.ties} is not generated: a threshold, which is what a backward is given, does not say it"
     return None
 
 
-def tile_lists(selection: Selection, q: Tensor, k: Tensor, lanes: int) -> TileLists:
-    """The lists of one call for tiles of `lanes` queries: q `[B, Hq, Nq, D]`, k `[B, Hk, Nk, D]`, on the CPU."""
+def tile_lists(selection: Selection, q: Tensor, k: Tensor, lanes: int, tables: Sequence[Tensor] = ()) -> TileLists:
+    """The lists of one call for tiles of `lanes` queries: q `[B, Hq, Nq, D]`, k `[B, Hk, Nk, D]`, on the CPU; tables:
+    `conditions.tables_of`, where they are known."""
     assert selection.allowed is not None
     sizes = q.shape[1], q.shape[2], k.shape[2]
     if max(sizes) > MOST:
@@ -81,18 +90,14 @@ def tile_lists(selection: Selection, q: Tensor, k: Tensor, lanes: int) -> TileLi
     with torch.device("cpu"):  # whatever the default device is: a kernel takes pointers into these
         if not by_content(selection.allowed):
             return _of_geometry(selection.allowed, selection.geometry, *sizes, lanes)
+        if routed(selection.allowed) is None:
+            return _of_tables(Tables(selection, q, k, tables), lanes)
         return _of_regions(selection.allowed, selection.geometry, q, k, lanes)
 
 
 def by_content(x: Selector) -> bool:
-    return any(isinstance(y, Regions) for y in leaves(x))
-
-
-def routed(x: Selector) -> Regions | None:
-    """The regions of `regions(...)` or `regions(...) | prefix`."""
-    parts = x.parts if isinstance(x, Either) else (x,)
-    routes = [y for y in parts if isinstance(y, Regions)]
-    return routes[0] if len(routes) == 1 and all(y == Prefix() for y in parts if y is not routes[0]) else None
+    """Whether q and k choose."""
+    return any(isinstance(y, BY_CONTENT) for y in leaves(x))
 
 
 @lru_cache(maxsize=64)
@@ -133,6 +138,46 @@ def _of_regions(x: Selector, geometry: Geometry, q: Tensor, k: Tensor, lanes: in
         listed=int(static.count[:wide].sum()) * k.shape[2]
         + int(static.count[wide:].sum()) * (regions * on_grid // static.regions + geometry.prefix),
     )  # fmt: skip
+
+
+def _of_tables(tables: Tables, lanes: int) -> TileLists:
+    """A tile's list: the blocks of keys that it may touch."""
+    queries, keys = queries_and_keys(tables, lanes, BLOCK)
+    batch, heads = tables.batch, tables.heads
+    hit = touched(tables, queries, keys).expand(batch, heads, queries.count, keys.count)
+    order = (queries.tokens == queries.none).to(torch.int8).sort(dim=-1, stable=True).indices
+    query = queries.tokens.gather(-1, order)  # holes last
+    count = (query != queries.none).sum(-1)
+    last = query.gather(-1, (count - 1).clamp(min=0).unsqueeze(-1)).clamp(max=max(queries.none - 1, 0))
+    query = torch.where(query == queries.none, last, query)
+    block_start, run, lengths = _runs_of(keys.tokens.reshape(-1, BLOCK), keys.none)
+    number = torch.arange(keys.count)
+    if keys.own:
+        number = number + torch.arange(batch * heads).view(batch, heads, 1, 1) * keys.count
+    hit = hit & (count > 0).unsqueeze(-1)
+    block = number.expand(hit.shape)[hit]
+    length = (hit * lengths[number]).sum(-1)
+    list_start = torch.cat([torch.zeros(1, dtype=torch.int64), hit.sum(-1).flatten().cumsum(0)])
+    return TileLists(
+        query.int().contiguous(), count.int().contiguous(), list_start, block.int(), block_start, run,
+        torch.empty(0, dtype=torch.int32), per_batch=heads * queries.count, per_head=queries.count,
+        longest=max(1, int(length.max())), listed=int((length * count).sum()) // max(batch * heads, 1),
+        own_lanes=queries.own,
+    )  # fmt: skip
+
+
+def _runs_of(tokens: Tensor, none: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Blocks of keys `[blocks, width]` with holes -> block_start, run, and how many keys each block has."""
+    real = tokens != none
+    number = torch.arange(len(tokens))[:, None].expand_as(tokens)[real]
+    key, lengths = tokens[real], real.sum(-1)
+    new = torch.ones_like(key, dtype=torch.bool)
+    new[1:] = (key[1:] != key[:-1] + 1) | (number[1:] != number[:-1])
+    start = new.nonzero().squeeze(-1)
+    count = torch.diff(start, append=torch.tensor([len(key)]))
+    runs = torch.bincount(number[start], minlength=len(tokens))
+    block_start = torch.cat([torch.zeros(1, dtype=torch.int64), runs.cumsum(0)])
+    return block_start, torch.stack([key[start], count, torch.full_like(start, -1)], -1), lengths
 
 
 @dataclass(frozen=True, eq=False)

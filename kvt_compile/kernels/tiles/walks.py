@@ -9,24 +9,29 @@ and turned round, tiles of keys with lists of queries, for dK and dV.  Of `regio
 blocks of `width` tokens, the last ones of a smaller region none.
 
 Geometry decides once for each shape; lists that say the same are one.  Of `regions` the blocks of each list are put
-together in each call, by operators that read nothing back.  Memory is O(tokens * kept / lanes).
+together in each call, by operators that read nothing back; where tensors choose in another way blocks are tiles of
+tokens, and which pairs of a listed block are kept is a condition of the score (`conditions`).  Memory is
+O(tokens * kept / lanes), and there a number for each pair of tiles.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvt_compile.kernels.op.selection import Selection
-from kvt_compile.kernels.tiles.lists import MOST, block_of, by_content, region_tiles, routed, some_of
+from kvt_compile.kernels.tiles.conditions import Tables, routed
+from kvt_compile.kernels.tiles.lists import MOST, block_of, by_content, region_tiles, some_of
 from kvt_compile.kernels.tiles.order import key_tiles, query_tiles
+from kvt_compile.kernels.tiles.placed import placed, stays
+from kvt_compile.kernels.tiles.touched import queries_and_keys, touched
 from kvt_compile.select.content import chosen
 from kvt_compile.select.geometry import Geometry
 from kvt_compile.select.maps import Places, allowed, region, region_counts
@@ -41,19 +46,22 @@ class Walk:
     """Arrays on the device; see the head of the file."""
 
     lane: Tensor
-    """int32 `[tiles, lanes]`: the token of each lane; past a tile's last one the number of tokens, which is none."""
+    """int32 `[tiles, lanes]`, or where heads have their own `[B, heads, tiles, lanes]`: the token of each lane; past a
+    tile's last one the number of tokens, which is none."""
     list_of: Tensor
     """int32 `[tiles]`, or where heads differ `[heads * tiles]`"""
     start: Tensor
-    """int32 `[lists + 1]`"""
+    """int32: list n is the places start[n] .. start[n + 1] - 1."""
     token: Tensor
     """int32 `[places]`, or of regions `[blocks, width]`: the key (turned: the query); past the last, how many there
     are."""
     may: Tensor | None
     """int64 `[places]`; None: every lane may keep every token of its list."""
     block: Tensor | None
-    """int32: of regions, place p is token p % width of block[p // width]."""
+    """int32: where tensors choose, place p is token p % width of block[p // width]."""
     width: int
+    head_lanes: int
+    """From the lanes of one head to those of the next; 0: all heads have the same.  Turned: of one key head."""
     head_tiles: int
     head_lists: int
     longest: int
@@ -63,16 +71,19 @@ class Walk:
 
     @property
     def tiles(self) -> int:
-        return self.lane.shape[0]
+        return self.lane.shape[-2]
 
 
 class Walks:
-    """What the kernels of one call walk: q `[B, Hq, Nq, D]`, k `[B, Hk, Nk, D]`."""
+    """What the kernels of one call walk: q `[B, Hq, Nq, D]`, k `[B, Hk, Nk, D]`; tables: `conditions.tables_of`, where
+    they are known."""
 
-    def __init__(self, selection: Selection, q: Tensor, k: Tensor) -> None:
+    def __init__(self, selection: Selection, q: Tensor, k: Tensor, tables: Sequence[Tensor] = ()) -> None:
         assert selection.allowed is not None
         self.allowed, self.geometry = selection.allowed, selection.geometry
         self.q, self.k = q, k
+        chosen = by_content(self.allowed) and routed(self.allowed) is None
+        self._tables = Tables(selection, q, k, tables) if chosen else None
         self._known: dict[tuple[int, bool], Walk] = {}
 
     def of(self, lanes: int, turned: bool = False) -> Walk:
@@ -82,12 +93,13 @@ class Walks:
         return self._known[lanes, turned]
 
     def _made(self, lanes: int, turned: bool) -> Walk:
+        if self._tables is not None:
+            return _of_tables(self._tables, lanes, turned)
         if by_content(self.allowed):
             return _of_regions(self.allowed, self.geometry, self._best, self.k.shape[2], lanes, turned)
         sizes = self.q.shape[1], self.q.shape[2], self.k.shape[2]
         found = _of_geometry(self.allowed, self.geometry, *sizes, lanes, turned, self.q.device)
-        if self.q.is_cuda and torch.cuda.is_current_stream_capturing():
-            _captured[id(found)] = found
+        stays(found, self.q.device)
         return found
 
     @cached_property
@@ -99,30 +111,17 @@ class Walks:
         return best.repeat_interleave(self.q.shape[1] // best.shape[1], 1)
 
 
-_captured: dict[int, Walk] = {}
-"""What CUDA graphs read: they know addresses, so these stay."""
-
-
 def _moved(make: Callable[[], Walk], device: torch.device) -> Walk:
-    """Made on the CPU, whatever the default device is, and moved: by a thread of its own, as what stays must not lie in
-    the memory that this thread may be allocating a CUDA graph's tensors from."""
-    found: list[Walk] = []
-    failed: list[BaseException] = []
+    """Its tensors on a device (`placed`)."""
+    made: list[Walk] = []
 
-    def work() -> None:
-        try:
-            x = make()
-            tensors = {name: y.to(device) for name, y in vars(x).items() if isinstance(y, Tensor)}
-            found.append(Walk(**(vars(x) | tensors)))
-        except BaseException as error:
-            failed.append(error)
+    def tensors() -> tuple[Tensor, ...]:
+        made.append(make())
+        return tuple(y for y in vars(made[0]).values() if isinstance(y, Tensor))
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
-    return found[0]
+    found = iter(placed(tensors, device))
+    moved: dict[str, Any] = {name: next(found) if isinstance(y, Tensor) else y for name, y in vars(made[0]).items()}
+    return Walk(**moved)
 
 
 # ---- by geometry -----------------------------------------------------------------------------------------------------
@@ -163,7 +162,7 @@ def _made(x: Selector, geometry: Geometry, heads: int, queries: int, keys: int, 
     return Walk(
         _lanes(tiles, lanes, keys if turned else queries), torch.tensor(every, dtype=torch.int32), _starts(lengths),
         torch.cat([tokens for tokens, _ in lists]), None if bool((may == -1).all()) else may, None, 1,
-        head_tiles=len(tiles) if differ else 0, head_lists=0, longest=int(lengths.max()),
+        head_lanes=0, head_tiles=len(tiles) if differ else 0, head_lists=0, longest=int(lengths.max()),
         listed=listed // len(kinds),
     )  # fmt: skip
 
@@ -205,8 +204,7 @@ def _of_regions(x: Selector, geometry: Geometry, best: Tensor, tokens: int, lane
     route = routed(x)
     assert route is not None
     static = _region_walk(x, route, geometry, tokens, lanes, best.device)
-    if best.is_cuda and torch.cuda.is_current_stream_capturing():
-        _captured[id(static)] = static
+    stays(static, best.device)
     (*outer, regions, kept), blocks = best.shape, static.token.shape[0]
     every = torch.arange(blocks, device=best.device)
     before = blocks - regions
@@ -253,5 +251,34 @@ def _region_tiles(x: Selector, route: Regions, geometry: Geometry, tokens: int, 
     return Walk(
         _lanes(tiles, lanes, tokens), torch.tensor(list_of, dtype=torch.int32), none,
         _lanes([part for part in sets if len(part)], width, tokens), None, None, width,
-        head_tiles=0, head_lists=regions + 1, longest=tokens, listed=geometry.prefix * (2 * tokens - geometry.prefix),
+        head_lanes=0, head_tiles=0, head_lists=regions + 1, longest=tokens,
+        listed=geometry.prefix * (2 * tokens - geometry.prefix),
+    )  # fmt: skip
+
+
+# ---- by tables -------------------------------------------------------------------------------------------------------
+
+
+def _of_tables(tables: Tables, lanes: int, turned: bool) -> Walk:
+    """A tile's list: the blocks of LANES tokens that it may touch, in a row as long as there are blocks; which pairs
+    are kept the condition in the score says."""
+    queries, keys = queries_and_keys(tables, *((LANES, lanes) if turned else (lanes, LANES)), turned)
+    tile, of = (keys, queries) if turned else (queries, keys)
+    hit = touched(tables, queries, keys)
+    hit = (hit.transpose(-1, -2) if turned else hit).expand(tables.batch, tables.heads, tile.count, of.count)
+    order = hit.to(torch.int8).sort(dim=-1, descending=True, stable=True)
+    heads = torch.arange(tables.batch * tables.heads, device=hit.device).view(tables.batch, tables.heads, 1, 1)
+    block = order.indices + (heads * of.count if of.own else 0)
+    if block.numel() * LANES > MOST:
+        raise MemoryError(
+            f"{block.numel()} blocks of {LANES} tokens in lists of tiles, at most {MOST} fit: {tables.allowed}"
+        )
+    first = torch.arange(hit[..., 0].numel(), device=hit.device).view(hit.shape[:-1]) * (of.count * LANES)
+    start = torch.stack([first, first + hit.sum(-1) * LANES], -1)
+    tokens = tables.queries if turned else tables.keys
+    return Walk(
+        tile.tokens.int().contiguous(), 2 * torch.arange(tile.count, dtype=torch.int32, device=hit.device),
+        start.int().flatten(), of.tokens.int().contiguous(), None, block.int().flatten(), LANES,
+        head_lanes=tile.count * lanes if tile.own else 0, head_tiles=0, head_lists=2 * tile.count,
+        longest=tokens, listed=tables.queries * tables.keys,
     )  # fmt: skip

@@ -54,6 +54,7 @@ def module_source(spec: KernelSpec | SoftmaxSpec, contracting: bool = False) -> 
 def _attention(spec: KernelSpec, contracting: bool) -> str:
     if spec.select and (reason := tiles.refusal(spec.select)):
         raise NotGenerated(reason)
+    tiles.check_conditioned(spec)
     if contracting and (unsure := unsure_functions(spec.score_expression)):
         raise NotGenerated(
             f"{', '.join(unsure)} of a score, whose library code may round otherwise from place to place,"
@@ -126,7 +127,12 @@ def _listing(spec: KernelSpec, listed: bool, partly: bool) -> dict[str, Any]:
         return values
     places = [x for x in layout.listing_names(spec) if x in layout.PLACES]
     values |= {"row_count": "tiles * ROWS", "key_count": "tiles * COLS"}
-    values |= {"rows_at": "tile_of(lane_ptr, first_row, ROWS)", "keys_at": "tile_of(lane_ptr, first_key, COLS)"}
+    for side, head, first, size in (
+        ("rows", "heads + h", "first_row", "ROWS"),
+        ("keys", "(heads // group) + key_head", "first_key", "COLS"),
+    ):
+        own = f" + (b.to(tl.int64) * {head}) * head_lanes" if spec.tables else ""
+        values[f"{side}_at"] = f"tile_of(lane_ptr{own}, {first}, {size})"
     values |= {"cols_at": "listed(start, places, nk, COLS)", "walked_at": "listed(start, places, nq, ROWS)"}
     values |= {"place_names": ", ".join([*places, "last"]), "unpack_places": f"{', '.join([*places, 'last'])} = places"}
     return values | {"list_names": ", ".join(layout.LISTS)}

@@ -100,7 +100,9 @@ def listing_names(spec: KernelSpec) -> tuple[str, ...]:
     found = listing(spec)
     if found is None:
         return ()
-    return ("lane_ptr", "tiles", *LISTS, "token_ptr", *(("may_ptr",) if found == "tokens" else ("block_ptr", "width")))
+    own = ("head_lanes",) if spec.tables else ()
+    places = ("may_ptr",) if found == "tokens" else ("block_ptr", "width")
+    return ("lane_ptr", *own, "tiles", *LISTS, "token_ptr", *places)
 
 
 def draw_names(spec: KernelSpec) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ def walks(call: AttentionCall) -> tiles.Walks | None:
     if layout.listing(call.spec) is None:
         return None
     assert call.selection is not None
-    return tiles.Walks(call.selection, call.q, call.k)
+    return tiles.Walks(call.selection, call.q, call.k, tiles.tables_of(call))
 
 
 def listed(call: AttentionCall, part: str, blocks: Blocks, every: tiles.Walks) -> Listed:
@@ -37,7 +37,8 @@ def listed(call: AttentionCall, part: str, blocks: Blocks, every: tiles.Walks) -
     turned = part == "backward_kv"
     walk = every.of(blocks.cols if turned else blocks.rows, turned)
     arguments = {
-        "lane_ptr": walk.lane, "tiles": walk.tiles, "list_ptr": walk.list_of, "list_start_ptr": walk.start,
+        "lane_ptr": walk.lane, "head_lanes": walk.head_lanes, "tiles": walk.tiles,
+        "list_ptr": walk.list_of, "list_start_ptr": walk.start,
         "head_tiles": walk.head_tiles, "head_lists": walk.head_lists, "token_ptr": walk.token,
         "may_ptr": walk.may, "block_ptr": walk.block, "width": walk.width,
     }  # fmt: skip

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from kvt_compile.kernels import tiles
+from kvt_compile.kernels.language.limits import ScoreSyntaxError
 from kvt_compile.kernels.op.call import AttentionCall
 from kvt_compile.kernels.op.lowerings import Gradients, Lowering
-from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
+from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec, SpecError
 from kvt_compile.kernels.plain import aten
 from kvt_compile.kernels.source import Source
 from kvt_compile.kernels.triton import rows
@@ -58,7 +59,7 @@ class TritonLowering:
         if too_large(call):
             return self.fallback.forward(call)
         with self.context():
-            return self.launcher.forward(call)
+            return self.launcher.forward(tiles.with_tables(call))
 
     def backward(
         self, call: AttentionCall, grad_out: Tensor, out: Tensor, logsumexp: Tensor, threshold: Tensor
@@ -70,7 +71,8 @@ class TritonLowering:
         apart = any(wanted[3:]) and torch.are_deterministic_algorithms_enabled()
         ours = _needing(call, (*wanted[:3], *(False for _ in wanted[3:]))) if apart else call
         with self.context():
-            dq, dk, dv, dcaptured = self.launcher.backward(ours, grad_out, out, logsumexp, threshold)
+            found = self.launcher.backward(tiles.with_tables(ours), grad_out, out, logsumexp, threshold)
+        dq, dk, dv, dcaptured = found[0], found[1], found[2], found[3][: len(call.captured)]
         if apart:
             theirs = _needing(call, (False, False, False, *wanted[3:]))
             *_, dcaptured = self.fallback.backward(theirs, grad_out, out, logsumexp, threshold)
@@ -90,7 +92,7 @@ class TritonLowering:
             return rows.softmax_backward(self.launcher, spec, grad, weights, dim, input_dtype)
 
     def source(self, spec: KernelSpec | SoftmaxSpec) -> Source:
-        return Source("python", module_source(spec))
+        return Source("python", module_source(spec if isinstance(spec, SoftmaxSpec) else tiles.conditioned(spec)))
 
 
 def too_large(call: AttentionCall) -> bool:
@@ -125,8 +127,8 @@ def refusal(spec: KernelSpec | SoftmaxSpec) -> str | None:
     if missing:
         return f"captured tensors of {', '.join(missing)} are not generated"
     try:
-        module_source(spec)
-    except NotGenerated as error:
+        module_source(tiles.conditioned(spec))
+    except (NotGenerated, SpecError, ScoreSyntaxError) as error:
         return str(error)
     return None
 
