@@ -17,6 +17,7 @@ from kvt_compile.kernels.c.settings import from_environment
 from kvt_compile.kernels.op.spec import KernelSpec
 
 INF, NAN = math.inf, math.nan
+ZEROED = "where(ne(p, p), 0.0, p)"
 
 # 17 values a head, like keys: reading off the kept keys with the identity as values needs no other kernel
 CASE = Case("plain", value_dim=17)
@@ -116,13 +117,29 @@ def test_ties_are_all_kept(dtype: torch.dtype, low: int, high: int) -> None:
 
 @pytest.mark.parametrize("place", ["q", "k", "v"])
 @pytest.mark.parametrize("x", [NAN, INF, -INF], ids=str)
-@pytest.mark.parametrize("topk", [3, 17])
-def test_nan_and_inf_as_in_the_reference(place: str, x: float, topk: int) -> None:
-    case = CASE.but(topk=topk)
+@pytest.mark.parametrize(
+    ("topk", "weight"), [(3, "p"), (17, "p"), (3, ZEROED), (17, ZEROED), (17, "where(gt(p, 0.1), p, 0.0)")]
+)
+def test_nan_and_inf_as_in_the_reference(place: str, x: float, topk: int, weight: str) -> None:
+    case = CASE.but(topk=topk, weight=weight)
     tensors = [y.detach().clone() for y in case.tensors()[:3]]
     tensors["qkv".index(place)][0, 0, 1, 0] = x
     exact, plain = reference(case, tensors), reference(case, tensors, torch.float32)
     assert_close("out", call(case, "c", tensors)[0], exact.out, plain.out)
+
+
+@pytest.mark.parametrize("weight", ["p", ZEROED, f"0.5*{ZEROED}"])
+def test_zeroed_weights_of_a_row_of_nan_keep_the_values_gradients(weight: str) -> None:
+    case = CASE.but(weight=weight)
+    q, k, v = (x.detach() for x in case.tensors()[:3])
+    q[0, 0, 1, 0] = NAN
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    found = torch.autograd.grad(call(case, "c", leaves)[0].sum(), leaves)
+    expected = torch.autograd.grad(call(case, "reference", leaves)[0].sum(), leaves)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, equal_nan=True)
+    assert found[0][0, 0, 1].isnan().all()
+    assert found[2].isnan().any() == (weight == "p")
 
 
 def test_denormals_and_the_last_bit_are_told_apart() -> None:

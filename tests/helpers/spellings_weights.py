@@ -53,13 +53,13 @@ def some_rows() -> Tensor:
     return torch.arange(N)[:, None].eq(2) | (torch.arange(N) > 3)
 
 
-@spelling("fused", weight="p")
+@spelling("fused", weight="where(ne(p, p), 0.0, p)")
 def nan_to_num_after_the_softmax(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Sparsifiner: a row without a key is nothing."""
     return (q @ k.mT).masked_fill(m.b("mask", some_rows), -torch.inf).softmax(-1).nan_to_num(0.0) @ v
 
 
-@spelling("fused", weight="p")
+@spelling("fused", weight="where(ne(p, p), 0.0, p)")
 def nan_filled_after_the_softmax(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = (q @ k.mT).masked_fill(m.b("mask", some_rows), -torch.inf).softmax(-1)
     return weights.masked_fill(weights.isnan(), 0.0) @ v

@@ -124,23 +124,26 @@ def test_ties_are_all_kept(kind: str, low: int, high: int) -> None:
 
 
 @pytest.mark.parametrize("place", ["q", "k", "v"])
-@pytest.mark.parametrize("topk", [3, 19])
-def test_nan_and_inf_as_in_the_reference(place: str, topk: int, resident: Recorder) -> None:
+@pytest.mark.parametrize(("topk", "weight"), [(3, "p"), (19, "p"), (19, "where(ne(p, p), 0.0, p)")])
+def test_nan_and_inf_as_in_the_reference(place: str, topk: int, weight: str, resident: Recorder) -> None:
     for x in (NAN, INF, -INF):
-        case = CASE.but(topk=topk)
+        case = CASE.but(topk=topk, weight=weight)
         tensors = [y.detach().clone() for y in case.tensors()[:3]]
         tensors["qkv".index(place)][0, 0, 1, 0] = x
         exact, plain = reference(case, tensors), reference(case, tensors, torch.float32)
         assert_close("out", call(case, NAME, tensors)[0], exact.out, plain.out)
 
 
-def test_a_row_of_nan_has_gradients_of_nan_and_others_have_not(streaming: Recorder) -> None:
+@pytest.mark.parametrize("weight", ["p", "where(ne(p, p), 0.0, p)", "where(gt(p, 0.1), p, 0.0)"])
+def test_a_row_of_nan_has_gradients_of_nan_and_others_have_not(weight: str, streaming: Recorder) -> None:
+    case = CASE.but(weight=weight)
     q, k, v = (x.detach() for x in CASE.tensors()[:3])
     q[0, 0, 1, 0] = NAN
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    dq = torch.autograd.grad(call(CASE, NAME, leaves)[0].sum(), leaves)[0]
+    dq, _, dv = torch.autograd.grad(call(case, NAME, leaves)[0].sum(), leaves)
     assert dq[0, 0, 1].isnan().all()
     assert dq[0, 0, [0, 2, 3, 4, 5, 6]].isfinite().all()
+    assert dv[0, 0].isnan().all() if weight == "p" else dv.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["resident", "streaming"])

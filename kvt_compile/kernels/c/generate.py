@@ -79,6 +79,7 @@ def _attention(spec: KernelSpec, name: str = "") -> str:
         product_widths=sorted({spec.head_dim, spec.value_dim}),
         score=score,
         weight_program=weight,
+        finishes=spec.dropout or spec.weight_of_numbers != language.p,
         score_back=score_back,
         weight_back=weight_back,
         scatters=(*score_scatter, *weight_scatter),

@@ -14,7 +14,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from kvt_compile.kernels.language import limits
+from kvt_compile.kernels.language import limits, missing
 from kvt_compile.kernels.language import score as language
 from kvt_compile.kernels.language.derivative import reaches
 from kvt_compile.kernels.language.types import TypeMismatchError, Types, of_captured
@@ -160,6 +160,16 @@ class KernelSpec:
     @cached_property
     def weight_expression(self) -> sympy.Expr:
         return language.parse(self.weight)
+
+    @cached_property
+    def weight_of_numbers(self) -> sympy.Expr:
+        """The weight expression where p is a number, which it is in all rows but those that are NaN."""
+        return missing.of_numbers(self.weight_expression) if self.zero_for_nan else self.weight_expression
+
+    @cached_property
+    def zero_for_nan(self) -> bool:
+        """Whether a row whose softmax is NaN has weights of 0, and not NaN."""
+        return missing.zero_for_nan(self.weight_expression)
 
     @cached_property
     def types(self) -> Types:

@@ -93,6 +93,7 @@ def _attention(spec: KernelSpec, contracting: bool) -> str:
         **_constants(*constants),
         "score": printer.program(spec.score_expression),
         "weight": printer.program(spec.weight_expression) if spec.weight != "p" else None,
+        "of_nan": "0.0" if spec.zero_for_nan else 'float("nan")',
         "curved": layout.curved(spec),
         "key_bounds": _bounds(bounds.key_bounds(spec.score_expression), "row", printer),
         "row_bounds": _bounds(bounds.row_bounds(spec.score_expression), "key", printer),

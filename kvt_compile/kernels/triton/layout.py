@@ -92,7 +92,7 @@ def online(spec: KernelSpec) -> bool:
 
 def curved(spec: KernelSpec) -> bool:
     """Whether the weight expression is more than p times something, so that p has to be normalised before it."""
-    return language.p in derivative(spec.weight_expression, language.p).free_symbols
+    return language.p in derivative(spec.weight_of_numbers, language.p).free_symbols
 
 
 def listing_names(spec: KernelSpec) -> tuple[str, ...]:

@@ -92,7 +92,7 @@ def assemble(reading: Reading, facts: Facts) -> Assembled:
     kind = kind_of_attention(space, reading.query, reading.key, reading.value, groups.queries, groups.keys)
     scores = with_factors(reading.scores, factors)
     printed = _Printed(space, groups, reader.leaves, reading.positions, reading.anchor)
-    weights, has_dropout = _without_dropout(_never_nan(reading.weights), reading.anchor)
+    weights, has_dropout = _without_dropout(reading.weights, reading.anchor)
     score, weight = printed.expression(scores), printed.expression(weights)
     _check_weight(weight, reading.anchor)
     operands = Operand(q, q_at, q_dtype), Operand(k, k_at, q_dtype), Operand(v, v_at, v_dtype)
@@ -117,7 +117,7 @@ def with_factors(scores: sympy.Expr, factors: Sequence[Factor]) -> sympy.Expr:
     number = 1.0
     product: sympy.Expr = language.s
     for factor in factors:
-        if isinstance(factor.value, sympy.Float) and (factor.value != 0 or not factor.divides):
+        if isinstance(factor.value, sympy.Float):
             number = number / float(factor.value) if factor.divides else number * float(factor.value)
         else:
             product = (language.div if factor.divides else language.mul)(product, factor.value)
@@ -176,9 +176,10 @@ def _one_step(
             continue
         if len(x.shape) != len(value.shape) or not all(map(same, x.shape, value.shape)):
             continue
+        divides = value.name == "div"
         scale = _scale(reader, other, coords)
-        if scale is not None:
-            return x, coords, (Factor(scale, value.name == "div"),)
+        if scale is not None and _moves(scale, divides):
+            return x, coords, (Factor(scale, divides),)
     return None
 
 
@@ -189,6 +190,13 @@ def _scale(reader: Reader, other: object, coords: Coords) -> sympy.Expr | None:
     if isinstance(other, Value) and all(size == 1 for size in other.shape):
         return reader.read(other, aligned(coords, other))
     return None
+
+
+def _moves(scale: sympy.Expr, divides: bool) -> bool:
+    """Whether a product of scaled numbers is the scaled product: infinities of different signs sum up to NaN."""
+    if not language.is_number(scale):
+        return True
+    return math.isfinite(scale) and not (divides and float(scale) == 0.0)
 
 
 def _atoms(coords: Coords) -> set[Atom]:
@@ -324,13 +332,6 @@ class _Printed:
 
 def _runs(atoms: list[Atom]) -> list[tuple[Atom, ...]]:
     return [tuple(atoms[i:j]) for i in range(len(atoms)) for j in range(i + 1, min(i + 4, len(atoms)) + 1)]
-
-
-def _never_nan(weights: sympy.Expr) -> sympy.Expr:
-    """where(p != p, 0, p) is p: a row without a valid key is 0 as it is, one with NaN among its scores stays NaN."""
-    p = language.p
-    chosen = language.where(language.ne(p, p), language.zero, p)
-    return weights.xreplace({chosen: p})
 
 
 def _without_dropout(weights: sympy.Expr, anchor: Value) -> tuple[sympy.Expr, bool]:

@@ -1,0 +1,90 @@
+"""NaN and infinities that a model makes or takes away: what comes out is what the model says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kvt_compile
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+FORCED = {"topk": 1.0, "force_rewrite": True}
+
+
+def zeros_for_nan(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1).nan_to_num(0) @ v
+
+
+def chosen_by_where(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    w = (q @ k.mT).softmax(-1)
+    return torch.where(w.isnan(), 0, w) @ v
+
+
+def filled_where_not_equal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    w = (q @ k.mT - 1.0).softmax(-1)
+    return w.masked_fill(w != w, 0.0) @ v
+
+
+def zeros_and_a_gate(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return 0.5 * (q @ k.mT).softmax(-1).nan_to_num() @ v
+
+
+def nothing_for_nan(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def attention_of(model: Attention, *inputs: Tensor) -> nn.Module:
+    class Model(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return model(q, k, v)
+
+    result = kvt_compile.rewrite(Model(), *inputs, **FORCED)
+    assert result.report.counts["fused"] == 1
+    return result.module
+
+
+@pytest.mark.parametrize(
+    "model", [zeros_for_nan, chosen_by_where, filled_where_not_equal, zeros_and_a_gate, nothing_for_nan]
+)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_of_nan_weights(model: Attention, bad: float) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 4)
+    inputs[0][0, 0, 1, 3] = bad
+    found = []
+    for run in (model, attention_of(model, *inputs)):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = run(*leaves)
+        found.append([out.detach(), *torch.autograd.grad(out.sin().sum(), leaves)])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, equal_nan=True, rtol=1e-4, atol=1e-5)
+    assert found[0][0].isnan().any() == (model is nothing_for_nan)
+
+
+def divided_by_zero(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q / 0.0) @ k.mT).softmax(-1).nan_to_num() @ v
+
+
+def times_infinity(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ (k * torch.inf).mT).softmax(-1).nan_to_num() @ v
+
+
+def times_and_divided(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q * 2.0 / 0.0) @ k.mT).clamp(-1, 1).nan_to_num().softmax(-1) @ v
+
+
+def halved(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q / 2.0) @ k.mT).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("model", [divided_by_zero, times_infinity, times_and_divided, halved])
+def test_a_factor_moves_onto_the_scores_only_where_it_is_finite(model: Attention) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 4)
+    module = attention_of(model, *inputs)
+    torch.testing.assert_close(module(*inputs), model(*inputs))
+    moved = not any(n.op == "call_function" and "div" in str(n.target) for n in module.graph.nodes)  # type: ignore[union-attr]
+    assert moved == (model in (halved, times_infinity))
