@@ -1,6 +1,6 @@
 # Every target sets up its environment first (tools/python) and is quick about it when there is nothing to do.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-distributed test-versions test-gpu gpu gpu-cache golden texts resources check format docs bench zoo fuzz faults clean
+.PHONY: help demo test test-distributed test-versions test-gpu gpu gpu-cache golden drawings texts resources check format docs bench zoo fuzz faults clean
 
 ARGS ?=
 
@@ -41,6 +41,9 @@ gpu-cache:  ## compile the kernels of `make gpu` here, to carry them to a machin
 
 golden:  ## write the golden sources of the Triton kernels anew, after a change to a template
 	@./tools/python test tests/helpers/triton_specs.py
+
+drawings:  ## draw the map of every selector anew for docs/selection.md
+	@./tools/python test tests/helpers/selector_drawings.py
 
 texts:  ## write anew what the finder says of each text of tests/canonical and tests/finding, after a change there
 	@PYTHONPATH=tests/fuzz ./tools/python test tests/helpers/texts.py

@@ -8,6 +8,9 @@ import runpy
 
 import pytest
 from places import ROOT
+from selector_drawings import DRAWINGS, IMAGES, path_of, svg
+
+from kvt_compile.select.values import KINDS, Given
 
 CONFIG = (ROOT / "mkdocs.yml").read_text()
 
@@ -24,6 +27,24 @@ def test_code_on_the_first_page_fits_its_width() -> None:
     blocks = re.findall(r"```\w*\n(.*?)```", page, re.S) + re.findall(r"^(?: {4}.*\n)+", page, re.M)
     assert len(blocks) >= 4
     assert [line for block in blocks for line in block.splitlines() if len(line) > 80] == []
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_a_drawing_is_of_what_the_reference_keeps(name: str) -> None:
+    assert path_of(name).read_text(encoding="utf-8") == svg(DRAWINGS[name]), "make drawings"
+
+
+def test_every_selector_is_defined_and_drawn() -> None:
+    page = (ROOT / "docs/selection.md").read_text()
+    shown = set(re.findall(r"\((images/select_\w+\.svg)\)", page))
+    assert shown == {f"images/{path_of(name).name}" for name in DRAWINGS}
+    assert set(IMAGES.glob("select_*.svg")) == {path_of(name) for name in DRAWINGS}
+    definitions = page.split("## The selectors")[1]
+    sections = re.findall(r"^### ([^\n]+)$(.*?)(?=^### |\Z)", definitions, re.M | re.S)
+    defined = {name for head, _ in sections for name in re.findall(r"`(\w+)\(", head)}
+    kinds = (*KINDS.values(), Given)
+    assert defined == {kind.__name__.lower() for kind in kinds}
+    assert all("images/select_" in text for _, text in sections)
 
 
 def test_every_page_is_in_the_navigation() -> None:

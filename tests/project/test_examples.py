@@ -26,6 +26,7 @@ CALLS: dict[str, Callable[[Any, Path], Any]] = {
     "calibrate_digits": lambda example, folder: example.main(small=True, folder=folder),
     "inspect_model": lambda example, folder: example.main(small=True, page=folder / "page.html"),
     "hugging_face": lambda example, folder: example.main(),
+    "learned_selector": lambda example, folder: example.main(small=True),
     "own_policy": lambda example, folder: example.main(),
     "official_kvt": lambda example, folder: example.main(depth=1),
     "op_in_a_model": lambda example, folder: example.main(),
