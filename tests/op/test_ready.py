@@ -172,3 +172,16 @@ def test_attention_inside_of_a_region_is_still_asked_for_its_lowering() -> None:
             call(q, k, v)
     finally:
         lowerings.leave()
+
+
+def test_undoing_a_registration_leaves_those_that_came_after() -> None:
+    aten = lowerings.get("aten")
+    undo = lowerings.register("c", aten)
+    also = lowerings.register("came later", aten)
+    undo()
+    assert lowerings.get("came later") is aten
+    assert lowerings.get("c") is not aten
+    assert lowerings.names() == ("auto", "triton", "c", "aten", "reference", "came later")
+    also()
+    with pytest.raises(lowerings.LoweringError, match="unknown lowering 'came later'"):
+        lowerings.get("came later")

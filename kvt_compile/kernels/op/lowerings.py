@@ -76,14 +76,16 @@ _PLACES: dict[str, str | Lowering] = {
 
 def register(name: str, lowering: Lowering | str) -> Callable[[], None]:
     """Add or replace a lowering (an object, or "module:attribute" to import when needed).  Returns the undo."""
-    before = dict(_PLACES)
+    before = _PLACES.get(name)
     _PLACES[name] = lowering
     choose.cache_clear()
     ready.forget()
 
     def undo() -> None:
-        _PLACES.clear()
-        _PLACES.update(before)
+        if before is None:
+            _PLACES.pop(name, None)
+        else:
+            _PLACES[name] = before  # in its place: others may have come since
         choose.cache_clear()
         ready.forget()
 
