@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,9 +26,10 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
-from kvt_compile.capture.contexts import KEPT_BY_EXPORT, Watch, hooked, lost_when_run
+from kvt_compile.capture.contexts import KEPT_BY_EXPORT, MADE_ANEW, Watch, hooked, lost_when_run
 from kvt_compile.capture.environment import LOCK, capturing
 from kvt_compile.capture.frames import guard_module, note_paths
+from kvt_compile.capture.literals import Making, note_lifted, note_made
 from kvt_compile.capture.state import keep_state
 from kvt_compile.capture.traceless import call_of_its_own, passing
 from kvt_compile.capture.unchanged import unchanged
@@ -73,7 +75,7 @@ class _Tracer(fx.Tracer):
         self.watch.note()
         node = super().create_node(*args, **kwargs)
         frames = (node.stack_trace or "").split(_FRAME)
-        node.stack_trace = _FRAME.join(frame for frame in frames if not frame.startswith(__file__)) or None
+        node.stack_trace = _FRAME.join(frame for frame in frames if not frame.startswith(_HERE)) or None
         return node
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -93,6 +95,7 @@ class _Tracer(fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name) and not opened
 
 
+_HERE = os.path.dirname(__file__) + os.sep
 _FRAME = '  File "'
 """How a frame begins in the text of a stack; ours is none of the model's."""
 _ADVICE = "torch.compile(model, backend='kvt') does not need one graph."
@@ -116,7 +119,7 @@ def _capture(
     model: nn.Module | fx.GraphModule | ExportedProgram, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Captured:
     if isinstance(model, ExportedProgram):
-        return _from_program(copy.deepcopy(model), "torch.export program")
+        return _from_program(copy.deepcopy(model), "torch.export program", alone=True)
     if isinstance(model, fx.GraphModule):
         graph = fx.GraphModule(model, copy.deepcopy(model.graph))
         keep_state(graph, model)
@@ -143,7 +146,7 @@ def _capture(
                 f"torch.export says {_first_line(exported)}.  "
                 f"{_ADVICE}"
             ) from exported
-        return _from_program(program, "torch.export")
+        return _from_program(program, "torch.export", alone=False)
 
 
 def _refuse_hooks(model: nn.Module, stays: Callable[[nn.Module, str], bool]) -> None:
@@ -174,9 +177,9 @@ def _by_symbolic_trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[st
     # what is no tensor decides the model's control flow, so it is fixed (and checked at run time) rather than traced
     fixed = {name: value for name, value in bound.arguments.items() if isinstance(value, _SCALARS)}
     before = set(vars(model))
-    tracer = _Tracer()
+    tracer, making = _Tracer(), Making()
     try:
-        with tracer.watch.of_calls():
+        with making, tracer.watch.of_calls():
             graph = tracer.trace(model, concrete_args=fixed)
         if tracer.watch.lost:
             raise LostError(tracer.watch)
@@ -185,6 +188,9 @@ def _by_symbolic_trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[st
         for name in set(vars(model)) - before:  # the tracer left constants of the graph on the model
             delattr(model, name)
     _propagate(module, args, kwargs)
+    if name := note_made(module, making):
+        tracer.watch.lost[MADE_ANEW] = name
+        raise LostError(tracer.watch)
     return Captured(module, "torch.fx.symbolic_trace")
 
 
@@ -243,7 +249,8 @@ def _fake(mode: FakeTensorMode, x: torch.Tensor) -> torch.Tensor:
     return mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic))
 
 
-def _from_program(program: ExportedProgram, how: str) -> Captured:
+def _from_program(program: ExportedProgram, how: str, alone: bool) -> Captured:
+    note_lifted(program, alone)
     signature = program.graph_signature
     origins = dict.fromkeys(signature.inputs_to_parameters, "parameter")
     origins |= dict.fromkeys(signature.inputs_to_buffers, "buffer")

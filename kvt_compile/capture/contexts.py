@@ -20,15 +20,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kvt_compile.capture.literals import Making
 from kvt_compile.capture.unchanged import unchanged
 from kvt_compile.passes.canonical.spellings import HOOKS
 from kvt_compile.passes.finding.describe import in_torch
 
-KEPT_BY_EXPORT = frozenset({"grad mode", "autocast"})
+MADE_ANEW = "a tensor that is made anew in every call"
+KEPT_BY_EXPORT = frozenset({"grad mode", "autocast", MADE_ANEW})
 
 
 def _state() -> dict[str, Any]:
@@ -39,7 +41,7 @@ def _state() -> dict[str, Any]:
         "inference mode": torch.is_inference_mode_enabled(),
         "saved-tensor hooks (activation checkpointing, save_on_cpu)": _hooks(),
         "the default dtype": torch.get_default_dtype(),
-        _MODE: torch._C._len_torch_function_stack(),
+        _MODE: sum(type(mode) is not Making for mode in _get_current_function_mode_stack()),
         "a mode for operators": torch._C._len_torch_dispatch_stack(),
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
     }

@@ -76,7 +76,7 @@ def nan_to_num_before_the_softmax(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Te
     return torch.nan_to_num(q @ k.mT * 0.5).softmax(-1) @ v
 
 
-@spelling("scores-kept", reason="revives dropped keys")
+@spelling("scores-kept", reason="revive dropped keys")
 def filled_after_the_softmax(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mask = m.b("mask", lambda: torch.ones(N, N).triu(1).bool())
     return (q @ k.mT).softmax(-1).masked_fill(mask, 0.5) @ v
@@ -140,7 +140,7 @@ def difference_of_two_halves(m: Any, x: Tensor) -> Tensor:
     return (weights[:, :, 0] - m.p("lam") * weights[:, :, 1]) @ v[:, :H]
 
 
-@spelling("scores-kept", "scores-kept", reason="revives")
+@spelling("scores-kept", "scores-kept", reason="revive")
 def difference_of_two_softmaxes(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     first, second = (q[..., :2] @ k[..., :2].mT).softmax(-1), (q[..., 2:] @ k[..., 2:].mT).softmax(-1)
     return (first - m.p("lam") * second) @ v
@@ -201,17 +201,17 @@ def one_product_two_softmaxes(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor
     return scores.softmax(-1) @ v + scores.mT.softmax(-1) @ torch.sin(v)
 
 
-@spelling("scores-kept", reason="revives")
+@spelling("scores-kept", reason="revive")
 def weights_plus_a_constant(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q @ k.mT).softmax(-1) + 0.01) @ v
 
 
-@spelling("scores-kept", reason="revives")
+@spelling("scores-kept", reason="revive")
 def one_minus_the_weights(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (1 - (q @ k.mT).softmax(-1)) @ v
 
 
-@spelling("scores-kept", reason="revives")
+@spelling("scores-kept", reason="revive")
 def weights_plus_identity(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """A skip connection inside the map."""
     return ((q @ k.mT).softmax(-1) + torch.eye(N, dtype=q.dtype)) @ v

@@ -335,7 +335,7 @@ def weights_masked_in_place(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights @ v
 
 
-@spelling("scores-kept", reason="revives", trainable=False)
+@spelling("scores-kept", reason="revive", trainable=False)
 def weights_filled_in_place(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = (q @ k.mT).softmax(-1)
     weights[..., 0] = 0.1

@@ -22,8 +22,10 @@ from kvt_compile.passes.canonical import (  # noqa: F401 - they fill the table o
     meaning_softmax,
 )
 from kvt_compile.passes.canonical.algebra.recognise import Recogniser
+from kvt_compile.passes.canonical.literals import literal_number
 from kvt_compile.passes.canonical.meaning import MEANINGS, Builder, integer
 from kvt_compile.passes.canonical.meaning_layout import index, select_of, slice_of
+from kvt_compile.passes.canonical.meaning_pointwise import constant
 from kvt_compile.passes.canonical.modes import Mode, modes_of
 from kvt_compile.passes.canonical.spellings import Call, altered, module_call, read_call
 from kvt_compile.passes.canonical.state import State, bind, builtin_call, lookup, opaque_value, shape_of
@@ -88,7 +90,7 @@ def _read_node(state: State, node: fx.Node, recogniser: Recogniser) -> None:
     fake = meta_value(node)
     if node.op in ("placeholder", "get_attr"):
         if isinstance(fake, torch.Tensor):
-            bind(state, node, _source(state, node, fake))
+            bind(state, node, _literal(state, node, fake) or _source(state, node, fake))
         return
     call = builtin_call(node) or read_call(node, state.modules)
     if state.mode.transforms:
@@ -133,6 +135,12 @@ def _number(state: State, node: fx.Node, call: Call | None) -> None:
     value = builder.call(call.name, lookup(state, call.args), lookup(state, call.kwargs))
     if value is not None and value.kind in ("pointwise", "layout"):
         state.hold(node, state.add(value))
+
+
+def _literal(state: State, node: fx.Node, fake: torch.Tensor) -> Value | None:
+    """A tensor of one number, as `torch.full` makes it."""
+    number = literal_number(node, state.modules)
+    return None if number is None else constant(Builder(node, shape_of(fake), fake.dtype, state.modules), number)
 
 
 def _source(state: State, node: fx.Node, fake: torch.Tensor) -> Value:

@@ -214,41 +214,53 @@ def _lerp(b: Builder, input: Any, end: Any, weight: Any) -> Value | None:
 
 
 def _everywhere(value: float) -> Meaning:
-    return lambda b, input, *size, **more: _constant(b, value)
+    return lambda b, input, *size, **more: constant(b, value)
 
 
 MEANINGS.update({f"{name}_like": _everywhere(value) for name, value in (("zeros", 0.0), ("ones", 1.0))})
 MEANINGS.update({f"new_{name}": _everywhere(value) for name, value in (("zeros", 0.0), ("ones", 1.0))})
 
 
-MEANINGS["zeros"] = lambda b, *size, **more: _constant(b, 0.0)
-MEANINGS["ones"] = lambda b, *size, **more: _constant(b, 1.0)
+MEANINGS["zeros"] = lambda b, *size, **more: constant(b, 0.0)
+MEANINGS["ones"] = lambda b, *size, **more: constant(b, 1.0)
 
 
 @meaning("tensor", "scalar_tensor")
 def _number(b: Builder, data: Any, **ignored: Any) -> Value | None:
-    """torch.tensor(0.0)"""
-    return _constant(b, data) if isinstance(data, int | float) else None
+    """torch.tensor(0.0), torch.tensor([0.0, 0.0])"""
+    number = _uniform(data)
+    return None if number is None else constant(b, number)
+
+
+def _uniform(data: Any) -> float | int | None:
+    """The number that nested lists consist of; None where they have another or none."""
+    if isinstance(data, list | tuple):
+        numbers = {str(x): x for x in map(_uniform, data)}  # as texts, which tell 0.0 from -0.0
+        return next(iter(numbers.values())) if len(numbers) == 1 else None
+    return data if isinstance(data, int | float) and not isinstance(data, bool) else None
 
 
 @meaning("full")
 def _full(b: Builder, size: Any, fill_value: Any, **ignored: Any) -> Value | None:
-    return _constant(b, fill_value) if isinstance(fill_value, int | float) else None
+    return constant(b, fill_value) if isinstance(fill_value, int | float) else None
 
 
 @meaning("full_like")
 def _full_like(b: Builder, input: Value, fill_value: Any, **ignored: Any) -> Value | None:
-    return _constant(b, fill_value)
+    return constant(b, fill_value)
 
 
 @meaning("new_full")
 def _new_full(b: Builder, input: Value, size: Any, fill_value: Any, **ignored: Any) -> Value | None:
-    return _constant(b, fill_value)
+    return constant(b, fill_value)
 
 
-def _constant(b: Builder, value: Any) -> Value | None:
-    if b.dtype is None or not b.dtype.is_floating_point or isinstance(value, bool | complex):
+def constant(b: Builder, value: Any) -> Value | None:
+    """A tensor of one number, or of what a tensor of no dimension holds."""
+    if b.dtype is None or b.dtype is torch.bool or b.dtype.is_complex or isinstance(value, bool | complex):
         return None
+    if not b.dtype.is_floating_point:
+        return b.pointwise("constant", lambda x: x, value) if isinstance(value, int) else None
     if isinstance(value, int | float):  # 0.1 in float32 is another number than in float64
         value = float(torch.tensor(float(value), dtype=b.dtype))
     return b.pointwise("constant", lambda x: x, value)
@@ -260,6 +272,12 @@ def _constant(b: Builder, value: Any) -> Value | None:
 @meaning("identity")
 def _identity(b: Builder, input: Value, *ignored: Any) -> Value | None:
     return b.pointwise("identity", lambda x: x, input)
+
+
+@meaning("detach")
+def _detach(b: Builder, input: Value) -> Value | None:
+    """The same where no gradient could come through; else it stays an operation."""
+    return _identity(b, input) if input.index >= 0 and not input.attached else None
 
 
 @meaning("item", "_local_scalar_dense")

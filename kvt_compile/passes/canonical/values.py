@@ -125,6 +125,10 @@ def divide(x: Dim, y: Dim) -> Dim | None:
     return as_dim(quotient)
 
 
+LITERAL = "kvt_literal"
+"""The key in a node's meta of what its tensor holds, where the model writes it as numbers (`capture/literals.py`)."""
+
+
 def is_number(value: Value) -> bool:
     """Whether it is a number in the graph and no tensor: nothing a kernel could be given."""
     return isinstance(meta_value(value.node), torch.SymFloat)

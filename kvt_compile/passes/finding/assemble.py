@@ -358,8 +358,10 @@ def _without_factor(x: sympy.Expr, factor: sympy.Symbol) -> sympy.Expr | None:
 
 def _check_weight(weight: sympy.Expr, anchor: Value) -> None:
     """A key that is not kept must weigh nothing: w(p=0) = 0 for every row."""
-    if _without_weight(weight) != 0.0:
-        raise Miss("weights", anchor, "the weights are changed after the softmax in a way that revives dropped keys")
+    left = _without_weight(weight)
+    if left != 0.0:
+        may = "may revive" if left is None else "revives"
+        raise Miss("weights", anchor, f"the weights are changed after the softmax in a way that {may} dropped keys")
 
 
 _OF_NUMBERS: dict[str, Callable[..., float]] = {
