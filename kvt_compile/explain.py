@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,17 +41,18 @@ def explain(model: nn.Module | fx.GraphModule | ExportedProgram, *example_inputs
     kwargs = {name: value for name, value in keywords.items() if name not in NAMES}
     recorder = GraphRecorder()
     hidden: list[tuple[str, Where]] = []
+    runs: list[int] = []
     if isinstance(model, fx.GraphModule | ExportedProgram):
         with LOCK:
             captured = capture(model, example_inputs, kwargs)
             origins = captured.origins
             results = [run_passes(captured.graph, options.policy, origins=origins, apply=False, watch=recorder)]
     else:
-        results = _through_dynamo(model, example_inputs, kwargs, options, recorder)
+        results, runs = _through_dynamo(model, example_inputs, kwargs, options, recorder)
         hidden = calls_outside(model, example_inputs, kwargs, results)
     if wrong := unmatched_patterns(options.policy, [d.site for result in results for d in result.decisions]):
         raise OptionError(wrong)
-    report = build_report(results, options, recorder.finish(options.lowering, options.topk_tolerance))
+    report = build_report(results, options, recorder.finish(options.lowering, options.topk_tolerance), runs)
     outside = (RefusalReport(name, where.module, location_of(where), _OUTSIDE, "capture") for name, where in hidden)
     return replace(report, refusals=(*report.refusals, *outside))
 
@@ -61,22 +62,34 @@ _OUTSIDE = "it runs outside every captured graph: a graph break hides it (TORCH_
 
 def _through_dynamo(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, recorder: GraphRecorder
-) -> list[PassResult]:
+) -> tuple[list[PassResult], list[int]]:
+    """What the passes say of every graph, and how often each ran."""
     results: list[PassResult] = []
+    runs: list[int] = []
 
     def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        recorder.graph = len(results)
+        number = recorder.graph = len(results)
         result = run_passes(gm, options.policy, lowering=options.lowering, apply=False, watch=recorder, entry=ambient())
         results.append(result)
-        forward: Callable[..., Any] = gm.forward
+        runs.append(0)
+
+        def forward(*inputs: Any) -> Any:
+            runs[number] += 1
+            return gm.forward(*inputs)
+
         return forward
 
     run_through_dynamo(model, args, kwargs, record)
-    return results
+    return results, runs
 
 
-def build_report(results: Iterable[PassResult], options: Options, graphs: tuple[GraphReport, ...] = ()) -> Report:
-    """One report of all captured graphs."""
+def build_report(
+    results: Iterable[PassResult],
+    options: Options,
+    graphs: tuple[GraphReport, ...] = (),
+    runs: Sequence[int] = (),
+) -> Report:
+    """One report of all captured graphs; `runs`: how often each of them ran, where that is known."""
     sites: list[SiteReport] = []
     refusals: list[RefusalReport] = []
     for number, result in enumerate(results):
@@ -97,6 +110,7 @@ def build_report(results: Iterable[PassResult], options: Options, graphs: tuple[
                     lowering="" if topk is None else lowering_of(decision.site, options.lowering, decision.select),
                     spec=None if topk is None else spec_of(decision.site, decision.select),
                     graph=number,
+                    runs=runs[number] if runs else 1,
                 )
             )
         refusals += [RefusalReport.of(refusal, graph=number) for refusal in result.refusals]

@@ -5,28 +5,32 @@
         print("a graph break")           here:           "blocks.3.attn"
         return softmax(q @ kT) @ v
 
-A frame belongs to the innermost module whose call is on the Python stack; the model is the outermost one that contains
-it.  Dynamo compiles a frame once for all modules it runs for, so where a policy goes by paths a guard is added: what
-was compiled for one module serves another only where the policy decides the same for both.
+A frame belongs to the innermost module on the Python stack: one that is called, or one of whose methods runs
+(`layer.attend(x)`, `layer.forward(x)`); the model is the outermost one that is called and contains it.  Dynamo compiles
+a frame once for all modules it runs for, so where a policy goes by paths a guard is added: what was compiled for one
+module serves another only where the policy decides the same for both.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 from torch import fx, nn
 
 from kvt_compile.passes.decide import Decision, Policy, decide
-from kvt_compile.passes.finding.describe import captured_path
+from kvt_compile.passes.finding.describe import captured_path, in_torch
 from kvt_compile.passes.pipeline import nested_graphs
 from kvt_compile.passes.site import AttentionSite, Names
 
+_OWN = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _CALL = nn.Module._call_impl.__code__
 _WRAPPERS = {
     # class -> the attribute that holds the model
@@ -44,6 +48,13 @@ def running() -> Iterator[nn.Module]:
         if frame.f_code is _CALL:
             yield frame.f_locals["self"]
         frame = frame.f_back  # type: ignore[assignment]
+
+
+def method_of(frame: FrameType) -> nn.Module | None:
+    """The module that a frame is a method of: its first argument."""
+    code = frame.f_code
+    first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    return first if isinstance(first, nn.Module) else None
 
 
 def is_wrapper(module: nn.Module) -> bool:
@@ -82,8 +93,8 @@ def names_of(module: nn.Module, stack: Sequence[nn.Module]) -> Names:
 def note_paths(gm: fx.GraphModule) -> None:
     """Writes the paths of every node of a graph that Dynamo just captured, nested graphs included, into its meta."""
     stack = [module for module in running() if not _is_ours(module)]
-    owner = _owner()
     scope = _scope()
+    owner = _owner(scope.get("L", {}).get(_first_name()))
     around = [x for x in scope.get("L", {}).values() if isinstance(x, nn.Module)][:1] + stack
     known: dict[int, Names] = {}
     for graph in nested_graphs(gm):
@@ -141,22 +152,79 @@ def _resolve(path: str, scope: dict[str, Any]) -> nn.Module | None:
 
 def guard_paths(policy: Policy, decisions: Sequence[Decision]) -> None:
     """Adds the guard, where the policy goes by paths and there is something to decide."""
+    first = _first_name()
     by_path = policy.include or policy.exclude or not isinstance(policy.topk, int | float | None)
-    owner = _owner()
+    owner = _owner(_scope().get("L", {}).get(first))
     if by_path and decisions and owner is not None:
-        _add_guard(_same_decisions(policy, decisions, owner))
+        _add_guard(_same_decisions(policy, decisions, owner, first))
 
 
 def guard_module() -> None:
-    """Has Dynamo compile a frame anew for every module it runs for: whoever lists sites wants them all."""
-    if (owner := _owner()) is not None:
-        wanted = weakref.ref(owner)
-        _add_guard(lambda _: _owner() is wanted())
+    """Has Dynamo compile a frame anew for every module it runs for, and for every place it is called from in the code
+    of that module: whoever lists sites wants them all."""
+    first = _first_name()
+    owner = _owner(_scope().get("L", {}).get(first))
+    if owner is not None:
+        wanted, calls = weakref.ref(owner), _calls(owner)
+
+        def test(variables: Mapping[str, Any]) -> bool:
+            now = _owner(variables.get(first))
+            return now is not None and now is wanted() and _calls(now) == calls
+
+        _add_guard(test)
 
 
-def _owner() -> nn.Module | None:
-    """The module a frame that runs now belongs to."""
-    return next((module for module in running() if not is_wrapper(module) and not _is_ours(module)), None)
+def _owner(first: Any) -> nn.Module | None:
+    """The module that a frame belongs to.
+
+    first: the frame's first argument; the frame itself is about to run, and on no stack yet."""
+    if _is_the_models(first):
+        owner: nn.Module = first
+        return owner
+    # no frame further up is asked for its variables: before Python 3.13 it would keep them until it ends
+    return next((module for _, module in _frames() if _is_the_models(module)), None)
+
+
+def _calls(owner: nn.Module) -> tuple[tuple[int, int], ...]:
+    """The calls that lead from the code of a module to the frame that is about to run: which instruction of which code,
+    innermost first."""
+    calls: list[tuple[int, int]] = []
+    for frame, module in _frames():
+        if _is_the_models(module) and module is not owner:
+            break
+        if not _is_inner(frame.f_code.co_filename):  # while Dynamo compiles there is more of it than in a guard
+            calls.append((id(frame.f_code), frame.f_lasti))
+    return tuple(calls)
+
+
+def _frames() -> Iterator[tuple[FrameType, nn.Module | None]]:
+    """The frames of this thread's Python stack, innermost first, and the module each is a method of or calls."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if _is_inner(frame.f_code.co_filename):
+            yield frame, frame.f_locals["self"] if frame.f_code is _CALL else None
+        else:
+            yield frame, method_of(frame)
+        frame = frame.f_back
+
+
+def _is_the_models(module: Any) -> bool:
+    return isinstance(module, nn.Module) and not is_wrapper(module) and not _is_ours(module)
+
+
+def _is_inner(file: str) -> bool:
+    """Whether code is torch's or ours."""
+    return in_torch(file) or file.startswith(_OWN)
+
+
+def _first_name() -> str:
+    """What the first argument of the frame is called that Dynamo is compiling; empty where it has none."""
+    with contextlib.suppress(Exception):  # as for its variables
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        code = InstructionTranslator.current_tx().f_code
+        return str(code.co_varnames[0]) if code.co_argcount else ""
+    return ""
 
 
 def _add_guard(test: Callable[[Any], bool]) -> None:
@@ -171,15 +239,17 @@ def _add_guard(test: Callable[[Any], bool]) -> None:
         context.guards_context.dynamo_guards.add(Guard(GlobalStateSource(), same_module))
 
 
-def _same_decisions(policy: Policy, decisions: Sequence[Decision], owner: nn.Module) -> Callable[[Any], bool]:
+def _same_decisions(
+    policy: Policy, decisions: Sequence[Decision], owner: nn.Module, first: str
+) -> Callable[[Any], bool]:
     base = names_of(owner, list(running()))
     # without the graph, which the guard would keep alive
     sites: list[AttentionSite] = [replace(d.site, plan=None, softmax=None, anchor=None) for d in decisions]  # type: ignore[arg-type]
     made = [decision.topk for decision in decisions]
     answers: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary({owner: True})
 
-    def test(_: Any) -> bool:
-        module = _owner()
+    def test(variables: Mapping[str, Any]) -> bool:
+        module = _owner(variables.get(first))
         if module is None:
             return False
         if module not in answers:

@@ -76,6 +76,8 @@ class SiteReport:
     """Where the tokens stand, if the selection asks: `14x14 + 1`."""
     kept: float | None = None
     """The share of pairs of query and key that the selection allows; None where that is known only at run time."""
+    runs: int = 1
+    """How often its graph ran: one that a loop calls from one place serves all these calls, whatever they mean."""
     canonical: str = field(default="", compare=False, repr=False)
     """What the finder read, as text: the values around its softmax, one a line (`Report.canonical`)."""
 
@@ -107,6 +109,7 @@ class SiteReport:
         graph: int = 0,
         own: bool = False,
         select: Selected | None = None,
+        runs: int = 1,
     ) -> SiteReport:
         """The row of a site for which `topk` was decided; `reason` says why where that is None (left dense)."""
         dense = topk is None
@@ -132,6 +135,7 @@ class SiteReport:
             lowering="" if dense else lowering,
             spec=None if dense else spec,
             graph=graph,
+            runs=runs,
             own_k=str(site.own or ""),
             keeps_own=own,
             select="" if select is None else select.text,

@@ -108,6 +108,8 @@ def _algebra(site: SiteReport) -> list[str | tuple[str, str]]:
         lines.append((f"keeps {selection_text(site)}", "dim"))
     if site.own_k:
         lines.append((f"own k = {site.own_k}{'' if site.keeps_own or site.topk is None else ', replaced'}", "dim"))
+    if site.runs > 1:
+        lines.append((f"one compiled graph, which runs {site.runs} times", "dim"))
     if site.reason:
         lines.append((f"{site.outcome}: {site.reason}", COLORS[site.outcome]))
     return lines

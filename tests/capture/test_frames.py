@@ -25,6 +25,13 @@ class Attention(nn.Module):
         return (q @ k.mT * 8**-0.5).softmax(-1) @ v
 
 
+class ByMethod(Attention):
+    """Called by a method of its own, which no `__call__` stands around."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        return Attention.forward(self, x)
+
+
 class Block(nn.Module):
     def __init__(self, broken: str) -> None:
         super().__init__()
@@ -190,3 +197,108 @@ def test_one_compilation_serves_what_is_decided_alike() -> None:
     torch._dynamo.utils.counters.clear()
     compiled(model, {"topk": 2})(x)
     assert alike == torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+class _Layers(Model):
+    """The three attentions, without blocks."""
+
+    def __init__(self, broken: bool) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList(ByMethod(broken) for _ in range(3))
+
+
+class _Forwards(_Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        for attention in self.attentions:
+            x = x + attention.forward(x)
+        return x
+
+
+class _Methods(_Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        for attention in self.attentions:
+            x = x + attention.attend(x)
+        return x
+
+
+class _BrokenLoop(_Layers):
+    """The loop runs outside of every graph, and each method in one of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for attention in self.attentions:
+            torch._dynamo.graph_break()
+            x = x + attention.attend(x)
+        return x
+
+
+LAYERS = [
+    pytest.param(_Forwards, True, id="forward"),
+    pytest.param(_Methods, True, id="method"),
+    pytest.param(_BrokenLoop, True, id="broken loop and method"),
+    pytest.param(_BrokenLoop, False, id="broken loop"),
+]
+
+
+@pytest.mark.parametrize(("kind", "broken"), LAYERS)
+def test_methods_that_one_compiled_graph_would_serve(kind: type[_Layers], broken: bool) -> None:
+    """Each layer is a site by its own path, and options by path are right for each."""
+    torch.manual_seed(0)
+    model, x = kind(broken), torch.randn(2, 6, 8)
+    report = kvt_compile.explain(model, x)
+    assert [site.module for site in report.sites] == [f"attentions.{n}" for n in range(3)]
+    assert not report.refusals
+    reference = x
+    for number, attention in enumerate(model.attentions):
+        q, k, v = attention.qkv(reference).chunk(3, -1)
+        scores = q @ k.mT * 8**-0.5
+        if number == 1:
+            scores = scores.masked_fill(scores < scores.topk(2, -1).values[..., -1:], -torch.inf)
+        reference = reference + scores.softmax(-1) @ v
+    for option in ({"topk": {"attentions.1": 2, "*": None}}, {"topk": 2, "exclude": ["*.0", "*.2"]}):
+        torch.compiler.reset()
+        torch.testing.assert_close(compiled(model, option)(x), reference, rtol=1e-4, atol=1e-5)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    torch._dynamo.graph_break()
+    return (q @ k.mT).softmax(-1) @ v
+
+
+class _Twice(nn.Module):
+    """A function with a break, called from two places of one module, and from one place of a loop."""
+
+    def __init__(self, loop: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.loop = nn.Linear(8, 24), nn.Linear(8, 24), loop
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.loop:
+            for layer in (self.first, self.second):
+                x = x + attend(*layer(x).chunk(3, -1))
+            return x
+        x = attend(*self.first(x).chunk(3, -1))
+        return attend(*self.second(x).chunk(3, -1))
+
+
+def test_a_function_called_from_two_places_is_two_sites() -> None:
+    report = kvt_compile.explain(_Twice(loop=False), torch.randn(2, 6, 8))
+    assert [(site.module, site.runs) for site in report.sites] == [("", 1), ("", 1)]
+
+
+def test_one_graph_that_a_loop_runs_says_how_often() -> None:
+    report = kvt_compile.explain(_Twice(loop=True), torch.randn(2, 6, 8))
+    assert sum(site.runs for site in report.sites) == 2
+    if len(report.sites) == 1:
+        assert "one compiled graph, which runs 2 times" in " ".join(str(report).split())
+
+
+def test_layers_that_no_module_owns_are_one_compilation() -> None:
+    """The neighbour: where nothing is decided by path, nothing is compiled twice."""
+    model, x = _Methods(True), torch.randn(2, 6, 8)
+    counts = []
+    for options in ({"topk": 2}, {"topk": {"*": 2}}):
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        compiled(model, options)(x)
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert counts[0] == counts[1]

@@ -19,6 +19,7 @@ from kvt_compile.passes.finding.miss import Miss
 from kvt_compile.passes.site import AttentionSite, Axis, Captured, Fused, Operand, ScoresKept, Size, Thinned, Where
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
+_CAPTURE = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(__file__))), "capture") + os.sep
 
 
 def in_torch(file: str) -> bool:
@@ -31,6 +32,7 @@ def place(node: fx.Node) -> Where:
     names = node.meta.get("kvt_names") or (_path(node),)
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or node.stack_trace or "")
     # symbolic_trace records its own frames below the model's
+    frames = [frame for frame in frames if not frame[0].startswith(_CAPTURE)]
     model_frames = [frame for frame in frames if not in_torch(frame[0])] or frames
     file, line = model_frames[-1] if model_frames else ("", "0")
     return Where(names[0], file, int(line), tuple(names[1:]))
