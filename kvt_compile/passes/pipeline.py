@@ -1,6 +1,6 @@
 """The passes in order: the whole compiler as one list.
 
-resolve packets -> expand composites -> canonicalise -> find -> decide -> rewrite
+resolve packets -> expand composites -> take sums apart -> canonicalise -> find -> decide -> rewrite
 
 The same inside every nested graph.
 """
@@ -14,12 +14,14 @@ from typing import Literal
 
 from torch import fx
 
-from kvt_compile.passes.canonical.canonicalise import canonicalise
+from kvt_compile.passes.canonical.canonicalise import CanonicalGraph, canonicalise
 from kvt_compile.passes.canonical.expand import expand_composites
 from kvt_compile.passes.canonical.modes import Mode, mode_of_body, modes_of, undisturbed
 from kvt_compile.passes.canonical.packets import resolve_packets
 from kvt_compile.passes.decide import Decision, Policy, decide
-from kvt_compile.passes.finding.find import find
+from kvt_compile.passes.finding.find import Found, find
+from kvt_compile.passes.finding.sums import find_sums
+from kvt_compile.passes.rewriting.apart import take_apart
 from kvt_compile.passes.rewriting.rewrite import rewrite
 from kvt_compile.passes.site import OwnK, Refusal
 
@@ -81,8 +83,7 @@ def _run(
     for name, graph, mode in _named_graphs(gm, entry):
         resolve_packets(graph)
         expand_composites(graph, mode)
-        found = find(canonicalise(graph, origins, mode))
-        decided = [decide(site, policy, ranks) for site in found.sites]
+        found, decided = _decided(graph, policy, ranks, origins, mode)
         if watch:
             watch("found", name, graph, decided, found.refusals)
         if apply:
@@ -94,6 +95,31 @@ def _run(
         if log.isEnabledFor(logging.DEBUG):
             _tell(decided, found.refusals)
     return PassResult(changed, tuple(decisions), tuple(refusals))
+
+
+def _decided(
+    gm: fx.GraphModule, policy: Policy, ranks: int, origins: dict[str, str] | None, mode: Mode
+) -> tuple[Found, list[Decision]]:
+    """Sites and decisions.  A product with a sum of maps is taken apart for good where that makes a kernel of a map."""
+
+    def look(graph: CanonicalGraph) -> tuple[Found, list[Decision]]:
+        found = find(graph)
+        return found, [decide(site, policy, ranks) for site in found.sites]
+
+    graph = canonicalise(gm, origins, mode)
+    apart = take_apart(gm.graph, find_sums(graph, dict(gm.named_modules())), graph.modes)
+    if not apart:
+        return look(graph)
+    found, decided = look(canonicalise(gm, origins, mode))
+    fused = {x.site.plan.node for x in decided if x.site.tier == "fused" and x.topk is not None}
+    back = [one for one in apart if not one.is_worth_it(fused)]
+    for one in apart:
+        if one in back:
+            one.restore()
+        else:
+            one.settle()
+    gm.recompile()
+    return look(canonicalise(gm, origins, mode)) if back else (found, decided)
 
 
 def _tell(decided: Sequence[Decision], refusals: Sequence[Refusal]) -> None:

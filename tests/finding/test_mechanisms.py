@@ -55,8 +55,7 @@ MECHANISMS = [
         why="linear between the two",
     ),
     Mechanism(
-        "differential heads", models.DifferentialHeads, (2, 9, 16), [("scores-kept", 4, 9, 9)],
-        why="read at several places at once",
+        "differential heads", models.DifferentialHeads, (2, 9, 16), [("fused", 2, 9, 9)] * 2
     ),
     Mechanism("differential outputs", models.DifferentialOutputs, (2, 9, 16), [("fused", 2, 9, 9)] * 2),
 ]  # fmt: skip

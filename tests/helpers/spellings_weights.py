@@ -132,7 +132,7 @@ def re_attention(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return m.layer("norm", lambda: nn.BatchNorm2d(H).eval())(weights) @ v
 
 
-@spelling("scores-kept")
+@spelling("fused")
 def difference_of_two_halves(m: Any, x: Tensor) -> Tensor:
     """Differential attention: one softmax over doubled heads."""
     q, k, v = (y.reshape(B, H, N, 2, D // 2).transpose(2, 3).reshape(B, 2 * H, N, D // 2) for y in m.heads(x))
@@ -140,10 +140,47 @@ def difference_of_two_halves(m: Any, x: Tensor) -> Tensor:
     return (weights[:, :, 0] - m.p("lam") * weights[:, :, 1]) @ v[:, :H]
 
 
-@spelling("scores-kept", "scores-kept", reason="revive")
+@spelling("fused")
+def difference_of_one_half(m: Any, x: Tensor) -> Tensor:
+    """Both terms read the same elements: they are one expression of them, and one kernel."""
+    q, k, v = m.heads(x)
+    weights = (q @ k.mT).softmax(-1).view(B, 1, H, N, N)
+    return (weights[:, 0] - m.p("gate", N, 1) * weights[:, 0].sin()) @ v
+
+
+@spelling("scores-kept", trainable=False)
+def difference_of_two_halves_written_over(m: Any, x: Tensor) -> Tensor:
+    q, k, v = (y.reshape(B, H, N, 2, D // 2).transpose(2, 3).reshape(B, 2 * H, N, D // 2) for y in m.heads(x))
+    weights = (q @ k.mT).softmax(-1).view(B, H, 2, N, N)
+    weights[:, :, 0] -= m.p("lam") * weights[:, :, 1]
+    return weights[:, :, 0] @ v[:, :H]
+
+
+@spelling("scores-kept", reason="read by")
+def difference_of_two_halves_and_another_reader(m: Any, x: Tensor) -> Any:
+    q, k, v = (y.reshape(B, H, N, 2, D // 2).transpose(2, 3).reshape(B, 2 * H, N, D // 2) for y in m.heads(x))
+    weights = (q @ k.mT).softmax(-1).view(B, H, 2, N, N)
+    return (weights[:, :, 0] - m.p("lam") * weights[:, :, 1]) @ v[:, :H], weights.amax()
+
+
+@spelling("fused", "fused")
 def difference_of_two_softmaxes(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     first, second = (q[..., :2] @ k[..., :2].mT).softmax(-1), (q[..., 2:] @ k[..., 2:].mT).softmax(-1)
     return (first - m.p("lam") * second) @ v
+
+
+@spelling("fused", "fused")
+def scaled_sum_of_two_softmaxes_folded(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled as a whole, negative first, heads folded into the batch before the product."""
+    first, second = (q[..., :2] @ k[..., :2].mT).softmax(-1), (q[..., 2:] @ k[..., 2:].mT).softmax(-1)
+    weights = -(m.p("gate", H, 1, 1) * first + second / 2) * m.p("row", N, 1)
+    return torch.bmm(weights.reshape(B * H, N, N), v.reshape(B * H, N, D)).view(B, H, N, D)
+
+
+@spelling("fused", "scores-kept", reason="also read by")
+def difference_of_two_softmaxes_one_returned(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    first, second = (q[..., :2] @ k[..., :2].mT).softmax(-1), (q[..., 2:] @ k[..., 2:].mT).softmax(-1)
+    return (first - m.p("lam") * second) @ v, second
 
 
 @spelling("fused", "fused")
@@ -153,13 +190,52 @@ def difference_of_two_outputs(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor
     return first - m.p("lam") * F.scaled_dot_product_attention(q[..., 2:], k[..., 2:], v)
 
 
-@spelling("scores-kept", "refused")
+@spelling("fused", "refused")
 def positional_gate(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """ConViT: a mixture of content attention and a learned positional map, normalised again."""
     content = (q @ k.mT).softmax(-1)
     positions = m.layer("positions", lambda: nn.Linear(3, H))(m.b("where", lambda: torch.randn(N, N, 3)))
     gate = torch.sigmoid(m.p("gate", H)).view(1, -1, 1, 1)
     weights = (1.0 - gate) * content + gate * positions.permute(2, 0, 1)[None].softmax(-1)
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+@spelling("fused", "fused")
+def two_softmaxes_normalised_again_in_place(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One of them subtracted, and a number that keeps the sum from being zero."""
+    first, second = (q[..., :2] @ k[..., :2].mT).softmax(-1), (q[..., 2:] @ k[..., 2:].mT).softmax(-1)
+    gate = torch.sigmoid(m.p("gate", H)).view(1, -1, 1, 1)
+    weights = 3 * first - gate * second
+    weights /= weights.sum(dim=-1).unsqueeze(-1) + 1e-3
+    return weights @ v
+
+
+@spelling("fused")
+def one_softmax_normalised_again(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT).softmax(-1) * m.p("gate", H, 1, 1).exp()
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+@spelling("scores-kept", "scores-kept", reason="sum between the two products")
+def two_softmaxes_gated_by_key_normalised_again(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What a row sums up to depends on the keys that it keeps."""
+    first, second = (q[..., :2] @ k[..., :2].mT).softmax(-1), (q[..., 2:] @ k[..., 2:].mT).softmax(-1)
+    weights = torch.sigmoid(m.p("gate", N)) * first + second
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+@spelling("scores-kept", "scores-kept", reason="sum between the two products")
+def two_softmaxes_normalised_by_column(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    first, second = (q[..., :2] @ k[..., :2].mT).softmax(-1), (q[..., 2:] @ k[..., 2:].mT).softmax(-1)
+    weights = first + second
+    return (weights / (1 + weights.sum(-2, keepdim=True))) @ v
+
+
+@spelling("scores-kept", "refused", reason="sum between the two products")
+def positional_map_normalised_again(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The other map is no softmax: its rows do not sum up to 1."""
+    content = (q @ k.mT).softmax(-1)
+    weights = 0.7 * content + 0.3 * (1 + m.p("table", N, N).softmax(-1)) * content.new_ones(B, H, 1, 1)
     return (weights / weights.sum(-1, keepdim=True)) @ v
 
 

@@ -36,7 +36,11 @@ class State:
         return self.borders[value]
 
     def add(self, value: Value) -> Value:
-        """Append a value and the values it was built from that are not listed yet."""
+        """Append a value and the values it was built from that are not listed yet.
+
+        A node that leaves everything where it is, such as `x[:]`, is the value it reads, which is listed once."""
+        if value.index >= 0:
+            return value
         for operand in value.operands:
             if operand.index < 0:
                 self.add(operand)

@@ -12,10 +12,17 @@ from kvt_compile.passes.reading.axes import is_pointwise
 
 
 def closed_interior(
-    graph: CanonicalGraph, first: Value, last: Value, read: set[Value], leaves: list[Value]
+    graph: CanonicalGraph,
+    first: Value,
+    last: Value,
+    read: set[Value],
+    leaves: list[Value],
+    beside: frozenset[Value] = frozenset(),
 ) -> frozenset[Value]:
     """The values on a way from `first` to `last`.  Raises Miss unless all were read and nobody else reads them, and
-    every leaf still holds the same version when `last` runs."""
+    every leaf still holds the same version when `last` runs.
+
+    `beside` is what other sites read of the same softmax, and replace too: it may read what nothing is written to."""
     region: nx.DiGraph = nx.DiGraph()
     region.add_node(first)
     for value in graph.values[first.index : last.index + 1]:
@@ -23,17 +30,20 @@ def closed_interior(
         region.add_edges_from((x, value) for x in value.operands if x.index >= first.index)
     interior = (nx.descendants(region, first) & nx.ancestors(region, last)) | {first}
     outputs = set(graph.outputs)
+    written = any(value.expired is not None for value in interior)
     for value in sorted(interior, key=lambda v: v.index):
         if value not in read:
             raise Miss("closed", value, f"the values or a bias are computed from the scores by {value.node.name}")
         outside = [user for user in value.users if user not in interior and user is not last]
+        if beside.issuperset(outside) and not written:
+            outside = []
         if outside or value in outputs:
             reader = outside[0].node.name if outside else "the model's output"
             raise Miss("closed", value, f"{value.node.name} is also read by {reader}")
     erased = {value.node for value in interior}
     for leaf in (x for captured in leaves for x in held(captured)):
         if (
-            leaf in interior
+            leaf in interior or leaf in beside
         ):  # N x N numbers beside the kernel, and in-place writes they need would be erased with the rest
             raise Miss("closed", leaf, f"{leaf.node.name} is made of the scores and is read beside them")
         if leaf.expired is not None and leaf.expired <= last.index:

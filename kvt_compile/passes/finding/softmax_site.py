@@ -15,7 +15,7 @@ from kvt_compile.kernels.language import score as language
 from kvt_compile.passes.canonical.canonicalise import CanonicalGraph
 from kvt_compile.passes.canonical.coords import Coord, Coords, Space
 from kvt_compile.passes.canonical.made import can_be_read, held
-from kvt_compile.passes.canonical.values import Value
+from kvt_compile.passes.canonical.values import Value, same
 from kvt_compile.passes.finding.assemble import Assembled, Reading, assemble
 from kvt_compile.passes.finding.closed import closed_interior
 from kvt_compile.passes.finding.describe import describe_fused, describe_kept
@@ -51,13 +51,18 @@ def read_softmax(graph: CanonicalGraph, facts: Facts, anchor: Value) -> tuple[li
     sites: list[AttentionSite] = []
     misses: list[Miss] = []
     kept: AttentionSite | None = None
+    attempts: list[_Attempt] = []
     for consumer in consumers:
         attempt = _Attempt(graph, facts, anchor, consumer)
         try:
             attempt.read()
         except Miss as miss:
             misses.append(miss)
-            continue
+        else:
+            attempts.append(attempt)
+    if len(attempts) == len(consumers):
+        _tell_each_other(attempts)
+    for attempt in attempts:
         try:
             if others:
                 reader = "the model's output" if others[0] in graph.outputs else others[0].node.name
@@ -74,6 +79,38 @@ def read_softmax(graph: CanonicalGraph, facts: Facts, anchor: Value) -> tuple[li
     if nearest.step in ("scores", "values") and "unread" in anchor.attrs and anchor.inputs[0] in facts.widely:
         nearest = Miss("selection", anchor, OWN_SELECTION.format(anchor.attrs["unread"]))
     return [], nearest
+
+
+def _tell_each_other(attempts: list[_Attempt]) -> None:
+    """Products that read parts of a softmax that have no element in common are sites of their own, such as the two
+    halves of the heads of differential attention.  A map that several read is worth making once."""
+    ways = [_ways(attempt.leaf_of_product.value, attempt.product) for attempt in attempts]
+    for one in attempts:
+        if all(other is one or one.is_apart_from(other) for other in attempts):
+            one.beside = frozenset().union(*(way for n, way in enumerate(ways) if attempts[n] is not one))
+
+
+def _differ(x: Coord, y: Coord) -> bool:
+    """Whether two coordinates of one dimension are never equal: one digit of theirs is another constant."""
+    if not x.plain or not y.plain:
+        return False
+    for a, b in zip(reversed(x.digits), reversed(y.digits), strict=False):
+        if not same(a.size, b.size):
+            return False
+        if a.fixed is not None and b.fixed is not None and a.fixed != b.fixed:
+            return True
+    return False
+
+
+def _ways(first: Value, last: Value) -> set[Value]:
+    """What lies on a way from one product to the other, and the other."""
+    made, found = _descendants(first, stop=last), {last}
+    queue = [last]
+    while queue:
+        more = [x for x in queue.pop().operands if x in made and x not in found]
+        found.update(more)
+        queue += more
+    return found
 
 
 def _no_product(anchor: Value) -> str:
@@ -122,6 +159,12 @@ class _Attempt:
             graph, facts, anchor, consumer.product, consumer.side,
         )  # fmt: skip
         self.space = Space()
+        self.beside: frozenset[Value] = frozenset()
+
+    def is_apart_from(self, other: _Attempt) -> bool:
+        """Whether both read the softmax, at different places of one of its dimensions."""
+        mine, theirs = (x.space.resolve_all(x.leaf.coords) for x in (self, other))
+        return any(map(_differ, mine, theirs))
 
     def read(self) -> None:
         """Reads weights and scores; raises Miss when this is not attention at all."""
@@ -323,6 +366,7 @@ class _Attempt:
             self.graph, self.leaf_of_product.value, self.product,
             self.weights_reader.visited | self.scores_reader.visited | {self.anchor, self.leaf_of_product.value},
             [assembled.q.value, assembled.k.value, assembled.v.value, *(x.value for x in assembled.captured)],
+            self.beside,
         )  # fmt: skip
 
     def kept(self, miss: Miss) -> AttentionSite | None:

@@ -85,13 +85,23 @@ class Emitter:
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A call_function node with the fake value of its result and the origin of the node it stands for."""
+        return self._create("call_function", target, args, kwargs)
+
+    def again(self, node: fx.Node, old: fx.Node, new: fx.Node) -> fx.Node:
+        """The call of a function or a method that `node` is, with `new` in the place of `old`."""
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: new if n is old else n)
+        return self._create(node.op, node.target, args, kwargs)
+
+    def _create(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
         with self._graph.inserting_before(self._before):
-            new = self._graph.call_function(target, args, kwargs)
+            new = self._graph.create_node(op, target, args, kwargs)
         for key in ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "custom", "kvt_names"):
             if key in self._like.meta:
                 new.meta[key] = self._like.meta[key]
         with _fake_mode_of(args, self._like):
-            new.meta[self._key] = target(*fx.map_arg(args, meta_value), **kwargs)
+            (first, *rest), more = fx.map_arg((args, kwargs), meta_value)
+            function = getattr(first, target) if op == "call_method" else target
+            new.meta[self._key] = function(*rest, **more) if op == "call_method" else function(first, *rest, **more)
         return new
 
     def module(self, target: str) -> fx.Node:
