@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from _older import Checkout
 from torch import Tensor, nn
 
 HEADS, DIM, ROUNDS = 4, 64, 25
@@ -81,29 +81,6 @@ def serve() -> None:
         print(1000 * (time.thread_time() - started), flush=True)
 
 
-class Checkout:
-    """The process of one checkout."""
-
-    def __init__(self, folder: Path) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__, "--serve"]
-        self.process = subprocess.Popen(
-            command, env=environment, cwd=folder, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        imported = Path(self._line())
-        if not imported.is_relative_to(folder):
-            raise SystemExit(f"{folder} was to be imported, and {imported} was: expected a checkout of the repository")
-
-    def time(self, score: str, tokens: int, backward: bool) -> float:
-        assert self.process.stdin is not None
-        print(json.dumps([score, tokens, backward]), file=self.process.stdin, flush=True)
-        return float(self._line())
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("older", type=Path, nargs="?", help="a checkout of an older commit")
@@ -116,7 +93,7 @@ def main() -> None:
     if arguments.older is None:
         parser.exit(0, "nothing to compare with: give a checkout of an older commit\n")
     folders = arguments.older.resolve(), Path(__file__).parents[1].resolve()
-    older, newer = map(Checkout, folders)
+    older, newer = (Checkout(folder, __file__) for folder in folders)
     lines = []
     for tokens in SIZES:
         for score in SCORES:
