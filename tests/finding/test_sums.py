@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -51,6 +52,10 @@ def kept_map(m: TwoMaps, first: Tensor, second: Tensor, v: Tensor) -> Tensor:
     return weights @ v + weights.amax(-1, keepdim=True)
 
 
+def without_its_mean(m: TwoMaps, first: Tensor, second: Tensor, v: Tensor) -> Tensor:
+    return (first - first.mean(-1, keepdim=True)) @ v
+
+
 def tokens() -> Tensor:
     return torch.randn(2, 7, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -68,6 +73,11 @@ def graph_of(module: nn.Module) -> fx.GraphModule:
 @pytest.mark.parametrize("combine", [dropped_together, made_without_grad, kept_map])
 def test_not_taken_apart(combine: Combine) -> None:
     assert [site.outcome for site in explained(combine).sites] == ["scores-kept"] * 2
+
+
+def test_what_is_broadcast_along_the_keys_is_no_map(caplog: pytest.LogCaptureFixture) -> None:
+    assert [site.outcome for site in explained(without_its_mean).sites] == ["scores-kept"]
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 @pytest.mark.parametrize("combine", [difference, dropped_apart])

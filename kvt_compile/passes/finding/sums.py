@@ -195,8 +195,11 @@ class _Walk:
         return terms if terms is not None and all(same_shape(term.map, inner) for term in terms) else None
 
     def _is_part(self, x: object, whole: Value) -> bool:
-        """Whether it is a map with the axes of the whole, or broadcast to them."""
-        return isinstance(x, Value) and x in self.soft and x.dtype == whole.dtype and broadcasts(x.shape, whole.shape)
+        """Whether it is a map with the axes of the whole, or broadcast to its batches and heads."""
+        if not isinstance(x, Value) or x not in self.soft or x.dtype != whole.dtype:
+            return False
+        rows_and_keys = len(x.shape) > 1 and all(map(same, x.shape[-2:], whole.shape[-2:]))
+        return rows_and_keys and broadcasts(x.shape, whole.shape)
 
     def _leaf(self, value: Value) -> list[Term] | None:
         return [Term(value)] if self._stays(value) else None
