@@ -11,10 +11,11 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
 from kvt_compile.calibration.data import CalibrationError
-from kvt_compile.calibration.facts import Calibration
+from kvt_compile.calibration.facts import Calibration, Checked
 from kvt_compile.calibration.read import fields_of
 from kvt_compile.kernels.disk.text import read_json
 from kvt_compile.kernels.disk.whole import write_whole
@@ -25,18 +26,65 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 FORMAT = 1
+Choice = TypeVar("Choice", covariant=True)
 
 
-class SavedPolicy:
-    """What every calibrated policy is besides a mapping: a JSON file and a table."""
+class SavedPolicy(Checked, Mapping[str, Choice]):
+    """What every calibrated policy is besides what it measured: a mapping from module path, a JSON file and a table."""
+
+    _word: ClassVar[str]
+    """The field of a site that says what was chosen for it, and the entry of the file that repeats it."""
+    _show: ClassVar[str]
+    """The module with its `render` and `plot`."""
+
+    @staticmethod
+    def _read(data: Any, version: int) -> dict[str, Any]:
+        """The data of its file -> its fields.  Raises ValueError."""
+        raise NotImplementedError
+
+    def __getitem__(self, pattern: str) -> Choice:
+        for site in self.sites:
+            if glob.escape(site.path) == pattern:
+                chosen: Choice = getattr(site, self._word)
+                return chosen
+        raise KeyError(pattern)
+
+    def __iter__(self) -> Iterator[str]:
+        return (glob.escape(site.path) for site in self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, ready for `json.dumps`."""
-        raise NotImplementedError
+        return {"kvt_calibration": FORMAT, self._word: dict(self), **asdict(cast(Any, self))}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the policy as JSON; an existing file is replaced whole or not at all.  Raises OSError."""
         write_whole(path, json.dumps(self.to_dict(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Reads what `save` wrote.
+
+        Raises OSError, and CalibrationError, with the place and the reason, for a file that is something else or was
+        edited into what could not be used; nothing of it is taken then."""
+        try:
+            return cls(**cls._read(read_json(path, infinite=True), FORMAT))
+        except ValueError as error:
+            raise CalibrationError(f"{os.fspath(path)} cannot be used: {error}") from None
+
+    def plot(self) -> Figure:
+        """A figure of what was measured for every attention, with what was chosen, and of the policies tried.
+
+        Raises ImportError without matplotlib.
+        """
+        figure: Figure = import_module(self._show).plot(self)
+        return figure
+
+    def __rich__(self) -> RenderableType:
+        table: RenderableType = import_module(self._show).render(self)
+        return table
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -48,50 +96,10 @@ class SavedPolicy:
 
 
 @dataclass(frozen=True)
-class CalibratedPolicy(Calibration, SavedPolicy, Mapping[str, TopK]):
+class CalibratedPolicy(SavedPolicy[TopK], Calibration):
     """A k per attention, as a mapping from module path to k: `options={"topk": policy}`, `rewrite(..., topk=policy)`,
     `set_topk(module, policy)`.  Prints as a table; saves to and loads from JSON."""
 
-    def __getitem__(self, pattern: str) -> TopK:
-        for site in self.sites:
-            if glob.escape(site.path) == pattern:
-                return site.topk
-        raise KeyError(pattern)
-
-    def __iter__(self) -> Iterator[str]:
-        return (glob.escape(site.path) for site in self.sites)
-
-    def __len__(self) -> int:
-        return len(self.sites)
-
-    def __hash__(self) -> int:
-        return hash((self.budget, self.value, tuple(self.items())))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers, ready for `json.dumps`."""
-        return {"kvt_calibration": FORMAT, "topk": dict(self), **asdict(self)}
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> CalibratedPolicy:
-        """Reads what `save` wrote.
-
-        Raises OSError, and CalibrationError, with the place and the reason, for a file that is something else or was
-        edited into what could not be used; nothing of it is taken then."""
-        try:
-            return cls(**fields_of(read_json(path, infinite=True), FORMAT))
-        except ValueError as error:
-            raise CalibrationError(f"{os.fspath(path)} cannot be used: {error}") from None
-
-    def plot(self) -> Figure:
-        """A figure of the mass and error curves with the chosen k of every attention, and of the policies tried.
-
-        Raises ImportError without matplotlib.
-        """
-        from kvt_compile.calibration.show import plot
-
-        return plot(self)
-
-    def __rich__(self) -> RenderableType:
-        from kvt_compile.calibration.show import render
-
-        return render(self)
+    _word = "topk"
+    _show = "kvt_compile.calibration.show"
+    _read = staticmethod(fields_of)

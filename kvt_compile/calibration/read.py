@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kvt_compile.calibration.facts import Check, SiteCurve
+from kvt_compile.calibration.facts import Check, SelectionCurve, SiteCurve
 from kvt_compile.kernels.tune.key import brief
 from kvt_compile.topk import TopK, validate
 
@@ -22,16 +22,8 @@ def fields_of(data: Any, version: int) -> dict[str, Any]:
     of_format(data, version)
     grid = many(data, "grid", _topk)
     sites = many(data, "sites", lambda site, place: _site(site, place, grid))
-    _same_topk(data.get("topk"), sites)
-    return {
-        "budget": field(data, "budget", budget),
-        "value": field(data, "value", number),
-        "confidence": field(data, "confidence", number),
-        "grid": grid,
-        "sites": sites,
-        "check": field(data, "check", check),
-        "trail": many(data, "trail", point),
-    }
+    same("topk", data.get("topk"), sites)
+    return checked(data) | {"grid": grid, "sites": sites}
 
 
 def _site(data: Any, place: str, grid: tuple[TopK, ...]) -> SiteCurve:
@@ -66,6 +58,17 @@ def of_format(data: Any, version: int) -> None:
         )
 
 
+def checked(data: Any) -> dict[str, Any]:
+    """The fields that a policy of any kind has."""
+    return {
+        "budget": field(data, "budget", budget),
+        "value": field(data, "value", number),
+        "confidence": field(data, "confidence", number),
+        "check": field(data, "check", check),
+        "trail": many(data, "trail", point),
+    }
+
+
 def check(data: Any, place: str) -> Check:
     return Check(
         examples=field(data, "examples", count, place),
@@ -76,18 +79,19 @@ def check(data: Any, place: str) -> Check:
     )
 
 
-def _same_topk(said: Any, sites: Sequence[SiteCurve]) -> None:
-    """`topk` repeats what the sites say, for a person who reads the file; an edit of one alone means nothing."""
+def same(word: str, said: Any, sites: Sequence[SiteCurve | SelectionCurve]) -> None:
+    """`topk` or `select` repeats what the sites say, for a person who reads the file; an edit of one means nothing."""
     if said is None:
         return
     if not isinstance(said, dict):
-        raise ValueError(f"topk is {brief(said)}, expected an object")
-    meant = {glob.escape(site.path): site.topk for site in reversed(sites)}  # of two with one path the first counts
+        raise ValueError(f"{word} is {brief(said)}, expected an object")
+    # of two with one path the first counts
+    meant = {glob.escape(site.path): getattr(site, word) for site in reversed(sites)}
     for pattern in [*said, *meant]:
-        if pattern not in said or said[pattern] != meant.get(pattern):
+        if pattern not in said or pattern not in meant or said[pattern] != meant[pattern]:
             raise ValueError(
-                f"topk says {brief(said.get(pattern))} for {brief(pattern)}, and sites {brief(meant.get(pattern))}; "
-                "edit both, or give a plain mapping of patterns as the option topk"
+                f"{word} says {brief(said.get(pattern))} for {brief(pattern)}, and sites {brief(meant.get(pattern))}; "
+                f"edit both, or give a plain mapping of patterns as the option {word}"
             )
 
 

@@ -5,12 +5,10 @@ The texts of its selections are read as any text of a selection is, within limit
 
 from __future__ import annotations
 
-import glob
-from collections.abc import Sequence
 from typing import Any
 
 from kvt_compile.calibration.facts import SelectionCurve, Speed
-from kvt_compile.calibration.read import bound, budget, check, count, field, many, number, of_format, point, text
+from kvt_compile.calibration.read import bound, checked, count, field, many, number, of_format, same, text
 from kvt_compile.kernels.tune.key import brief
 from kvt_compile.select.text import parse
 
@@ -21,16 +19,11 @@ def fields_of(data: Any, version: int) -> dict[str, Any]:
     if "select" not in data and "topk" in data:
         raise ValueError("it is a policy of numbers of keys: CalibratedPolicy.load reads it")
     sites = many(data, "sites", _site)
-    _same_select(data.get("select"), sites)
-    return {
-        "budget": field(data, "budget", budget),
-        "value": field(data, "value", number),
-        "confidence": field(data, "confidence", number),
+    same("select", data.get("select"), sites)
+    return checked(data) | {
         "sites": sites,
-        "check": field(data, "check", check),
         "speed": None if data.get("speed") is None else field(data, "speed", _speed),
         "left": many(data, "left", _left),
-        "trail": many(data, "trail", point),
     }
 
 
@@ -91,13 +84,3 @@ def _left(value: Any, place: str) -> tuple[str, str]:
     if not isinstance(value, list) or len(value) != 2:
         raise ValueError(f"{place} is {brief(value)}, expected a module path and a reason")
     return text(value[0], f"{place}[0]"), text(value[1], f"{place}[1]")
-
-
-def _same_select(said: Any, sites: Sequence[SelectionCurve]) -> None:
-    """`select` repeats what the sites say, for a person who reads the file; an edit of one alone means nothing."""
-    meant = {glob.escape(site.path): site.select for site in reversed(sites)}  # of two with one path the first counts
-    if said is not None and said != meant:
-        raise ValueError(
-            f"select says {brief(said)}, and sites {brief(meant)}; edit both, or give a plain mapping of patterns "
-            "as the option select"
-        )
