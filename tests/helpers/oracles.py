@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from near_ties import near_ties
@@ -84,13 +85,18 @@ def floats(*shape: str | int) -> Callable[[Case], Sequence[Tensor]]:
     return lambda case: [torch.randn([getattr(case, x) if isinstance(x, str) else x for x in shape]) + 0.5]
 
 
-def call(case: Case, lowering: str, tensors: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, logsumexp, threshold) of the op; `tensors` are q, k, v, *captured."""
+def arguments(case: Case, lowering: str, tensors: Sequence[Tensor] | None = None) -> tuple[Any, ...]:
+    """Of the op, all of them; `tensors` are q, k, v, *captured."""
     q, k, v, *captured = tensors or _flat(case.tensors())
-    return torch.ops.kvt.attention(
+    return (
         q, k, v, captured, case.score, case.weight, case.topk, list(case.sizes),
         case.dropout_p, case.dropout_seed, lowering, case.tolerance, None, case.select, case.grid, case.prefix,
     )  # fmt: skip
+
+
+def call(case: Case, lowering: str, tensors: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, logsumexp, threshold) of the op; `tensors` are q, k, v, *captured."""
+    return torch.ops.kvt.attention(*arguments(case, lowering, tensors))
 
 
 def reference(case: Case, tensors: Sequence[Tensor], dtype: torch.dtype = torch.float64) -> Reference:

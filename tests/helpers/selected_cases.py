@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import torch
 from oracles import Case, floats
+from torch import Tensor
+from torch.nn import functional as F
+
+import kvt_compile
 
 GRID, PREFIX = (5, 7), 2
 TOKENS = 37
@@ -44,3 +48,20 @@ CASES = [
              topk=100),
     CASE.but(id="other keys than queries", select="sinks(5)", queries=11, grid=None, prefix=0),
 ]  # fmt: skip
+
+
+def qkv(tokens: int = TOKENS, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    return tuple(torch.randn(2, 4, tokens, 8, dtype=dtype, requires_grad=True) for _ in range(3))  # type: ignore[return-value]
+
+
+def assert_dense(text: str) -> None:
+    """A selection that keeps every key is dense attention: output and gradients, the bias's too."""
+    q, k, v = qkv()
+    bias = torch.randn(4, TOKENS, TOKENS, dtype=torch.float64, requires_grad=True)
+    mine = kvt_compile.attention(q, k, v, select=text, grid=GRID, prefix=PREFIX, attn_mask=bias)
+    dense = F.scaled_dot_product_attention(q, k, v, bias)
+    torch.testing.assert_close(mine, dense)
+    weight = torch.randn_like(dense)
+    for one, other in zip(*(torch.autograd.grad(x, (q, k, v, bias), weight) for x in (mine, dense)), strict=True):
+        torch.testing.assert_close(one, other)

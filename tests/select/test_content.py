@@ -7,9 +7,9 @@ import math
 
 import pytest
 import torch
-from oracles import Case, assert_matches_reference
+from oracles import Case, arguments, assert_matches_reference
+from selected_cases import CASE, GRID, PREFIX, TOKENS, assert_dense
 from torch import Tensor
-from torch.nn import functional as F
 
 import kvt_compile
 from kvt_compile import SelectionError, select
@@ -18,8 +18,6 @@ from kvt_compile.kernels.op import lowerings
 from kvt_compile.kernels.op.selection import counts_heads, selection_of
 from kvt_compile.kernels.op.spec import KernelSpec
 from kvt_compile.select.values import split
-
-GRID, PREFIX, TOKENS = (5, 7), 2, 37
 
 
 def kept(text: str, q: Tensor, k: Tensor, grid: tuple[int, ...] | None = None, prefix: int = 0) -> Tensor:
@@ -110,7 +108,6 @@ def test_regions_by_their_largest_weight_are_chosen_in_pieces(monkeypatch: pytes
     assert torch.equal(kept("regions(2, 3, by=max)", q, k, GRID), whole)
 
 
-CASE = Case("chosen", queries=TOKENS, keys=TOKENS, heads=4, kv_heads=2, topk=TOKENS, grid=GRID, prefix=PREFIX)
 CASES = [
     *(
         CASE.but(id=text, select=text)
@@ -154,15 +151,7 @@ def test_a_condition_that_is_too_long_goes_to_aten() -> None:
     "text", ["keys(37)", "keys(1.0, by=mean_query)", "heads(4)", "heads(1.0)", "regions(1.0, 2, by=max) | prefix"]
 )
 def test_what_keeps_every_key_is_dense(text: str) -> None:
-    torch.manual_seed(1)
-    q, k, v = (torch.randn(2, 4, TOKENS, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    bias = torch.randn(4, TOKENS, TOKENS, dtype=torch.float64, requires_grad=True)
-    mine = kvt_compile.attention(q, k, v, select=text, grid=GRID, prefix=PREFIX, attn_mask=bias)
-    dense = F.scaled_dot_product_attention(q, k, v, bias)
-    torch.testing.assert_close(mine, dense)
-    weight = torch.randn_like(dense)
-    for one, other in zip(*(torch.autograd.grad(x, (q, k, v, bias), weight) for x in (mine, dense)), strict=True):
-        torch.testing.assert_close(one, other)
+    assert_dense(text)
 
 
 def test_a_head_that_is_not_kept_gives_zeros_and_has_no_gradient() -> None:
@@ -177,9 +166,7 @@ def test_a_head_that_is_not_kept_gives_zeros_and_has_no_gradient() -> None:
 
 @pytest.mark.parametrize("text", ["keys(9)", "heads(2)", "regions(2, 3, by=max, heads=2) | prefix"])
 def test_the_operator_is_sound(text: str) -> None:
-    q, k = qk()
-    args = (q, k, k.clone(), [], "0.35*s", "p", TOKENS, [], 0.0, None, "auto", 0.0, None, text, list(GRID), PREFIX)
-    torch.library.opcheck(torch.ops.kvt.attention.default, args)
+    torch.library.opcheck(torch.ops.kvt.attention.default, arguments(CASE.but(select=text), "auto"))
 
 
 @pytest.mark.parametrize(

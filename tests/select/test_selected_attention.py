@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracles import Case, assert_matches_reference
-from selected_cases import CASES, GRID, PREFIX, TOKENS
+from oracles import Case, arguments, assert_matches_reference
+from selected_cases import CASE, CASES, GRID, PREFIX, assert_dense, qkv
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,11 +33,6 @@ def test_what_c_does_not_list_goes_to_aten() -> None:
     assert {case.id for case in CASES if refusal(case.select)} == {"by mass", "first of ties"}
 
 
-def qkv(tokens: int = TOKENS, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    torch.manual_seed(1)
-    return tuple(torch.randn(2, 4, tokens, 8, dtype=dtype, requires_grad=True) for _ in range(3))  # type: ignore[return-value]
-
-
 ALL = ["window(7) | prefix", "window(99) | prefix", "halo(7, 0) | prefix", "regions(1.0, 2) | prefix", "prefix(37)",
        "sinks(37)", "keys(37)", "heads(4)", "heads(4) & (window(7) | prefix)", "keys(37) | window(3)",
        "topk(37)", "topk(1.0, ties=lowest)", "mass(1.0)",
@@ -46,14 +41,7 @@ ALL = ["window(7) | prefix", "window(99) | prefix", "halo(7, 0) | prefix", "regi
 
 @pytest.mark.parametrize("text", ALL)
 def test_what_keeps_every_key_is_dense(text: str) -> None:
-    q, k, v = qkv()
-    bias = torch.randn(4, TOKENS, TOKENS, dtype=torch.float64, requires_grad=True)
-    mine = kvt_compile.attention(q, k, v, select=text, grid=GRID, prefix=PREFIX, attn_mask=bias)
-    dense = F.scaled_dot_product_attention(q, k, v, bias)
-    torch.testing.assert_close(mine, dense)
-    weight = torch.randn_like(dense)
-    for one, other in zip(*(torch.autograd.grad(x, (q, k, v, bias), weight) for x in (mine, dense)), strict=True):
-        torch.testing.assert_close(one, other)
+    assert_dense(text)
 
 
 def test_topk_is_one_word_of_it() -> None:
@@ -108,9 +96,7 @@ def test_a_selection_is_no_number() -> None:
 
 @pytest.mark.parametrize("text", ["window(3) | prefix", "regions(3, 2) | prefix"])
 def test_the_operator_is_sound(text: str) -> None:
-    q, k, v = qkv(dtype=torch.float32)
-    args = (q, k, v, [], "0.35*s", "p", TOKENS, [], 0.0, None, "auto", 0.0, None, text, list(GRID), PREFIX)
-    torch.library.opcheck(torch.ops.kvt.attention.default, args)
+    torch.library.opcheck(torch.ops.kvt.attention.default, arguments(CASE.but(select=text), "auto"))
 
 
 def test_transforms_see_the_selection() -> None:
