@@ -19,9 +19,13 @@ def steps(
     pick: Callable[[Tensor], Tensor],
     positions: Tensor,
     before: Callable[[int], None] = lambda step: None,
+    *,
+    optimiser: torch.optim.Optimizer | None = None,
+    which: slice = slice(None),
 ) -> None:
-    optimiser = small.optimiser(parameters)
-    for step, (x, y) in enumerate(small.data()):
+    """pick: this rank's part of a batch or sequence.  before: called with the number of each step."""
+    optimiser = optimiser or small.optimiser(parameters)
+    for step, (x, y) in list(enumerate(small.data()))[which]:
         before(step)
         optimiser.zero_grad()
         (module(pick(x), positions) - pick(y)).square().mean().backward()

@@ -2,6 +2,8 @@
 
     Ranks(2).run(check, "cpu")   ->   check("cpu") on rank 0 and on rank 1, each in a process group of gloo
 
+All sets are forks of one process that has imported what takes seconds.
+
 A check is a function at the top of a module; it raises on the rank where something is wrong, and then the test fails
 with that rank's traceback.  Whatever hangs is killed after a minute or so, and a new set of processes serves the next
 check.
@@ -25,6 +27,18 @@ PATIENCE = 300.0
 """Seconds a check may take, on a busy machine too; collectives give up a little earlier."""
 
 
+IMPORTED = (
+    "kvt_compile",
+    "torch._dynamo",
+    "torch._functorch.aot_autograd",
+    "torch._inductor.compile_fx",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+)
+"""By the process that ranks are forks of: six seconds of a CPU, once instead of by each of six ranks."""
+
+
 class RankError(AssertionError):
     """A check that failed, with every rank's traceback."""
 
@@ -36,7 +50,8 @@ class Ranks:
         self.world = world
         self._folder = tempfile.TemporaryDirectory(prefix="kvt-ranks-")
         store = Path(self._folder.name, "store")  # a file instead of a port: no two runs can want the same
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([*IMPORTED])
         self._ends: list[Connection] = []
         self._processes = []
         with _one_thread():

@@ -95,6 +95,9 @@ def received(layout: str, ranks: int, sizes: dict[str, int], *, backward: bool, 
         return 0.0
     if layout == "sequence":  # of DTensors, and the sums of dk and dv back to where k and v lie
         return others * keys * e * (1 if not backward else 2)
+    if layout == "turned":  # of DTensors cut along the sequence, to the batch or heads
+        assert not backward
+        return others / ranks * (queries + keys) * e
     if layout == "gather":
         return others * (keys * e if not backward else keys * e + keys * wide)
     assert layout == "count"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from no_compiler import without_compiler
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -159,6 +160,7 @@ def _mesh() -> Any:
     return init_device_mesh("cpu", (dist.get_world_size(),))
 
 
+@without_compiler()
 def check_whole_keys() -> None:
     """Cross-attention: keys that are cut too are right, keys that every rank has whole are told."""
     import kvt_compile
@@ -179,6 +181,7 @@ def test_keys_that_every_rank_has_are_told(run: Run) -> None:
     run(2, check_whole_keys)
 
 
+@without_compiler()
 def check_checkpoint(reentrant: bool) -> None:
     import kvt_compile
     from kvt_compile.kernels.op.lowerings import LoweringError
@@ -236,6 +239,7 @@ def test_a_context_of_one_rank(run: Run) -> None:
     run(2, check_group_of_one)
 
 
+@without_compiler()
 def check_shares_of_integrations() -> None:
     """A share counts keys of the whole sequence in transformers' attention too."""
     from types import SimpleNamespace
@@ -265,6 +269,7 @@ def test_shares_in_transformers_attention(run: Run) -> None:
     run(2, check_shares_of_integrations)
 
 
+@without_compiler()
 def check_low_precision_and_masks(way: str) -> None:
     """Halves, autocast, and a mask of padded keys that is cut as the tokens are."""
     import kvt_compile
@@ -304,6 +309,7 @@ class Causal(nn.Module):
         return nn.functional.scaled_dot_product_attention(x, x.sin(), x, is_causal=True)
 
 
+@without_compiler()
 def check_lengths() -> None:
     """One compiled model, sequences of three lengths: the third is a graph for any."""
     import kvt_compile

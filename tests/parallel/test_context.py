@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from no_compiler import without_compiler
 from torch import Tensor, nn
 
 Run = Callable[..., list[Any]]
@@ -38,7 +40,9 @@ def _call(tensors: list[Tensor], score: str, topk: int, dropout_p: float, loweri
     )[0]  # fmt: skip
 
 
-def check_operator(score: str, order: str, way: str, ties: bool, topk: int, dropout_p: float, dtype: str) -> None:
+def check_operator(
+    score: str, order: str, way: str, ties: bool, topk: int, dropout_p: float, dtype: str, built: bool = False
+) -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -50,7 +54,8 @@ def check_operator(score: str, order: str, way: str, ties: bool, topk: int, drop
     expected = _call(whole, SCORES[score], topk, dropout_p, "aten")
     grad = torch.randn_like(expected)
     expected.backward(grad)
-    with context_parallel(mesh, order=order, way=way) as context:
+    by_torch = nullcontext() if built else without_compiler()
+    with by_torch, context_parallel(mesh, order=order, way=way) as context:
         dims = (2, 2, 2, 1, None)
         mine = [
             (x.detach() if d is None else context.shard(x.detach(), d)).requires_grad_()
@@ -82,6 +87,11 @@ def test_one_attention_on_two_ranks(run: Run, score: str, order: str, way: str) 
         run(2, check_operator, score, order, way, ties, topk, dropout_p, dtype)
 
 
+@pytest.mark.parametrize("score", ["causal", "keys and heads"])
+def test_one_attention_by_built_kernels(run: Run, score: str) -> None:
+    run(2, check_operator, score, "balanced", "gather", True, 5, 0.3, "float32", True)
+
+
 @pytest.mark.parametrize("way", ["gather", "count"])
 def test_one_attention_on_four_ranks(run: Run, way: str) -> None:
     run(4, check_operator, "causal", "balanced", way, True, 5, 0.2, "float64")
@@ -99,6 +109,7 @@ class Model(nn.Module):
         return nn.functional.scaled_dot_product_attention(q, k.sin(), v, is_causal=self.causal, enable_gqa=True)
 
 
+@without_compiler()
 def check_ways_in() -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -212,37 +223,20 @@ def test_what_cannot_be_told_is_an_error(run: Run) -> None:
     run(2, check_errors)
 
 
-class _Missing:
-    """The C lowering of a machine without a compiler."""
-
-    def __init__(self, lowering: Any) -> None:
-        self._lowering = lowering
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._lowering, name)
-
-    def supports(self, spec: Any) -> str:
-        return "there is no compiler"
-
-
 def check_disagreement() -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
     import kvt_compile
-    from kvt_compile.kernels import lowerings
     from kvt_compile.parallel import ContextParallelError, context_parallel
 
     mesh, q = init_device_mesh("cpu", (2,)), torch.randn(1, 2, 10, 4)
-    undo = lowerings.register("c", _Missing(lowerings.get("c"))) if dist.get_rank() else lambda: None
-    try:
-        with (
-            context_parallel(mesh),
-            pytest.raises(ContextParallelError, match=r"c on rank 0, aten on rank 1.*kvt doctor"),
-        ):
-            kvt_compile.topk_attention(q, q, q, topk=3)
-    finally:
-        undo()
+    with (
+        without_compiler() if dist.get_rank() else nullcontext(),
+        context_parallel(mesh),
+        pytest.raises(ContextParallelError, match=r"c on rank 0, aten on rank 1.*kvt doctor"),
+    ):
+        kvt_compile.topk_attention(q, q, q, topk=3)
 
 
 def test_ranks_with_different_lowerings_are_told(run: Run) -> None:
@@ -255,18 +249,15 @@ def check_disagreement_without_a_context() -> list[str]:
 
     import torch.distributed as dist
 
-    from kvt_compile.kernels import lowerings
     from kvt_compile.kernels.warn import warn_once
 
     warn_once.cache_clear()
     q = torch.randn(1, 1, 7, 13)  # a kernel of no other test
-    undo = lowerings.register("c", _Missing(lowerings.get("c"))) if dist.get_rank() else lambda: None
     told = []
     for turn in range(3):
-        if turn == 2:
-            undo()
         if turn == dist.get_rank() or turn == 2:
-            with warnings.catch_warnings(record=True) as seen:
+            here = without_compiler() if turn == 1 else nullcontext()
+            with here, warnings.catch_warnings(record=True) as seen:
                 warnings.simplefilter("always")
                 torch.ops.kvt.attention(q, q, q, [], "0.3*s", "p", 3, [], 0.0, None, "auto")
             told += [str(x.message) for x in seen if "lowering" in str(x.message)]
@@ -284,6 +275,7 @@ def test_ranks_with_different_lowerings_are_told_in_every_layout(run: Run) -> No
 # ---- verify ----------------------------------------------------------------------------------------------------------
 
 
+@without_compiler()
 def check_verify() -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
