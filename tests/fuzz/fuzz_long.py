@@ -1,8 +1,9 @@
 """Random programs for as long as asked, a fresh seed each round: `python tests/fuzz/fuzz_long.py --minutes 60 --seed 0`.
 
 Failures are shrunk, printed and appended to the log with the seed that found them; the exit status says whether there
-were any.  Beside the fast capture that the test suite uses, some rounds go through torch.compile's own, and those with modes, transforms
-and hooks through `kvt_compile.verify`.
+were any.  Beside the fast capture that the test suite uses, some rounds go through torch.compile's own, and those with
+modes, transforms and hooks through `kvt_compile.verify`.  Rows in any normalisation, models' own selections and users'
+selections have rounds of their own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,15 @@ from torch._subclasses import FakeTensorMode
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = map(str, (TESTS / "fuzz", TESTS / "helpers", TESTS.parent))
 
-import fuzz_programs
+import fuzz_normalisers
+import fuzz_own
+import fuzz_rows
+import fuzz_selections
 from fuzz_check import check, traced, traced_with_fakes, with_gradients
 from fuzz_graphs import Program
 from fuzz_modes import check_modes, modes
+from fuzz_programs import anything, positives, writes
+from oracles import Case
 
 
 def through_dynamo(model: nn.Module, inputs: Sequence[Tensor]) -> fx.GraphModule:
@@ -81,62 +88,115 @@ def replace(old: fx.Node, new: fx.Node) -> None:
     old.graph.erase_node(old)
 
 
-CAPTURES = {
-    "traced": (traced, 400),
-    "fakes": (traced_with_fakes, 60),
-    "dynamo": (through_dynamo, 25),
-    "verify": (traced, 20),
+Outcome = str
+"""What a check says of an example; "" where there is nothing to tell."""
+
+
+def programs_through(capture: Callable[..., Any]) -> Callable[[Program, int], Outcome]:
+    def judge(program: Program, topk: int) -> Outcome:
+        check(program, topk, capture=capture, reference=topk == 2)
+        return ""
+
+    return judge
+
+
+def with_modes(program: Program, topk: int) -> Outcome:
+    fate = check_modes(program, topk)
+    return f"{fate}\n# {program.tags[-2:]}\n{program.texts[0]}" if fate.startswith("dropped") else fate  # type: ignore[attr-defined]
+
+
+def row(drawn: fuzz_normalisers.Normalised) -> Outcome:
+    fate = fuzz_rows.check(drawn)
+    return fate if fate in ("fused", "none") else "a softmax, not fused"
+
+
+def own(choice: dict[str, object], number: int) -> Outcome:
+    fuzz_own.check(choice, number)
+    return ""
+
+
+def call(case: Case, lowering: str) -> Outcome:
+    fuzz_selections.check_lowering(case, lowering)
+    return lowering
+
+
+def under_a_selection(program: Program, drawn: tuple[dict[str, Any], bool]) -> Outcome:
+    return f"{fuzz_selections.check(program, *drawn)} selected"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Examples of one kind: how they are drawn, how judged, and how many make a round."""
+
+    drawn: tuple[st.SearchStrategy[Any], ...]
+    judge: Callable[..., Outcome]
+    examples: int
+
+
+TOPK = st.integers(1, 5)
+STRATEGIES = {"positives": positives(), "writes": writes(), "anything": anything()}
+CAPTURES = {"traced": (traced, 400), "fakes": (traced_with_fakes, 60), "dynamo": (through_dynamo, 25)}
+KINDS = {
+    "modes": Kind((modes(), TOPK), with_modes, 20),
+    "rows": Kind((fuzz_normalisers.normalised(),), row, 100),
+    "own": Kind((fuzz_own.CHOICES, st.integers(0, 1 << 20)), own, 150),
+    "calls": Kind((fuzz_selections.cases(), st.sampled_from(["aten", "aten", "aten", "c"])), call, 20),
+    "selected": Kind((positives(), fuzz_selections.options()), under_a_selection, 40),
+    **{
+        f"{name}/{capture}": Kind((programs, TOPK), programs_through(function), examples)
+        for name, programs in STRATEGIES.items()
+        for capture, (function, examples) in CAPTURES.items()
+    },
 }
-STRATEGIES = ("positives", "writes", "anything")
+"""Modes, transforms and hooks; normalisers; a model's own selections; single calls under selections; programs under
+selections; programs, by what captures them."""
+EVERY = ("modes", "rows", "own", "calls", "selected", *(f"{name}/traced" for name in STRATEGIES))
+EVERY_OTHER = tuple(tuple(f"{name}/{capture}" for name in STRATEGIES) for capture in ("dynamo", "fakes"))
+"""Kinds of every round, and those of even and of odd ones."""
 
 
-def rounds(first: int, until: float, log: Path) -> int:
-    """Runs rounds of every strategy and capture until the clock says so; returns how many of them failed."""
+def rounds(first: int, until: float, log: Path, only: Sequence[str]) -> int:
+    """Runs rounds of every kind until the clock says so; returns how many of them failed."""
     number, failed = first, 0
     counts: collections.Counter[str] = collections.Counter()
     fates: collections.Counter[str] = collections.Counter()
     while time.monotonic() < until:
-        failed += not one_round("modes", "verify", number, counts, fates, log)
-        for strategy in STRATEGIES:
-            for name in ("traced", "traced", "fakes", "dynamo")[number % 2 :: 2]:
-                if time.monotonic() >= until:
-                    break
-                failed += not one_round(strategy, name, number, counts, fates, log)
+        for kind in only or (*EVERY, *EVERY_OTHER[number % 2]):
+            if time.monotonic() >= until:
+                break
+            failed += not one_round(kind, number, counts, fates, log)
         print(f"seed {number}: {sum(counts.values())} programs, {failed} failed rounds, {dict(counts)}", flush=True)
-        print(f"seed {number}: with modes: {dict(fates)}", flush=True)
+        print(f"seed {number}: what became of them: {dict(fates)}", flush=True)
         number += 1
     return failed
 
 
 def one_round(
-    strategy: str, name: str, number: int, counts: collections.Counter[str], fates: collections.Counter[str], log: Path
+    kind: str, number: int, counts: collections.Counter[str], fates: collections.Counter[str], log: Path
 ) -> bool:
-    """One hypothesis run; True when nothing was found.  `fates`: what became of the programs with modes."""
-    capture, size = CAPTURES[name]
-    programs = modes() if strategy == "modes" else getattr(fuzz_programs, strategy)()
+    """One hypothesis run; True when nothing was found.  `fates`: what became of the examples."""
+    what = KINDS[kind]
 
     @seed(number)
     @settings(
-        max_examples=size, deadline=None, database=None, phases=(Phase.generate, Phase.shrink), print_blob=False,
-        suppress_health_check=list(HealthCheck), verbosity=Verbosity.quiet,
+        max_examples=what.examples, deadline=None, database=None, phases=(Phase.generate, Phase.shrink),
+        print_blob=False, suppress_health_check=list(HealthCheck), verbosity=Verbosity.quiet,
     )  # fmt: skip
-    @given(programs, st.integers(1, 5))
-    def search(program: Program, topk: int) -> None:
-        if strategy == "modes":
-            fate = check_modes(program, topk)
-            if fate.startswith("dropped") and not fates[fate]:
-                print(f"{fate}\n# {program.tags[-2:]}\n{program.texts[0]}", flush=True)  # type: ignore[attr-defined]
-            fates[fate] += 1
-        else:
-            check(program, topk, capture=capture, reference=topk == 2)
-        counts[f"{strategy}/{name}"] += 1
+    @given(st.tuples(*what.drawn))
+    def search(example: tuple[Any, ...]) -> None:
+        fate, _, text = what.judge(*example).partition("\n")
+        if text and not fates[f"{kind}: {fate}"]:
+            print(f"{fate}\n{text}", flush=True)
+        if fate:
+            fates[f"{kind}: {fate}"] += 1
+        counts[kind] += 1
 
     try:
         search()
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
-        text = f"--- {strategy} through {name}, seed {number}\n{''.join(traceback.format_exception(error))}\n"
+        text = f"--- {kind}, seed {number}\n{''.join(traceback.format_exception(error))}\n"
         print(text, flush=True)
         with log.open("a") as file:
             file.write(text)
@@ -148,10 +208,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0, help="the first round's seed; the next rounds count up")
+    parser.add_argument("--only", action="append", default=[], choices=KINDS, help="a kind of examples; several times")
     parser.add_argument("--log", type=Path, default=Path("fuzz.log"), help="where failures are appended")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    return min(rounds(arguments.seed, time.monotonic() + 60 * arguments.minutes, arguments.log), 1)
+    return min(rounds(arguments.seed, time.monotonic() + 60 * arguments.minutes, arguments.log, arguments.only), 1)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,13 @@ from fuzz_check import EXACT, ROUNDED, differences, rounding_decides, run, run_o
 from fuzz_graphs import Program
 from hypothesis import assume
 from hypothesis import strategies as st
-from oracles import Case
+from oracles import Case, assert_matches_reference
 from torch import fx
 
 from kvt_compile import SelectionError, select
+from kvt_compile.kernels.c.lowering import refusal
 from kvt_compile.kernels.op.selection import selection_of
+from kvt_compile.kernels.op.spec import KernelSpec
 from kvt_compile.passes.decide import Policy
 from kvt_compile.passes.pipeline import run_passes
 from kvt_compile.select.values import Both, Selector
@@ -100,6 +102,17 @@ def cases(draw: Draw) -> Case:
         prefix=prefix,
         seed=draw(st.integers(0, 99)),
     )
+
+
+def check_lowering(case: Case, lowering: str) -> None:
+    """Asserts that a lowering does what the reference does; draws another case where it has no kernel."""
+    if lowering == "c":
+        assume(refusal(KernelSpec("float32", "float32", 8, 8, case.score, select=case.select)) is None)
+    try:
+        assert_matches_reference(case, lowering)
+    except AssertionError as error:
+        assume("near-tie" not in str(error))
+        raise AssertionError(f"{case.select} on {case.grid} + {case.prefix}: {error}\n{case}") from error
 
 
 WHOLE = ("window(99) | prefix", "halo(99, 0) | prefix", "regions(1.0, 2) | prefix", "prefix(99)", "sinks(99)",

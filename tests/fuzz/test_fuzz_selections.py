@@ -7,12 +7,9 @@ from typing import Any
 import pytest
 from fuzz_graphs import Program
 from fuzz_programs import positives
-from fuzz_selections import cases, check, options
-from hypothesis import HealthCheck, Phase, assume, given, settings
-from oracles import Case, assert_matches_reference
-
-from kvt_compile.kernels.c.lowering import refusal
-from kvt_compile.kernels.op.spec import KernelSpec
+from fuzz_selections import cases, check, check_lowering, options
+from hypothesis import HealthCheck, Phase, given, settings
+from oracles import Case
 
 many = settings(suppress_health_check=list(HealthCheck), database=None, phases=(Phase.generate,), derandomize=True)
 
@@ -25,13 +22,7 @@ def test_lowerings_agree_with_the_reference(lowering: str) -> None:
     @settings(many, max_examples=40)
     def search(case: Case) -> None:
         nonlocal ran
-        if lowering == "c":
-            assume(refusal(KernelSpec("float32", "float32", 8, 8, case.score, select=case.select)) is None)
-        try:
-            assert_matches_reference(case, lowering)
-        except AssertionError as error:
-            assume("near-tie" not in str(error))
-            raise AssertionError(f"{case.select} on {case.grid} + {case.prefix}: {error}\n{case}") from error
+        check_lowering(case, lowering)
         ran += 1
 
     search()
