@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -121,8 +121,10 @@ def by_inductor(
     from torch._inductor import config, list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
+    from kvt_compile.kernels.direct import written  # it registers the operators, which Inductor is about to meet
+
     patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
-    with _cpp() if patches.get("cpp_wrapper", config.cpp_wrapper) else nullcontext():
+    with _cpp() if patches.get("cpp_wrapper", config.cpp_wrapper) else written():
         compiled: Any = compile_fx(gm, example_inputs, config_patches=patches or None)
     run: Callable[..., Any] = compiled
     return run

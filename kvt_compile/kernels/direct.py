@@ -1,0 +1,88 @@
+"""An attention node in the Python that Inductor writes -> a call of its kernel past torch's dispatcher.
+
+    buf0 = torch.ops.kvt.attention.default(arg0, arg1, arg2, [], '0.125*s', ...)
+    ->
+    kvt_attention_buf0 = KvtSite()                                                  once
+    buf0 = kvt_attention_buf0(arg0, arg1, arg2, [], '0.125*s', ...)
+
+Written where every size and stride is a number: all calls of such a node are laid out alike, so a site looks its runner
+up (`op/ready.py`) by the key of its first call.  What Inductor's own loops rely on, this does: shapes, strides and
+dtypes are those of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvt_compile.kernels.op import lowerings, ops, ready
+from kvt_compile.kernels.op.arguments import AttentionArguments
+
+_OPERATOR = torch.ops.kvt.attention.default
+_LOWERING = [x.name for x in fields(AttentionArguments)].index("lowering") - 4
+_writing: ContextVar[bool] = ContextVar("kvt_writing_direct_calls", default=False)
+
+
+class Site:
+    """One attention node of a compiled graph; called with the operator's arguments, returns what it does."""
+
+    __slots__ = ("_asked", "_key")
+
+    def __init__(self) -> None:
+        self._key: Hashable = None
+        self._asked = False
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], *rest: Any) -> Any:
+        run = ready.runner(self._key)
+        # a mode wants to see operators, as it sees those that Inductor leaves to torch
+        if run is not None and not torch._C._len_torch_dispatch_stack():
+            lowerings.check_inside(rest[_LOWERING])
+            return run(q, k, v, captured)
+        if not self._asked:
+            self._key, self._asked = ready.key(ops.attention_arguments(q, k, v, captured, *rest)), True
+        return _OPERATOR(q, k, v, captured, *rest)
+
+
+@contextmanager
+def written() -> Iterator[None]:
+    """What Inductor writes in here calls attention directly; with a tag in the keys of its caches, as it imports this
+    module by name."""
+    from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN, CustomCodegen
+
+    config: Any = torch.compiler.config
+    CUSTOM_EXTERN_KERNEL_CODEGEN.setdefault(f"torch.ops.{_OPERATOR}", CustomCodegen(python=_write))
+    token = _writing.set(True)
+    try:
+        with config.patch(cache_key_tag=f"{config.cache_key_tag}|kvt-direct=1"):
+            yield
+    finally:
+        _writing.reset(token)
+
+
+def _write(node: Any, writeline: Callable[[Any], None]) -> None:
+    """Inductor's fallback kernel of the operator -> the line that calls it."""
+    from torch._inductor.codegen.wrapper import ExternKernelAllocLine, PythonWrapperCodegen
+    from torch._inductor.virtualized import V
+
+    wrapper = V.graph.wrapper_code
+    # a wrapper of another kind, of a part of a graph for one, has no place for what is written once
+    if _writing.get() and type(wrapper) is PythonWrapperCodegen and _is_settled(node):
+        node.python_kernel_name = f"kvt_attention_{node.get_name()}"
+        wrapper.add_import_once(f"from {__name__} import {Site.__name__} as KvtSite")
+        wrapper.header.writeline(f"{node.python_kernel_name} = KvtSite()")
+    writeline(ExternKernelAllocLine(wrapper, node))
+
+
+def _is_settled(node: Any) -> bool:
+    """Whether every tensor is on a CPU, and nothing of the call is known at run time alone."""
+    if any(x.get_device().type != "cpu" for x in node.inputs):
+        return False
+    sizes = [size for x in node.inputs for size in (*x.get_size(), *x.get_stride())]
+    numbers = torch.utils._pytree.tree_leaves(node.constant_args)
+    return not any(getattr(x, "free_symbols", ()) or isinstance(x, torch.SymInt) for x in (*sizes, *numbers))
