@@ -88,6 +88,33 @@ def test_tokens_that_were_moved_are_nowhere(change: Change) -> None:
     assert all(x.startswith("where its tokens stand cannot be read from the graph; say it with grid=") for x in found)
 
 
+class Merged(nn.Module):
+    """A map in another shape before its tokens are one axis."""
+
+    def __init__(self, before: Change) -> None:
+        super().__init__()
+        self.before, self.qkv = before, nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.before(x)).reshape(2, 35, 24).chunk(3, -1)
+        return (q @ k.mT).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    ("before", "grid"),
+    [
+        (lambda x: x, "on 5x7"),
+        (lambda x: x.reshape(10, 7, 8), "cannot be read"),
+        (lambda x: x.reshape(2 * 5, 1, 7, 8), "cannot be read"),
+        (lambda x: x.permute(1, 0, 2, 3).reshape(5, 14, 8).reshape(5, 2, 7, 8).transpose(0, 1), "on 5x7"),
+    ],
+    ids=["a map", "rows of all images", "rows of all images, once more", "taken apart and put together"],
+)
+def test_a_dimension_with_more_than_tokens_is_no_side_of_a_map(before: Change, grid: str) -> None:
+    (found,) = explained(Merged(before), torch.randn(2, 5, 7, 8), select="window(3)", unknown_attention="rewrite")
+    assert grid in found
+
+
 def test_what_is_added_to_tokens_moves_none_of_them() -> None:
     model = Transformer(change=lambda x: x + x[:, ORDER])
     assert all("on 5x7 + 1" in x for x in explained(model, select="window(3) | prefix"))

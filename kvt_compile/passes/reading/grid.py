@@ -111,6 +111,8 @@ def _grid(value: Value, coords: Coords, axis: tuple[Atom, ...]) -> Placed | None
 
 def _found(space: Space, value: Value, coords: Coords, tokens: Coord, here: list[int], prefix: int) -> Placed | None:
     """Several dimensions that are the token axis together, each as a whole and nothing else."""
+    if not all(set(coords[d].digits) <= set(tokens.digits) for d in here):
+        return None  # a dimension that runs over more than tokens: rows of images one below the other
     order = sorted(here, key=lambda d: tokens.digits.index(coords[d].digits[0]) if coords[d].digits else -1)
     digits = tuple(a for d in order for a in coords[d].digits)
     sizes = [value.shape[d] for d in order]
