@@ -154,7 +154,9 @@ def default(
         # row would cross from one to the other: 46 barriers instead of 21 (D = 64 with a bias), no spills in either.
         # On sm_80 it changes no barrier, on sm_100 four warps spill
         warps = 4
-    if crowded or (listing(spec) is not None and _lists_crowd(spec, part, size, large and warpgroups, large or hip)):
+    if spec.tables:
+        rows, cols, warps = _beside_tables(part, (rows, cols, warps), hip, large, warpgroups)
+    elif crowded or (listing(spec) is not None and _lists_crowd(spec, part, size, large and warpgroups, large or hip)):
         cols = max(cols // 2, 32 if hip else SMALLEST)
     return Blocks("streaming", rows, cols, warps, 1 if spec.weight != "p" and part == "forward" else stages)
 
@@ -165,6 +167,22 @@ def _lists_crowd(spec: KernelSpec, part: str, size: int, warpgroups: bool, wide:
     if part == "forward" and size == 2:
         return not warpgroups and (wide or not _captured_tiles(spec))
     return part == "backward_rows" and size == 4
+
+
+def _beside_tables(
+    part: str, shape: tuple[int, int, int], hip: bool, large: bool, warpgroups: bool
+) -> tuple[int, int, int]:
+    """Rows, columns and warps of a kernel whose condition over tables takes registers, which part of a tile pays for:
+    the largest that spill none."""
+    rows, cols, warps = shape
+    if hip:
+        return (32, 32, 4) if part == "forward" else (rows, min(cols, 32), warps)
+    if part == "backward_q" or (part == "backward_kv" and not large and warpgroups):
+        return shape
+    if part == "backward_kv" and large and not warpgroups:
+        warps = 8
+    share = 4 if part == "forward" and not large and not warpgroups else 2
+    return rows, max(cols // share, SMALLEST), warps
 
 
 def _captured_tiles(spec: KernelSpec) -> int:

@@ -31,6 +31,7 @@ EXACT_LOGSUMEXP = 32.0
 """Beyond it exp(t - logsumexp) is divided by its sum once more: its relative error, half an ulp of logsumexp, is then
 more than 2e-6."""
 WIDTH = 118
+LONGEST_SENTENCE = 130
 
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("kvt_compile.kernels.triton"),
@@ -172,12 +173,13 @@ def _render(names: Sequence[str], values: dict[str, Any]) -> str:
 
 
 def _wrap(line: str) -> list[str]:
-    """A long line is broken at its argument lists' commas: every generated line that is long is inside brackets."""
-    if len(line) <= WIDTH or '"""' in line or ", " not in line:
+    """A long line is broken at its argument lists' commas, or before the right side of `&` and `|`: every generated
+    line that is long is inside brackets.  A sentence of a template stays as it is written there."""
+    if len(line) <= (LONGEST_SENTENCE if '"""' in line else WIDTH) or ", " not in line:
         return [line]
     indent = " " * (len(line) - len(line.lstrip()) + (0 if line.rstrip().endswith(",") else 4))
     lines, current, depth = [], "", 0
-    for word in re.split(r"(?<=, )", line):
+    for word in re.split(r"(?<=, )|(?<= [&|] )", line):
         if current and depth > 0 and len(current) + len(word.rstrip()) > WIDTH:
             lines.append(current.rstrip())
             current = indent
