@@ -22,6 +22,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -218,6 +219,15 @@ def build(quick: bool) -> Iterator[Line]:
 
 def model(quick: bool) -> Iterator[Line]:
     """DeiT-S, batch 8: backend="kvt" against dense backend="inductor"."""
+    yield from deit("model", "", nullcontext)
+
+
+def model_bfloat16(quick: bool) -> Iterator[Line]:
+    """The same under autocast."""
+    yield from deit("model_bfloat16", " bfloat16 autocast", lambda: torch.autocast("cpu", torch.bfloat16))
+
+
+def deit(section: str, name: str, around: Callable[[], AbstractContextManager[object]]) -> Iterator[Line]:
     sys.path.append(str(Path(__file__).parents[1] / "examples"))
     import torchvision_cpu  # noqa: F401 - lets timm import beside a CPU-only torch
 
@@ -227,24 +237,25 @@ def model(quick: bool) -> Iterator[Line]:
     nets = {}
     for backend in ("kvt", "inductor"):
         torch.manual_seed(0)
-        nets[backend] = timm.create_model("deit_small_patch16_224").eval()
-        nets[backend + " compiled"] = torch.compile(nets[backend], backend=backend)
+        nets[backend] = torch.compile(timm.create_model("deit_small_patch16_224").eval(), backend=backend)
 
     def infer(backend: str) -> Callable[[], object]:
         def run() -> object:
-            with torch.no_grad():
-                return nets[backend + " compiled"](images)
+            with torch.no_grad(), around():
+                return nets[backend](images)
 
         return run
 
     def train(backend: str) -> Callable[[], object]:
         def run() -> None:
-            nets[backend + " compiled"](images).square().mean().backward()
+            with around():
+                loss = nets[backend](images).square().mean()
+            loss.backward()
 
         return run
 
-    yield compare("model", "DeiT-S batch 8 inference / Inductor dense", 1.0, 5, infer("kvt"), infer("inductor"))
-    yield compare("model", "DeiT-S batch 8 training step / Inductor dense", 1.0, 5, train("kvt"), train("inductor"))
+    for what, run in (("inference", infer), ("training step", train)):
+        yield compare(section, f"DeiT-S batch 8{name} {what} / Inductor dense", 1.0, 5, run("kvt"), run("inductor"))
 
 
 def small(quick: bool) -> Iterator[Line]:
@@ -258,7 +269,7 @@ def small(quick: bool) -> Iterator[Line]:
                    above <= 15, mine, other)  # fmt: skip
 
 
-SECTIONS = {x.__name__: x for x in (forward, backward, eager, swin, small, memory, build, model)}
+SECTIONS = {x.__name__: x for x in (forward, backward, eager, swin, small, memory, build, model, model_bfloat16)}
 
 
 def cpu_model() -> str:
