@@ -150,6 +150,49 @@ def test_ranks_that_are_not_of_the_mesh(run: Run) -> None:
     assert outside == [(0,)] * 3
 
 
+SELECTIONS = (
+    ("window(3) & topk(2)", 0),
+    ("(window(3) | prefix) & topk(2)", 1),
+    ("sinks(2) | window(3)", 0),
+    ("halo(2, 1)", 0),
+    ("shifted(2)", 0),
+    ("regions(2, 2) & topk(2)", 0),
+    ("regions(2, 2, heads=all)", 0),
+    ("regions(2, 2, by=max, heads=2)", 0),
+    ("keys(3)", 0),
+    ("heads(2)", 0),
+    ("mass(0.7)", 0),
+    ("topk(3, ties=lowest)", 0),
+)
+
+
+def check_selections() -> None:
+    """Of every kind, however q, k and v lie: the batch is cut, heads where they choose by themselves, never tokens."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    import kvt_compile
+    from kvt_compile.kernels.op.selection import counts_heads
+
+    whole, tensors = Replicate(), [torch.randn(2, 4, 6, 8) for _ in range(3)]
+    for text, prefix in SELECTIONS:
+        lies: list[Any] = []
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, text: str = text, prefix: int = prefix) -> Tensor:
+            out = kvt_compile.attention(q, k, v, select=text, grid=(-1,), prefix=prefix, lowering="aten")
+            lies.extend(getattr(out, "placements", ()))  # noqa: B023 - called in this turn
+            return out
+
+        for at in ((Shard(0),) * 3, (Shard(1),) * 3, (Shard(2), whole, whole), (Shard(2),) * 3):
+            _same(attend, tensors, at, (True, True, True))
+        assert lies[0] == Shard(0)
+        assert (lies[1] == Shard(1)) == (not counts_heads(text)), text
+        assert Shard(2) not in lies
+
+
+def test_selections_on_dtensors(run: Run) -> None:
+    run(2, check_selections)
+
+
 # ---- context parallelism ---------------------------------------------------------------------------------------------
 
 
@@ -209,6 +252,30 @@ def check_checkpoint(reentrant: bool) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activations_are_recomputed_inside(run: Run, reentrant: bool) -> None:
     run(2, check_checkpoint, reentrant)
+
+
+def check_refused_selections() -> None:
+    """A grid is that of all tokens: in every way in the reason is told, and nothing is computed over a part."""
+    import kvt_compile
+    from kvt_compile.parallel import ContextParallelError, context_parallel
+
+    with context_parallel(_mesh()) as context:
+        x = context.shard(torch.randn(SHAPE), 2)
+        for text, _ in SELECTIONS:
+            with pytest.raises(ContextParallelError, match="whose grid is that of all tokens"):
+                kvt_compile.attention(x, x, x, select=text, grid=(-1,))
+            torch.compiler.reset()
+            compiled = torch.compile(Causal(), backend="kvt", options={"select": text, "grid": -1, "then": "aot_eager"})
+            with pytest.raises(Exception, match="the grid of a selection is that of all tokens"):  # as Dynamo wraps it
+                compiled(x)
+        module = kvt_compile.rewrite(Causal(), x, topk=5).module
+        kvt_compile.set_topk(module, 3)
+        with pytest.raises(kvt_compile.RefusalError, match="the grid of a selection is that of all tokens"):
+            kvt_compile.rewrite(Causal(), x, select="keys(3)")
+
+
+def test_selections_are_refused_over_a_part_of_the_tokens(run: Run) -> None:
+    run(2, check_refused_selections)
 
 
 class Weights(nn.Module):
@@ -307,6 +374,48 @@ def test_low_precision_and_masks_of_keys(run: Run, way: str) -> None:
 class Causal(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.scaled_dot_product_attention(x, x.sin(), x, is_causal=True)
+
+
+class Near(nn.Module):
+    """A window of places, which are given; where they are not, the model counts its tokens itself."""
+
+    def forward(self, x: Tensor, places: Tensor | None = None) -> Tensor:
+        rows, keys = (torch.arange(x.shape[2]) if places is None else places.clone() for _ in range(2))
+        apart = rows[:, None] - keys
+        scores = (x @ x.mT * 0.3).masked_fill(apart < 0, -torch.inf).masked_fill(apart > 6, -torch.inf)
+        return scores.softmax(-1) @ x
+
+
+@without_compiler()
+def check_positions() -> None:
+    """Places in the sequence are right, those in a part are told, whichever way they are compared."""
+    import kvt_compile
+    from kvt_compile.parallel import ContextParallelError, context_parallel
+
+    x, places = torch.randn(SHAPE), torch.arange(24)
+    expected = kvt_compile.rewrite(Near(), x, places, topk=3).module(x, places)
+    for order in ("contiguous", "balanced"):
+        with context_parallel(_mesh(), order=order) as context:
+            mine, where = context.shard(x, 2), context.positions(12)
+            found = kvt_compile.rewrite(Near(), mine, where, topk=3).module(mine, where)
+            torch.testing.assert_close(context.unshard(found, 2), expected, atol=2e-5, rtol=2e-5)
+            with pytest.raises(ContextParallelError, match="places in a part"):
+                kvt_compile.rewrite(Near(), mine, topk=3).module(mine)
+            half = where.float() / 2  # of a rank, and not of all: nothing is wrong
+            torch.ops.kvt.attention(
+                mine, mine, mine, [half], "s + c0[j]", "p", 3, [], 0.0, None, context.name
+            )  # fmt: skip
+            with pytest.raises(ContextParallelError, match="places in a part"):
+                torch.ops.kvt.attention(
+                    mine, mine, mine, [-torch.arange(12.0)], "s*c0[i]", "p", 3, [], 0.0, None, context.name
+                )
+            with pytest.raises(ContextParallelError, match="places in a part"):
+                kvt_compile.topk_attention(mine, mine, mine, topk=3, attn_mask=torch.arange(12)[None] > 4)
+            kvt_compile.topk_attention(mine, mine, mine, topk=3, attn_mask=where[None] > 4)
+
+
+def test_places_are_those_in_the_sequence(run: Run) -> None:
+    run(2, check_positions)
 
 
 @without_compiler()

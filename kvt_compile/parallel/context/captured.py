@@ -37,7 +37,7 @@ def cut_of(call: AttentionCall) -> Cut:
     if call.selection is not None:
         raise ContextParallelError(
             "attention inside context_parallel has a selection (`select`), whose grid is that of all tokens; expected "
-            "`topk` alone, or a window written as a comparison of positions in the score"
+            "`topk` alone, or a window of rows and keys by their places (`Context.positions`)"
         )
     spec, texts = call.spec, (call.spec.score, call.spec.weight)
     cut = Cut({}, {})
@@ -74,5 +74,5 @@ def _refusal(loads: str, tensor: Tensor, why: str) -> ContextParallelError:
     return ContextParallelError(
         f"attention inside context_parallel reads a captured tensor of shape {tuple(tensor.shape)} as {loads}, but "
         f"{why}. Expected one without rows and keys, or one that is cut along one of them as the tokens are. A causal "
-        "mask is is_causal=True, or a comparison of positions that the graph computes"
+        "mask is is_causal=True, or a comparison of the places of rows and of keys (`Context.positions`)"
     )

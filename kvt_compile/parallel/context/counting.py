@@ -5,7 +5,7 @@
     threshold, logsumexp             maxima and sums over ranks, one number a row each
     out = sum over j of w_ij v_j     each rank over its own keys, then added up
 
-A pass computes its scores anew, a tile at a time, so that memory stays O(N): 3 + 32 / DIGIT passes in float32.  Every
+A pass computes its scores anew, a tile at a time, so that memory stays O(N): 4 + 32 / DIGIT passes in float32.  Every
 one computes a score by the same product at the same place, so its bits are the same in all of them.
 """
 

@@ -22,6 +22,7 @@ from kvt_compile.parallel.context import gathering
 from kvt_compile.parallel.context.captured import ContextParallelError, cut_of
 from kvt_compile.parallel.context.counting import DIGIT, Counting
 from kvt_compile.parallel.context.ring import Ring
+from kvt_compile.parallel.context.whole import content_of_keys, content_of_places, counted_slots
 
 Way = Literal["auto", "gather", "count"]
 
@@ -46,6 +47,7 @@ class ContextLowering:
             )
         self._agree(call)
         cut = cut_of(call)
+        self._compare_places(call)
         if self.chosen_way(call) == "count":
             return Counting(call, self.ring, cut).forward()
         return gathering.forward(call, self.ring, cut)
@@ -84,7 +86,7 @@ class ContextLowering:
         names = [name for name in lowerings.names() if not name.startswith("context:")]
         local = replace(call.spec, needs_grad=())
         mine = names.index(lowerings.choose("auto", local, call.q.device.type).name)
-        told = torch.tensor([*part, mine, _fingerprint(call)], device=call.q.device)
+        told = torch.tensor([*part, mine, content_of_keys(call)], device=call.q.device)
         every = [tuple(x.tolist()) for x in self.ring.each(told)]
         if len({x[:-2] for x in every}) > 1:
             raise ContextParallelError(
@@ -105,15 +107,20 @@ class ContextLowering:
             )
         self._agreed.add(kind)
 
-
-def _fingerprint(call: AttentionCall) -> int:
-    """A number that other keys hardly have; 0 where nothing can be told: keys that are all alike, that are not finite,
-    or as many as rows, which a trial with the same data on every rank has."""
-    k = call.k.detach()
-    if call.q.shape[2] == call.keys or bool((k == k[:, :, :1]).all()):
-        return 0
-    summed = (k.double() * torch.arange(1, k.numel() + 1, device=k.device).view(k.shape)).sum()
-    return int(summed.view(torch.int64).item()) if summed.isfinite() else 0
+    def _compare_places(self, call: AttentionCall) -> None:
+        """In every call, as its captured tensors may be others.  Raises ContextParallelError."""
+        if not (slots := counted_slots(call)):
+            return
+        told = torch.tensor([content_of_places(call, slot) for slot in slots], device=call.q.device)
+        every = [x.tolist() for x in self.ring.each(told)]
+        for slot, (first, *others) in zip(slots, zip(*every, strict=True), strict=True):
+            if first and all(x == first for x in others):
+                shape = tuple(call.captured[slot].shape)
+                raise ContextParallelError(
+                    f"captured tensor {slot}, of shape {shape}, rises or falls along the tokens and is the same on all "
+                    f"{self.ring.ranks} ranks of context_parallel: places in a part, expected "
+                    "those in the whole sequence (`Context.positions`; a causal mask is is_causal=True)"
+                )
 
 
 def gathered_bytes(call: AttentionCall, ranks: int) -> int:
