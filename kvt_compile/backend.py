@@ -17,6 +17,7 @@ from torch import fx
 
 from kvt_compile import torch_versions
 from kvt_compile.capture.frames import guard_paths, note_paths
+from kvt_compile.capture.inputs import note_inputs
 from kvt_compile.capture.skipped import tell_if_disabled, tell_of_transforms
 from kvt_compile.config import OptionError, Options, split_options
 from kvt_compile.kernels import lowerings, tune
@@ -91,6 +92,7 @@ def apply_passes(gm: fx.GraphModule, options: Options) -> PassResult:
     Raises RefusalError as `on_refusal` asks."""
     recorder = GraphRecorder() if graphs.log.isEnabledFor(logging.DEBUG) else None
     note_paths(gm)
+    note_inputs(gm)
     inside = lowerings.inside()
     result = run_passes(
         gm,

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from kvt_compile.kernels.op import lowerings
 from kvt_compile.kernels.tune import Mode
+from kvt_compile.passes.batch import BatchDim, validate_batch_dim
 from kvt_compile.passes.decide import DEFAULT_TOPK, Policy, Rule, validate_rule
 from kvt_compile.passes.selecting import GridRule, PrefixRule, SelectRule, validate_places, validate_select
 from kvt_compile.passes.site import Axis
@@ -59,6 +60,10 @@ class Options:
     """What to do with attention over channels (XCiT, DaViT)."""
     batch_attention: OtherAxis = "dense"
     """What to do with attention over the batch."""
+    batch_dim: BatchDim = None
+    """Which axis of the model's inputs is the batch: an axis counted from 0, of every input, or a mapping from the name
+    of an input to its own.  An attention whose keys come from it is one over the batch.  None: not said; then an axis
+    of an input that only linear layers have touched counts as tokens, whichever it is."""
     unknown_attention: OtherAxis = "dense"
     """What to do with attention over an axis that is lost behind an operation that is not understood (a custom operator
     that changes the shape, say): it may be tokens, and it may be channels."""
@@ -82,8 +87,8 @@ class Options:
         axes |= {"channel"} if self.channel_attention == "rewrite" else set()
         axes |= {"batch"} if self.batch_attention == "rewrite" else set()
         axes |= {"unknown"} if self.unknown_attention == "rewrite" else set()
-        places = self.select, self.grid, self.prefix
-        return Policy(self.topk, self.include, self.exclude, self.force_rewrite, frozenset(axes), *places)
+        rest = self.select, self.grid, self.prefix, self.batch_dim
+        return Policy(self.topk, self.include, self.exclude, self.force_rewrite, frozenset(axes), *rest)
 
 
 NAMES = tuple(field.name for field in fields(Options))
@@ -107,6 +112,7 @@ def make_options(given: Mapping[str, Any], compiling: bool = False) -> Options:
         except SelectionError as error:
             raise OptionError(str(error)) from None
     validate_places(values.get("grid"), values.get("prefix"))
+    validate_batch_dim(values.get("batch_dim"))
     for name in ("include", "exclude"):
         if name in values:
             values[name] = _patterns(name, values[name])

@@ -14,8 +14,8 @@ from kvt_compile.capture.environment import LOCK
 from kvt_compile.capture.outside import calls_outside
 from kvt_compile.config import NAMES, OptionError, Options, make_options
 from kvt_compile.passes.canonical.modes import ambient
-from kvt_compile.passes.decide import keys_kept, unmatched_patterns
-from kvt_compile.passes.pipeline import PassResult, run_passes
+from kvt_compile.passes.decide import keys_kept
+from kvt_compile.passes.pipeline import PassResult, run_passes, unmet
 from kvt_compile.passes.site import Where
 from kvt_compile.report.facts import GraphReport, RefusalReport, SiteReport, location_of
 from kvt_compile.report.graphs import GraphRecorder
@@ -50,7 +50,7 @@ def explain(model: nn.Module | fx.GraphModule | ExportedProgram, *example_inputs
     else:
         results, runs = _through_dynamo(model, example_inputs, kwargs, options, recorder)
         hidden = calls_outside(model, example_inputs, kwargs, results)
-    if wrong := unmatched_patterns(options.policy, [d.site for result in results for d in result.decisions]):
+    if wrong := unmet(options.policy, results):
         raise OptionError(wrong)
     report = build_report(results, options, recorder.finish(options.lowering, options.topk_tolerance), runs)
     outside = (RefusalReport(name, where.module, location_of(where), _OUTSIDE, "capture") for name, where in hidden)

@@ -29,9 +29,8 @@ from kvt_compile.kernels.language.grid import Environment, Grid
 from kvt_compile.kernels.op.selection import Selection, selection_of
 from kvt_compile.kernels.plain.select import row_threshold, row_threshold_by_mass, without_late_ties
 from kvt_compile.kernels.plain.tiling import budget_of, chunks
-from kvt_compile.passes.decide import unmatched_patterns
 from kvt_compile.passes.finding.describe import place
-from kvt_compile.passes.pipeline import PassResult, nested_graphs, run_passes
+from kvt_compile.passes.pipeline import PassResult, nested_graphs, run_passes, unmet
 from kvt_compile.passes.site import Where
 from kvt_compile.report.facts import SiteReport
 from kvt_compile.rewrite import RewriteResult
@@ -311,7 +310,7 @@ def _observe_module(
 
 
 def _check_patterns(options: Options, results: Iterable[PassResult]) -> None:
-    if wrong := unmatched_patterns(options.policy, [d.site for result in results for d in result.decisions]):
+    if wrong := unmet(options.policy, list(results)):
         raise OptionError(wrong)
 
 

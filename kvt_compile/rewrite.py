@@ -17,8 +17,7 @@ from kvt_compile.capture.modes import allow_modes, mode_of
 from kvt_compile.config import OptionError, make_options
 from kvt_compile.explain import build_report
 from kvt_compile.kernels import lowerings
-from kvt_compile.passes.decide import unmatched_patterns
-from kvt_compile.passes.pipeline import run_passes
+from kvt_compile.passes.pipeline import run_passes, unmet
 from kvt_compile.report.graphs import GraphRecorder
 from kvt_compile.report.report import Report
 
@@ -65,7 +64,7 @@ def rewrite(
             watch=recorder,
             ranks=lowerings.inside().ranks,
         )
-    if wrong := unmatched_patterns(chosen.policy, [d.site for d in result.decisions]):
+    if wrong := unmet(chosen.policy, [result]):
         raise OptionError(wrong)
     check_all_rewritten(result, lowerings.inside())
     report_refusals(result, chosen)

@@ -93,7 +93,7 @@ def calibrate(
         batch_size: how many examples run at a time.
         progress: True for a bar on stderr, or a callable that is given (what, done, total).
         options: `include`, `exclude`, `prefix`, `lowering`, `channel_attention`, `batch_attention`,
-            `unknown_attention` as for `rewrite`.
+            `unknown_attention`, `batch_dim` as for `rewrite`.
 
     Returns a `CalibratedPolicy`, a mapping that goes into `topk` of every way in, or with `select` a
     `CalibratedSelection`, one that goes into `select`.

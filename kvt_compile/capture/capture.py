@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 from kvt_compile.capture.contexts import KEPT_BY_EXPORT, MADE_ANEW, Watch, hooked, lost_when_run
 from kvt_compile.capture.environment import LOCK, capturing
 from kvt_compile.capture.frames import guard_module, note_paths
+from kvt_compile.capture.inputs import note_inputs
 from kvt_compile.capture.literals import Making, note_lifted, note_made
 from kvt_compile.capture.state import keep_state
 from kvt_compile.capture.traceless import call_of_its_own, passing
@@ -277,6 +278,7 @@ def through_dynamo(model: nn.Module, backend: Callable[..., Any]) -> Iterator[Ca
 
     def named(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         note_paths(gm)
+        note_inputs(gm)
         guard_module()
         return backend(gm, example_inputs)
 

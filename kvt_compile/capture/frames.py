@@ -20,7 +20,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 from torch import fx, nn
@@ -217,14 +217,33 @@ def _is_inner(file: str) -> bool:
     return in_torch(file) or file.startswith(_OWN)
 
 
-def _first_name() -> str:
-    """What the first argument of the frame is called that Dynamo is compiling; empty where it has none."""
+def compiled_code() -> CodeType | None:
+    """The code of the frame that Dynamo is compiling."""
     with contextlib.suppress(Exception):  # as for its variables
         from torch._dynamo.symbolic_convert import InstructionTranslator
 
-        code = InstructionTranslator.current_tx().f_code
-        return str(code.co_varnames[0]) if code.co_argcount else ""
-    return ""
+        code: CodeType = InstructionTranslator.current_tx().f_code
+        return code
+    return None
+
+
+def first_argument() -> Any:
+    """The first argument of the frame that Dynamo is compiling."""
+    return _scope().get("L", {}).get(_first_name())
+
+
+def is_entered(model: nn.Module | None) -> bool:
+    """Whether the module is what was compiled, or the whole model, and not a part of it; None: whether a frame that is
+    no method of a module runs outside of all of them."""
+    if model is None:
+        return _owner(None) is None
+    return "" in names_of(model, [model, *(module for module in running() if not _is_ours(module))])
+
+
+def _first_name() -> str:
+    """What the first argument of the frame is called that Dynamo is compiling; empty where it has none."""
+    code = compiled_code()
+    return str(code.co_varnames[0]) if code is not None and code.co_argcount else ""
 
 
 def _add_guard(test: Callable[[Any], bool]) -> None:

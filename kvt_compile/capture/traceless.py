@@ -68,7 +68,16 @@ def call_of_its_own() -> Callable[..., Any]:
         return self(*args, **kwargs)
 
     names = {"__name__": __name__, "__builtins__": __builtins__}
-    return types.FunctionType(call.__code__.replace(co_name="explain"), names, "explain")
+    return types.FunctionType(call.__code__.replace(co_name=_NAME), names, _NAME)
+
+
+def is_call_of_its_own(code: types.CodeType) -> bool:
+    """Whether it is the code of such a function."""
+    return code.co_filename == __file__ and code.co_name == _NAME
+
+
+_NAME = "explain"
+"""What a stack shows of it."""
 
 
 @contextmanager

@@ -16,9 +16,9 @@ from kvt_compile.calibration.data import Batch
 from kvt_compile.cli.data import read
 from kvt_compile.cli.errors import UserError, in_one_line
 from kvt_compile.cli.explain import attention_named, build
-from kvt_compile.cli.options import Attn, Exclude, Grid, ImageSize, Include, Preload, Spec
+from kvt_compile.cli.options import Attn, BatchDim, Exclude, Grid, ImageSize, Include, Preload, Spec
 from kvt_compile.cli.subject import Subject
-from kvt_compile.cli.topk import parse_grid
+from kvt_compile.cli.topk import parse_batch_dim, parse_grid
 from kvt_compile.cli.weights import load_weights
 
 Policy = kvt_compile.CalibratedPolicy | kvt_compile.CalibratedSelection
@@ -60,6 +60,7 @@ def calibrate(
         ),
     ] = None,
     grid: Grid = None,
+    batch_dim: BatchDim = None,
     include: Include = None,
     exclude: Exclude = None,
     image_size: ImageSize = None,
@@ -77,6 +78,7 @@ def calibrate(
     settings: dict[str, Any] = {"mass": mass, "cosine": cosine, "ratio": ratio}
     settings |= {"batch_size": batch_size, "holdout": holdout}
     settings |= {key: tuple(value) for key, value in (("include", include), ("exclude", exclude)) if value}
+    settings |= {} if batch_dim is None else {"batch_dim": parse_batch_dim(batch_dim)}
     settings |= {} if not select else {"select": select[0] if select == ["auto"] else select}
     if grid is not None:
         if not select:

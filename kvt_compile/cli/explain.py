@@ -17,10 +17,10 @@ import kvt_compile
 from kvt_compile.cli.busy import busy
 from kvt_compile.cli.errors import UserError, in_one_line
 from kvt_compile.cli.files import run_file
-from kvt_compile.cli.options import Attn, Batch, Exclude, Grid, ImageSize, Include, Preload, Select, Spec
+from kvt_compile.cli.options import Attn, Batch, BatchDim, Exclude, Grid, ImageSize, Include, Preload, Select, Spec
 from kvt_compile.cli.spec import load
 from kvt_compile.cli.subject import Attention, Subject, Wanted
-from kvt_compile.cli.topk import keeping, parse_grid
+from kvt_compile.cli.topk import keeping, parse_batch_dim, parse_grid
 from kvt_compile.report.report import Report
 
 
@@ -40,6 +40,7 @@ def explain(
     prefix: Annotated[
         int | None, typer.Option(min=0, help="How many tokens stand before the grid.", show_default="as read")
     ] = None,
+    batch_dim: BatchDim = None,
     include: Include = None,
     exclude: Exclude = None,
     force_rewrite: Annotated[
@@ -86,7 +87,8 @@ def explain(
     """
     chosen: dict[str, Any] = {"force_rewrite": force_rewrite, "lowering": lowering}
     chosen |= keeping(topk, select)
-    chosen |= {key: value for key, value in (("grid", parse_grid(grid)), ("prefix", prefix)) if value is not None}
+    places = {"grid": parse_grid(grid), "prefix": prefix, "batch_dim": parse_batch_dim(batch_dim)}
+    chosen |= {key: value for key, value in places.items() if value is not None}
     chosen |= {key: tuple(value) for key, value in (("include", include), ("exclude", exclude)) if value}
     prints = {"--source": source is not None, "--canonical": canonical is not None, "--json": as_json, "--diff": diff}
     if sum(prints.values()) > 1:

@@ -35,3 +35,11 @@ Grid = Annotated[
     str | None,
     typer.Option(metavar="HxW", help="Where tokens stand, if the graph does not say it.", show_default="as read"),
 ]
+BatchDim = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="AXIS",
+        help="Which axis of the inputs is the batch, counted from 0; NAME=AXIS for one input, repeated for several.",
+        show_default="not said",
+    ),
+]

@@ -1,4 +1,4 @@
-"""The texts of --topk, --select and --grid -> the values the library takes.
+"""The texts of --topk, --select, --grid and --batch-dim -> the values the library takes.
 
 "100" -> 100      "0.5" -> 0.5      "none" -> None      "blocks.0.*=64" and "0.5" -> {"blocks.0.*": 64, "*": 0.5}
 """
@@ -32,6 +32,24 @@ def parse_grid(text: str | None) -> tuple[int, ...] | None:
         return tuple(int(size) for size in text.split("x"))
     except ValueError:
         raise UserError(f"--grid {text!r} is no grid; write the size of each axis, such as 64x64 or 64x-1") from None
+
+
+def parse_batch_dim(texts: Sequence[str] | None) -> int | dict[str, int] | None:
+    """["0"] -> 0, ["x=0", "y=1"] -> {"x": 0, "y": 1}.  Raises UserError."""
+    if not texts:
+        return None
+    axes = [(name.strip(), _axis(axis, text)) for text in texts for name, _, axis in (text.rpartition("="),)]
+    if len(axes) == 1 and not axes[0][0]:
+        return axes[0][1]
+    if any(not name for name, _ in axes):
+        raise UserError("--batch-dim: give one axis for all inputs, or NAME=AXIS for each that has a batch")
+    return dict(axes)
+
+
+def _axis(text: str, whole: str) -> int:
+    if not text.strip().isdecimal():
+        raise UserError(f"--batch-dim {whole!r} is no axis counted from 0, such as 0, or x=0 for one input")
+    return int(text)
 
 
 def parse_topk(texts: Sequence[str]) -> Topk | dict[str, Topk]:

@@ -15,8 +15,9 @@ import kvt_compile
 from kvt_compile.cli.busy import busy
 from kvt_compile.cli.errors import UserError
 from kvt_compile.cli.explain import attention_named, build
-from kvt_compile.cli.options import Attn, Batch, Exclude, ImageSize, Include, Preload, Spec
+from kvt_compile.cli.options import Attn, Batch, BatchDim, Exclude, ImageSize, Include, Preload, Spec
 from kvt_compile.cli.subject import Subject
+from kvt_compile.cli.topk import parse_batch_dim
 from kvt_compile.cli.weights import load_weights
 
 
@@ -32,6 +33,7 @@ def verify(
     inference: Annotated[
         bool, typer.Option("--inference", help="Without gradients: outputs alone, as the model runs in use.")
     ] = False,
+    batch_dim: BatchDim = None,
     include: Include = None,
     exclude: Exclude = None,
     lowering: Annotated[str, typer.Option(metavar="NAME", help="How sites are computed.")] = "auto",
@@ -51,6 +53,7 @@ def verify(
         raise UserError(f"--out: there is no folder {out!r}; make it first")
     chosen: dict[str, Any] = {"lowering": lowering, "reproduce_in": out}
     chosen |= {key: tuple(value) for key, value in (("include", include), ("exclude", exclude)) if value}
+    chosen |= {} if batch_dim is None else {"batch_dim": parse_batch_dim(batch_dim)}
     # what a model prints while it is built does not belong into our output
     with busy(f"verifying {spec}"), contextlib.redirect_stdout(sys.stderr):
         subject = build(spec, batch, image_size, attention_named(attn), preload)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
+from kvt_compile.passes.batch import BatchDim, batch_of, why_batch, with_batch
 from kvt_compile.passes.selecting import GridRule, PrefixRule, Selected, SelectRule, selected
 from kvt_compile.passes.site import AttentionSite, Axis, OwnK
 from kvt_compile.select.values import SelectionError
@@ -46,6 +47,8 @@ class Policy:
     """In place of `topk`: which keys are kept."""
     grid: GridRule = None
     prefix: PrefixRule = None
+    batch_dim: BatchDim = None
+    """Which axis of the model's inputs is the batch."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,10 @@ def decide(site: AttentionSite, policy: Policy, ranks: int = 1) -> Decision:
         return Decision(site, None, "not in `include`")
     if any(_matches(site, pattern) for pattern in policy.exclude):
         return Decision(site, None, "in `exclude`")
+    batch = batch_of(site, policy.batch_dim)
+    site = with_batch(site, policy.batch_dim)
     if site.axis not in policy.axes:
-        return Decision(site, None, _left_dense(site))
+        return Decision(site, None, _left_dense(site) if batch is None else why_batch(site, batch))
     rule = policy.topk if policy.select is None else policy.select
     if ranks > 1:
         return _over_ranks(site, policy, ranks, own=site.own is not None and not _names(rule, site))

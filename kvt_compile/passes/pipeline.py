@@ -8,17 +8,19 @@ The same inside every nested graph.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import fx
 
+from kvt_compile.passes.batch import no_such_batch
 from kvt_compile.passes.canonical.canonicalise import CanonicalGraph, canonicalise
 from kvt_compile.passes.canonical.expand import expand_composites
+from kvt_compile.passes.canonical.inputs import INPUT, input_ranks
 from kvt_compile.passes.canonical.modes import Mode, mode_of_body, modes_of, undisturbed
 from kvt_compile.passes.canonical.packets import resolve_packets
-from kvt_compile.passes.decide import Decision, Policy, decide
+from kvt_compile.passes.decide import Decision, Policy, decide, unmatched_patterns
 from kvt_compile.passes.finding.find import Found, find
 from kvt_compile.passes.finding.sums import find_sums
 from kvt_compile.passes.rewriting.apart import take_apart
@@ -40,6 +42,15 @@ class PassResult:
     changed: bool
     decisions: tuple[Decision, ...]
     refusals: tuple[Refusal, ...]
+    inputs: Mapping[str, int] = field(default_factory=dict)
+    """The inputs of the model that the graph reads, and how many axes each has; the empty name for what is none."""
+
+
+def unmet(policy: Policy, results: Sequence[PassResult]) -> str | None:
+    """A sentence about what a user asked for and no graph of the model has: a pattern of modules, an input; or None."""
+    inputs = {name: rank for result in results for name, rank in result.inputs.items()}
+    sites = [decision.site for result in results for decision in result.decisions]
+    return unmatched_patterns(policy, sites) or no_such_batch(policy.batch_dim, inputs)
 
 
 def run_passes(
@@ -80,10 +91,14 @@ def _run(
     changed = False
     decisions: list[Decision] = []
     refusals: list[Refusal] = []
+    inputs: dict[str, int] = {}
     for name, graph, mode in _named_graphs(gm, entry):
         resolve_packets(graph)
         expand_composites(graph, mode)
-        found, decided = _decided(graph, policy, ranks, origins, mode)
+        if name:
+            _hide_inputs(graph)
+        found, decided, read = _decided(graph, policy, ranks, origins, mode)
+        inputs = inputs if name else read
         if watch:
             watch("found", name, graph, decided, found.refusals)
         if apply:
@@ -94,23 +109,31 @@ def _run(
         refusals += found.refusals
         if log.isEnabledFor(logging.DEBUG):
             _tell(decided, found.refusals)
-    return PassResult(changed, tuple(decisions), tuple(refusals))
+    return PassResult(changed, tuple(decisions), tuple(refusals), inputs)
+
+
+def _hide_inputs(nested: fx.GraphModule) -> None:
+    """What goes into a graph within the graph is no input of the model."""
+    for node in nested.graph.nodes:
+        if node.op == "placeholder":
+            node.meta[INPUT] = ""
 
 
 def _decided(
     gm: fx.GraphModule, policy: Policy, ranks: int, origins: dict[str, str] | None, mode: Mode
-) -> tuple[Found, list[Decision]]:
-    """Sites and decisions.  A product with a sum of maps is taken apart for good where that makes a kernel of a map."""
+) -> tuple[Found, list[Decision], dict[str, int]]:
+    """Sites, decisions, and the inputs that are read.  A product with a sum of maps is taken apart for good where that
+    makes a kernel of a map."""
 
-    def look(graph: CanonicalGraph) -> tuple[Found, list[Decision]]:
+    def look(graph: CanonicalGraph) -> tuple[Found, list[Decision], dict[str, int]]:
         found = find(graph)
-        return found, [decide(site, policy, ranks) for site in found.sites]
+        return found, [decide(site, policy, ranks) for site in found.sites], input_ranks(graph.values)
 
     graph = canonicalise(gm, origins, mode)
     apart = take_apart(gm.graph, find_sums(graph, dict(gm.named_modules())), graph.modes)
     if not apart:
         return look(graph)
-    found, decided = look(canonicalise(gm, origins, mode))
+    found, decided, read = look(canonicalise(gm, origins, mode))
     fused = {x.site.plan.node for x in decided if x.site.tier == "fused" and x.topk is not None}
     back = [one for one in apart if not one.is_worth_it(fused)]
     for one in apart:
@@ -119,7 +142,7 @@ def _decided(
         else:
             one.settle()
     gm.recompile()
-    return look(canonicalise(gm, origins, mode)) if back else (found, decided)
+    return look(canonicalise(gm, origins, mode)) if back else (found, decided, read)
 
 
 def _tell(decided: Sequence[Decision], refusals: Sequence[Refusal]) -> None:

@@ -20,6 +20,23 @@ Tier = Literal["fused", "scores-kept"]
 Axis = Literal["token", "channel", "batch", "unknown"]
 
 
+@dataclass(frozen=True)
+class KeysFrom:
+    """Where the keys of a site come from: these axes of this input of the model.
+
+    Several axes where they were made one (a map that was flattened, a batch that was merged with its tokens); the keys
+    may run over a part of them (windows).  Of tensors that are joined the first that comes from an input."""
+
+    input: str
+    """What the model calls it: `x`, or `batch['image']` for what an input holds."""
+    axes: tuple[int, ...]
+
+    def __str__(self) -> str:
+        """`axis 0 of x`, `axes 2 and 3 of image`"""
+        *most, last = map(str, self.axes)
+        return f"axes {', '.join(most)} and {last} of {self.input}" if most else f"axis {last} of {self.input}"
+
+
 Names = tuple[str, ...]
 """The paths of a module: in the whole model, and in those parts of it that were compiled."""
 
@@ -191,6 +208,8 @@ class AttentionSite:
     """For an unknown axis: the operation that is not understood."""
     own: OwnK | None = None
     """How many keys the model keeps by itself, where it selects them."""
+    keys_from: KeysFrom | None = None
+    """From which axis of which input of the model the keys come; None where that cannot be followed."""
 
 
 @dataclass(frozen=True)

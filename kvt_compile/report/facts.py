@@ -21,7 +21,7 @@ from typing import Literal
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.passes.finding.seen import seen_text
 from kvt_compile.passes.selecting import Selected
-from kvt_compile.passes.site import AttentionSite, Axis, Captured, Refusal, Size, Where
+from kvt_compile.passes.site import AttentionSite, Axis, Captured, KeysFrom, Refusal, Size, Where
 from kvt_compile.report.names import renamed, renamed_sources, short_names, with_name
 
 Outcome = Literal["fused", "scores-kept", "dense"]
@@ -76,10 +76,19 @@ class SiteReport:
     """Where the tokens stand, if the selection asks: `14x14 + 1`."""
     kept: float | None = None
     """The share of pairs of query and key that the selection allows; None where that is known only at run time."""
+    keys_input: str = ""
+    """The input of the model that the keys come from; empty where that cannot be followed."""
+    keys_axes: tuple[int, ...] = ()
+    """Which of its axes they run over: several where these were made one; maybe a part of them (windows)."""
     runs: int = 1
     """How often its graph ran: one that a loop calls from one place serves all these calls, whatever they mean."""
     canonical: str = field(default="", compare=False, repr=False)
     """What the finder read, as text: the values around its softmax, one a line (`Report.canonical`)."""
+
+    @property
+    def keys_from(self) -> str:
+        """`axis 1 of x`; empty where it cannot be followed."""
+        return str(KeysFrom(self.keys_input, self.keys_axes)) if self.keys_input else ""
 
     @property
     def selection(self) -> str:
@@ -136,6 +145,8 @@ class SiteReport:
             spec=None if dense else spec,
             graph=graph,
             runs=runs,
+            keys_input="" if site.keys_from is None else site.keys_from.input,
+            keys_axes=() if site.keys_from is None else site.keys_from.axes,
             own_k=str(site.own or ""),
             keeps_own=own,
             select="" if select is None else select.text,

@@ -85,16 +85,19 @@ def _table(*titles: str) -> Table:
     return table
 
 
+_OVER = {"channel": "over channels", "batch": "over the batch", "unknown": "over an unknown axis"}
+
+
 def _shape(site: SiteReport) -> list[str | tuple[str, str]]:
     heads = f"{site.heads}" if site.heads == site.kv_heads else f"{site.heads} over {site.kv_heads}"
     dims = f"{site.head_dim}" if site.head_dim == site.value_dim else f"{site.head_dim}/{site.value_dim}"
     lines: list[str | tuple[str, str]] = [f"{site.batch}×{heads} {site.queries}×{site.keys}"]
     lines.append((f"D {dims} {site.dtype.removeprefix('torch.')}", "dim"))
-    return (
-        lines
-        if site.axis == "token"
-        else [*lines, "over an unknown axis" if site.axis == "unknown" else f"over {site.axis}s"]
-    )
+    if site.axis != "token":
+        lines.append(_OVER[site.axis])
+    if 0 in site.keys_axes:  # often the batch, which only a user knows (`batch_dim`)
+        lines.append((f"over {site.keys_from}", "dim"))
+    return lines
 
 
 def _algebra(site: SiteReport) -> list[str | tuple[str, str]]:

@@ -26,7 +26,7 @@ from kvt_compile.capture.outside import calls_outside
 from kvt_compile.capture.skipped import disabled
 from kvt_compile.config import NAMES, OptionError, Options, make_options
 from kvt_compile.kernels.op import lowerings
-from kvt_compile.passes.decide import unmatched_patterns
+from kvt_compile.passes.pipeline import unmet
 from kvt_compile.passes.site import AttentionSite, Fused
 from kvt_compile.report.facts import location_of
 from kvt_compile.verification import copies
@@ -322,7 +322,7 @@ class _Case:
                 )
 
     def _check_options(self, rewrites: Rewrites) -> None:
-        if wrong := unmatched_patterns(self.options.policy, [d.site for r in rewrites.results for d in r.decisions]):
+        if wrong := unmet(self.options.policy, rewrites.results):
             raise OptionError(wrong)
 
     def _check_dropout(self, sites: Iterator[AttentionSite]) -> None:

@@ -23,9 +23,10 @@ from kvt_compile.passes.canonical.values import Dim, Value, product, same
 from kvt_compile.passes.finding.miss import Miss
 from kvt_compile.passes.finding.sizes import size_sources
 from kvt_compile.passes.reading.facts import Facts
+from kvt_compile.passes.reading.origin import keys_from
 from kvt_compile.passes.reading.provenance import kind_of_attention
 from kvt_compile.passes.reading.read import DROP, Leaf, Reader, accumulation, aligned, scaled
-from kvt_compile.passes.site import Axis, Groups, Operand
+from kvt_compile.passes.site import Axis, Groups, KeysFrom, Operand
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Reading:
 class Assembled:
     axis: Axis
     lost_behind: str
+    keys_from: KeysFrom | None
     groups: Groups
     q: Operand
     k: Operand
@@ -98,7 +100,7 @@ def assemble(reading: Reading, facts: Facts) -> Assembled:
     operands = Operand(q, q_at, q_dtype), Operand(k, k_at, q_dtype), Operand(v, v_at, v_dtype)
     _check_sizes(operands, groups, reading.anchor)
     return Assembled(
-        *kind, groups, *operands,
+        *kind, keys_from(space, (reading.key, reading.value), groups.keys), groups, *operands,
         score, weight, tuple(printed.captured), tuple(printed.sizes), has_dropout,
         (reading.query[0], reading.key[0], reading.value[0]),
     )  # fmt: skip

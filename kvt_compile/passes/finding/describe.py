@@ -16,7 +16,18 @@ from kvt_compile.passes.canonical.made import name_of
 from kvt_compile.passes.canonical.values import Dim, Value, meta_value
 from kvt_compile.passes.finding.assemble import Assembled, size_of
 from kvt_compile.passes.finding.miss import Miss
-from kvt_compile.passes.site import AttentionSite, Axis, Captured, Fused, Operand, ScoresKept, Size, Thinned, Where
+from kvt_compile.passes.site import (
+    AttentionSite,
+    Axis,
+    Captured,
+    Fused,
+    KeysFrom,
+    Operand,
+    ScoresKept,
+    Size,
+    Thinned,
+    Where,
+)
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _CAPTURE = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(__file__))), "capture") + os.sep
@@ -111,6 +122,7 @@ def describe_fused(
         anchor=anchor,
         lost_behind=assembled.lost_behind,
         own=anchor.attrs.get("own"),
+        keys_from=assembled.keys_from,
     )  # fmt: skip
 
 
@@ -132,13 +144,13 @@ def _unique(names: list[str]) -> list[str]:
 def describe_kept(
     anchor: Value,
     plan: ScoresKept | Thinned,
-    kind: tuple[Axis, str],
+    kind: tuple[Axis, str, KeysFrom | None],
     head_dim: Dim,
     value_dim: Dim,
     miss: Miss,
 ) -> AttentionSite:
     """A scores-kept site; its score tensor has any rank, so sizes are those of its last axes."""
-    axis, lost_behind = kind
+    axis, lost_behind, came = kind
     shape = [size_text(s) for s in anchor.shape]
     keys = shape.pop(plan.dim)
     queries = shape.pop() if shape else 1
@@ -150,5 +162,5 @@ def describe_kept(
         place(anchor.node), anchor.node, "scores-kept", axis, batch, heads, heads, queries, keys,
         size_text(head_dim), size_text(value_dim), str(plan.scores.dtype).removeprefix("torch."),
         plan.scores.node.name, "p", (), plan, miss.reason, anchor, lost_behind,
-        anchor.attrs.get("own"),
+        anchor.attrs.get("own"), came,
     )  # fmt: skip

@@ -23,6 +23,7 @@ from kvt_compile.passes.finding.miss import NEAR, ONE_KEY, OWN_SELECTION, Miss, 
 from kvt_compile.passes.finding.own.absorb import selection_between
 from kvt_compile.passes.reading.facts import Facts, may_ask
 from kvt_compile.passes.reading.invariance import without_row_constants
+from kvt_compile.passes.reading.origin import keys_from
 from kvt_compile.passes.reading.passing import contraction_inputs
 from kvt_compile.passes.reading.provenance import kind_of_attention
 from kvt_compile.passes.reading.read import Leaf, Reader, accumulation
@@ -380,12 +381,13 @@ class _Attempt:
         in_query, in_key = (self.space.atoms_of(at) for _, at in (self.query, self.key))
         queries = (in_query - in_key) & self.space.atoms_of(self.coords)
         kind = kind_of_attention(self.space, self.query, self.key, self.value, queries, keys)
+        came = keys_from(self.space, (self.key, self.value), keys)
         plan = ScoresKept(
             self.anchor.node, self.anchor.inputs[0], self.dim, self.anchor.expired is not None,
             self.anchor.attrs.get("selection", frozenset()),
         )  # fmt: skip
         width = self.space.size(self.features) if self.features is not None else self.key[0].shape[-1]
-        return describe_kept(self.anchor, plan, kind, width, self.value[0].shape[-1], miss)
+        return describe_kept(self.anchor, plan, (*kind, came), width, self.value[0].shape[-1], miss)
 
 
 def _summed_sizes(product: Value) -> int:

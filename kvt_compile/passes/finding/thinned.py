@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from kvt_compile.passes.canonical.algebra.forms import TooLong, not_negative
 from kvt_compile.passes.canonical.algebra.row import Row
 from kvt_compile.passes.canonical.canonicalise import CanonicalGraph
-from kvt_compile.passes.canonical.coords import Coord, Space
+from kvt_compile.passes.canonical.coords import Coords, Space
 from kvt_compile.passes.canonical.values import Value
 from kvt_compile.passes.finding.describe import describe_kept
 from kvt_compile.passes.finding.maps import Map, block_of, normalised_later, reason_of
 from kvt_compile.passes.finding.miss import Miss
 from kvt_compile.passes.finding.own.absorb import selection_between
 from kvt_compile.passes.reading.facts import Facts
+from kvt_compile.passes.reading.origin import keys_from
 from kvt_compile.passes.reading.passing import contraction_inputs
 from kvt_compile.passes.reading.provenance import kind_of_attention
 from kvt_compile.passes.reading.read import Reader
@@ -131,7 +132,7 @@ def _forwards(value: Value, last: Value) -> Iterator[Value]:
 
 
 def _described(
-    facts: Facts, found: Map, numerator: Value, dim: int, space: Space, at: tuple[Coord, ...], values: object
+    facts: Facts, found: Map, numerator: Value, dim: int, space: Space, at: Coords, values: tuple[Value, Coords]
 ) -> AttentionSite | None:
     reader = Reader(space, lambda v: v.kind != "contraction", facts.cost, stops=frozenset({found.scores}))
     reader.read(numerator, at)
@@ -146,9 +147,10 @@ def _described(
     key = sides.index(True)
     query = operands[1 - key]
     queries = space.atoms_of(query[1]) - space.atoms_of(operands[key][1])
-    kind = kind_of_attention(space, query, operands[key], values, queries & space.atoms_of(at), keys)  # type: ignore[arg-type]
+    kind = kind_of_attention(space, query, operands[key], values, queries & space.atoms_of(at), keys)
+    came = keys_from(space, (operands[key], values), keys)
     plan = Thinned(numerator.node, numerator, dim)
     miss = Miss("weights", numerator, reason_of(found))
     return describe_kept(
-        numerator, plan, kind, operands[key][0].shape[-1], found.product.inputs[1 - found.side].shape[-1], miss
+        numerator, plan, (*kind, came), operands[key][0].shape[-1], found.product.inputs[1 - found.side].shape[-1], miss
     )

@@ -168,10 +168,13 @@ _BECAME: dict[str, Callable[[Value, Call, Value], Became | None]] = {
 }
 
 
-def behind(space: Space, value: Value, coords: Coords, wanted: set[Atom]) -> tuple[Value, Coords] | None:
+def behind(
+    space: Space, value: Value, coords: Coords, wanted: set[Atom], of: Value | None = None
+) -> tuple[Value, Coords] | None:
     """(input, its coordinates) that the wanted axes of an operation come from; None where that is not known.
 
     Where an axis has another size behind it, the whole of that one is wanted (`wanted` grows).
+    of: which one of several parts, in place of the first that was computed.
     """
     call, inputs = value.attrs.get("call"), list(value.operands)
     if value.kind == "select_by":
@@ -180,7 +183,7 @@ def behind(space: Space, value: Value, coords: Coords, wanted: set[Atom]) -> tup
         call, inputs = inputs[0].attrs.get("call"), list(inputs[0].operands)  # one of several results
     if not isinstance(call, Call) or not inputs:
         return None
-    x = _the_one(call.name, inputs)
+    x = of or _the_one(call.name, inputs)
     became = _BECAME.get(call.name, _at_their_places if is_pointwise(call.name) else None)
     found = became(value, call, x) if became is not None else None
     if found is None:
