@@ -68,9 +68,10 @@ def compare_tensors(rows: Sequence[Row], unit: float = 1.0, least: float = SMALL
             yield different
     roundings = [apart(dense, exact) for _, _, dense, exact in numbers]
     largest_rounding, largest = max(roundings, default=0.0), max((size(row[3]) for row in numbers), default=0.0)
+    lost = torch.finfo(torch.float64).eps * largest  # what a sum of terms of that size does not hold, in any order
     for (name, found, dense, exact), rounding in zip(numbers, roundings, strict=True):
         scale = size(exact)
-        if scale <= rounding:  # zero in truth (the gradient of a bias that a softmax or a norm cancels): all rounding
+        if scale <= max(rounding, lost):  # zero in truth (the gradient of a bias that a norm cancels): all rounding
             scale, rounding = largest, largest_rounding
         budget = unit * (FACTOR * rounding + torch.finfo(dense.dtype).eps * scale)
         if unit < 1:

@@ -157,6 +157,24 @@ def test_neighbour_an_operation_that_keeps_the_shape(op: Op, first: bool) -> Non
     assert outcome(Attention(op, first=first))[:2] == ("token", True)
 
 
+def valid(x: Tensor) -> Tensor:
+    return (x > -9).all(-1, keepdim=True)
+
+
+MASKED: dict[str, Op] = {
+    "mask first": lambda x: valid(x).to(x.dtype) * x,
+    "mask second": lambda x: x * valid(x).to(x.dtype),
+    "where": lambda x: torch.where(valid(x), x, 0.0),
+}
+
+
+@pytest.mark.parametrize("op", MASKED.values(), ids=list(MASKED))
+def test_a_mask_does_not_hide_the_tensor_it_is_broadcast_to(op: Op) -> None:
+    assert outcome(Attention(op, first=True))[:2] == ("token", True)
+    hidden = Attention(lambda x: op(torch.ops.kvt_tests.turned(x)), first=True, width=N)
+    assert outcome(hidden)[:2] == ("unknown", False)
+
+
 @pytest.mark.parametrize("op", UNDERSTOOD.values(), ids=list(UNDERSTOOD))
 def test_a_packet_is_its_overloads(op: Op) -> None:
     assert outcome(Attention(op))[:2] == ("channel", False)

@@ -121,7 +121,7 @@ def step_back(
         return None if pulled is None else (source, pulled)
     if value.kind == "pointwise":
         inputs = [(x, space.resolve_all(aligned(coords, x))) for x in value.operands]
-        return max(inputs, key=lambda item: _digits_of(item, wanted), default=None)
+        return max(inputs, key=lambda item: _claim(item[0], item[1], wanted), default=None)
     if value.kind == "softmax":
         return value.inputs[0], coords
     if value.kind in ("contraction", "reduce"):
@@ -146,7 +146,8 @@ def _whole(space: Space, value: Value, coords: Coords, wanted: set[Atom]) -> Coo
     return tuple(out)
 
 
-def _digits_of(item: tuple[Value, Coords], wanted: set[Atom]) -> int:
-    """How many wanted digits an operand still has; activations win over parameters on a tie."""
-    value, coords = item
-    return 2 * len({a for c in coords for a in c.digits} & wanted) + (value.kind != "source")
+def _claim(value: Value, coords: Coords, wanted: set[Atom]) -> tuple[int, int, bool]:
+    """Which operand to follow: one that has more of the wanted digits, one that is not broadcast, as a mask or a scale
+    is, and then an activation rather than a parameter."""
+    digits = {a for c in coords for a in c.digits} & wanted
+    return len(digits), sum(size != 1 for size in value.shape), value.kind != "source"
