@@ -234,7 +234,13 @@ def _selects(program: Program, topk: int) -> bool:
     found = run(model, torch.compile(model, backend=backend))
     if len(decisions) != program.anchors or any(x.topk is None for x in decisions):
         return False
-    expected = run(by_hand, by_hand)
+    try:
+        expected = run(by_hand, by_hand)
+    except (
+        NameError,
+        RuntimeError,
+    ):  # by hand a softmax is one line: a function around a part of its lines, or a view of
+        return False  # the memory they make, is then no program
     if selection.close or not all(x.isfinite().all() for x in expected.outputs.values()):
         return False
     text = program.texts[0]  # type: ignore[attr-defined]
