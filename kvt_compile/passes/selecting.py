@@ -17,10 +17,17 @@ from typing import Any
 from kvt_compile.passes.reading.grid import Placed, grid_of
 from kvt_compile.passes.site import AttentionSite, Fused
 from kvt_compile.select.function import has_given
-from kvt_compile.select.geometry import Geometry, check_geometry, needs_grid, needs_prefix, resolve_grid
+from kvt_compile.select.geometry import (
+    Geometry,
+    check_geometry,
+    groups_of_heads,
+    needs_grid,
+    needs_prefix,
+    resolve_grid,
+)
 from kvt_compile.select.share import kept_share
 from kvt_compile.select.text import parse
-from kvt_compile.select.values import SelectionError, Selector, for_node, split
+from kvt_compile.select.values import Regions, SelectionError, Selector, for_node, leaves, split
 from kvt_compile.topk import TopK
 
 Select = Selector | str | None
@@ -81,6 +88,9 @@ def selected(site: AttentionSite, rule: SelectRule, grid: GridRule, prefix: Pref
         return topk, None
     if not isinstance(site.plan, Fused):
         raise SelectionError(f"it cannot be fused ({site.tier_reason}), and {text} is generated for fused sites only")
+    for part in leaves(chosen):
+        if isinstance(part, Regions) and isinstance(site.heads, int):
+            groups_of_heads(part, site.heads)
     asked = needs_grid(chosen)
     if not isinstance(site.queries, int) or not isinstance(site.keys, int) or not isinstance(site.heads, int):
         return topk, Selected(text, None, None, _placed(site, chosen, grid, prefix) if needs_prefix(chosen) else None)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvt_compile.select.geometry import Geometry
+from kvt_compile.select.geometry import Geometry, groups_of_heads
 from kvt_compile.select.maps import region, region_counts
-from kvt_compile.select.values import Heads, Keys, Regions, SelectionError, Selector, leaves, per_axis
+from kvt_compile.select.values import Heads, Keys, Regions, Selector, leaves, per_axis
 from kvt_compile.topk import as_fraction
 
 ELEMENTS = 1 << 22
@@ -52,11 +52,7 @@ def tables(x: Selector, geometry: Geometry, q: Tensor, k: Tensor) -> dict[Select
 @torch.no_grad()
 def chosen(x: Regions, geometry: Geometry, q: Tensor, k: Tensor) -> Tensor:
     """q `[B, Hq, N, D]`, k `[B, Hk, N, D]` -> `[B, groups of heads, regions, keep]` int64, best first."""
-    heads = q.shape[1]
-    groups = {"each": heads, "all": 1}.get(x.heads, x.heads) if isinstance(x.heads, str) else x.heads
-    assert isinstance(groups, int)
-    if heads % groups:
-        raise SelectionError(f"{x}: {heads} heads do not divide into {groups} groups")
+    groups = groups_of_heads(x, q.shape[1])
     products = (_mean_products if x.by == "mean" else _largest_weights)(x, geometry, q, k, groups)
     best: Tensor = _best(products, x.keep, -1)
     return best

@@ -121,6 +121,14 @@ def check_geometry(x: Selector, geometry: Geometry, queries: int, keys: int) -> 
         )
 
 
+def groups_of_heads(x: Regions, heads: int) -> int:
+    """How many groups of heads choose together.  Raises SelectionError where the heads do not divide so."""
+    groups = {"each": heads, "all": 1}[x.heads] if isinstance(x.heads, str) else x.heads
+    if heads % groups:
+        raise SelectionError(f"{x}: {heads} heads do not divide into {groups} groups")
+    return groups
+
+
 def keeps_prefix(x: Selector, prefix: int) -> bool:
     """Whether every token before the grid, as a query, keeps a key."""
     if isinstance(x, Either):

@@ -58,13 +58,14 @@ def check_set_topk(layout: str, kind: str) -> None:
                 fully_shard(block, mesh=init_device_mesh("cpu", (ranks,)))
             steps(module, module, lambda y: context.shard(batch(y), 1), mine, _set(module))
         return same(module, expected)
-    _rewritten(module, x, positions)
+    batch = my_batch(dist.get_rank(), ranks)
+    _rewritten(module, batch(x), positions)
     if layout == "ddp":
         runs = DistributedDataParallel(module)
     else:
         for block in (*module.blocks, module):
             fully_shard(block)
-    steps(runs, module, my_batch(dist.get_rank(), ranks), positions, _set(module))
+    steps(runs, module, batch, positions, _set(module))
     same(module, expected)
 
 

@@ -218,6 +218,17 @@ def test_a_grid_that_is_known_only_at_run_time() -> None:
             torch.testing.assert_close(result.module(image), fixed.module(image))
     site = kvt_compile.rewrite(program, select="window(3) | prefix", grid=(5, 7)).report.sites[0]
     assert "a grid of fixed sizes cannot say it" in site.reason
+    site = kvt_compile.rewrite(program, select="regions(2, 2, heads=3) | prefix").report.sites[0]
+    assert "2 heads do not divide into 3 groups" in site.reason
+
+
+def test_groups_that_the_heads_of_a_site_do_not_divide_into() -> None:
+    image, model = IMAGE, Transformer().eval()
+    for text in ("regions(2, 2, heads=3) | prefix", "(regions(2, 2, heads=4) | prefix) & topk(5)"):
+        assert all("heads do not divide into" in reason for reason in explained(model, select=text))
+        compiled = torch.compile(model, backend="kvt", options={"select": text, "then": "eager"})
+        torch.testing.assert_close(compiled(image), model(image))
+    assert all(": " in found for found in explained(model, select="regions(2, 2, heads=2) | prefix"))
 
 
 @pytest.mark.parametrize(
