@@ -60,12 +60,12 @@ CUT: list[tuple[Entry, int]] = [  # entry, and how many of its sites are scores-
             "convit_tiny", "eager", "blocks.{0..1}.attn", others=["blocks.0.attn"], image=64, deep=True,
             settings={"depth": 2, "local_up_to_layer": 1, "embed_dim": 48},
         ),
-        1,
+        0,
     ),
     (model("beit_base_patch16_224", "eager", "blocks.0.attn", image=64,
            settings={"depth": 1, "embed_dim": 48, "num_heads": 4}), 0),
     # a difference of two softmaxes: one softmax over doubled heads when written out, two calls when fused
-    (model("vit_dwee_patch16_reg1_gap_256", "eager", "blocks.0.attn", image=64, settings={"depth": 1}, deep=True), 1),
+    (model("vit_dwee_patch16_reg1_gap_256", "eager", "blocks.0.attn", image=64, settings={"depth": 1}, deep=True), 0),
     (model("vit_dwee_patch16_reg1_gap_256", "sdpa", "blocks.0.attn *2", image=64, settings={"depth": 1}), 0),
     (model("test_maxvit", "eager", *(f"stages.{n}.blocks.0.{part}" for n in range(4)
                                      for part in ("attn_block.attn", "attn_grid.attn")), image=64), 0),
