@@ -46,7 +46,9 @@ def main() -> int:
         return count_matches(entries, options, console)
     if not options.table:
         judge_all(entries, options, console)
-    known = {id: verdict_of(record) for id, record in {**table.judged_before(missing), **read(options.log)}.items()}
+    before = table.judged_before()
+    now = {id: with_earlier_checks(record, before.get(id)) for id, record in read(options.log).items()}
+    known = {id: verdict_of(record) for id, record in {**table.judged_before(missing), **now}.items()}
     pairs = [(entry, known[entry.id]) for entry in entries if entry.id in known]
     console.print(table.rich_table(pairs))
     everything = catalogue.entries()
@@ -105,7 +107,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 2), help="models at a time")
     parser.add_argument("--timeout", type=float, default=1800.0, metavar="S", help="seconds a model may take")
     parser.add_argument("--again", action="store_true", help="judge anew what the log already has")
-    parser.add_argument("--shallow", action="store_true", help="leave out gradients and k < N")
+    parser.add_argument("--shallow", action="store_true", help="gradients and k < N keep their last verdict")
     parser.add_argument("--table", action="store_true", help="judge nothing, show what the log has")
     parser.add_argument("--inductor", action="store_true", help="count what Inductor's matcher finds, instead")
     parser.add_argument("--log", type=Path, default=LOG, help="where verdicts are kept")
@@ -140,6 +142,13 @@ def read(log: Path) -> dict[str, dict[str, Any]]:
     """Id -> its latest record."""
     records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     return {record["id"]: record for record in records}
+
+
+def with_earlier_checks(record: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
+    """A shallow record with what was found of gradients and k < N before, where as many sites were fused then."""
+    if record["deep"] or before is None or before["fused"] != record["fused"]:
+        return record
+    return {**record, "checks": {**before["checks"], **record["checks"]}}
 
 
 def verdict_of(record: dict[str, Any]) -> Verdict:

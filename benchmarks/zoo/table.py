@@ -103,10 +103,12 @@ def write(pairs: Sequence[Pair]) -> None:
     PAGE.write_text(page(pairs))
 
 
-def judged_before(libraries: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Id -> what zoo.json has of the models of some libraries."""
+def judged_before(libraries: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Id -> what zoo.json has of the models of some libraries, or of all."""
     models = json.loads(RESULTS.read_text())["models"] if RESULTS.exists() else []
-    return {record["id"]: record for record in models if record["id"].partition("/")[0] in libraries}
+    return {
+        record["id"]: record for record in models if libraries is None or record["id"].partition("/")[0] in libraries
+    }
 
 
 def page(pairs: Sequence[Pair]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.zoo import ROOT, catalogue, elsewhere
+from benchmarks.zoo.__main__ import with_earlier_checks
 from benchmarks.zoo.catalogue import Entry, entries, unfold
 from benchmarks.zoo.judge import Verdict, judge
 from benchmarks.zoo.pool import each_in_a_process
@@ -190,6 +191,15 @@ def test_libraries_the_project_was_not_made_for() -> None:
     assert all("==" in line for line in pinned)
     text = page([(entry, Verdict(entry.id)) for entry in (CUT[0][0], others[0])])
     assert f"## Libraries the project was not made for\n\n1 packages. {others[0].count} true sites" in text
+
+
+def test_a_shallow_verdict_keeps_what_was_found_of_gradients() -> None:
+    checks = {"gradients": {"error": 0.0, "budget": 1.0}, "k = N": {"error": 0.5, "budget": 1.0}}
+    before = {"fused": 2, "checks": checks}
+    record = {"deep": False, "fused": 2, "checks": {"k = N": {"error": 0.1, "budget": 1.0}}}
+    assert with_earlier_checks(record, before)["checks"] == checks | record["checks"]
+    for changed, earlier in (({"deep": True}, before), ({"fused": 1}, before), ({}, None)):
+        assert with_earlier_checks(record | changed, earlier)["checks"] == record["checks"]
 
 
 def test_a_package_that_is_missing_is_said_and_keeps_its_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
