@@ -25,6 +25,8 @@ from kvt_compile.verification.facts import Difference
 NAME = "beside the reference"
 ROUNDINGS = 64
 """Roundings a sum over the keys of one row may have."""
+LANES = 8
+"""Parts that the sum over the features of a score is added up in, at least: each rounds once for each of its terms."""
 
 
 class Beside:
@@ -47,7 +49,7 @@ class Beside:
     def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
         results = self._chosen(call.spec, call.q).forward(call)
         tensors = [call.q, call.k, call.v, *call.captured]
-        self._note({"output": results[0]}, lambda dtype: {"output": _attention(call, tensors, dtype)})
+        self._note({"output": results[0]}, lambda dtype: {"output": _attention(call, tensors, dtype)}, call.spec)
         return results
 
     def backward(
@@ -71,7 +73,7 @@ class Beside:
             return {f"gradient of {names[n]}": x for n, x in zip(wanted, pull(grad_out.to(dtype)), strict=True)}
 
         given = dict(zip((f"gradient of {name}" for name in names), (*found[:3], *found[3]), strict=True))
-        self._note({name: x for name, x in given.items() if x is not None}, gradients)
+        self._note({name: x for name, x in given.items() if x is not None}, gradients, call.spec)
         return found
 
     def softmax(self, scores: Tensor, dim: int, topk: int, dtype: torch.dtype, *more: Any) -> Tensor:
@@ -99,7 +101,12 @@ class Beside:
     def _chosen(self, spec: KernelSpec | SoftmaxSpec, x: Tensor) -> lowerings.Lowering:
         return lowerings.choose(self.other, spec, x.device.type)
 
-    def _note(self, found: dict[str, Tensor], by_reference: Callable[[torch.dtype], dict[str, Tensor]]) -> None:
+    def _note(
+        self,
+        found: dict[str, Tensor],
+        by_reference: Callable[[torch.dtype], dict[str, Tensor]],
+        spec: KernelSpec | None = None,
+    ) -> None:
         self.calls += 1
         exact, small = by_reference(torch.float64), by_reference(torch.float32)
         rows = []
@@ -110,7 +117,8 @@ class Beside:
             # 5e6 (HaloNet with random weights) that is 2e-3, and 1e-12 in float64
             (check,) = compare_tensors([(name, x, plain, exact[name])], FLOAT64 if wide else 1.0, least=0.0)
             # sums are float32 where the tensors are shorter
-            roundings = ROUNDINGS * torch.finfo(x.dtype if wide else torch.float32).eps
+            most = max(ROUNDINGS, spec.head_dim // LANES if spec else 0)
+            roundings = most * torch.finfo(x.dtype if wide else torch.float32).eps
             budget = max(check.budget, roundings)
             rows.append(replace(check, name=f"{name} of the attention itself", budget=budget))
         self.worst = worst([self.worst, *rows])

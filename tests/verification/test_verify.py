@@ -244,15 +244,17 @@ def test_wrong_in_short_precision_alone() -> None:
     assert "of the attention itself" in found.first.worst.name
 
 
-@pytest.mark.parametrize("size", [1.0, 3000.0])
-def test_an_attention_in_float64_is_held_to_float64(size: float) -> None:
-    """The budget grows with the scores, as rounding does, and a difference of a billionth is over it all the same."""
+@pytest.mark.parametrize(("size", "width"), [(1.0, 8), (3000.0, 8), (0.05, 3136)])
+def test_an_attention_in_float64_is_held_to_float64(size: float, width: int) -> None:
+    """The budget grows with the scores and the features, as rounding does, and a difference of a billionth is over it
+    all the same."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, 2, 16, 8, dtype=torch.float64) for _ in range(3))
+    q, k, v = (torch.randn(1, 2, 16, width, dtype=torch.float64) for _ in range(3))
     for factor, right in ((1.0, True), (1 + 1e-8, False)):
         with wrong("out", factor=factor), beside_the_reference("aten") as beside:
             torch.ops.kvt.attention(q * size, k, v, [], "s", "p", 8, [], 0.0, None, NAME)
         assert beside.worst.ok == right, (size, factor, beside.worst)
+        assert beside.worst.budget >= max(64, width // 8) * torch.finfo(torch.float64).eps
 
 
 def test_a_lowering_that_raises_is_named_too() -> None:
