@@ -250,11 +250,10 @@ def test_an_attention_in_float64_is_held_to_float64(size: float, width: int) -> 
     all the same."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 16, width, dtype=torch.float64) for _ in range(3))
-    for factor, right in ((1.0, True), (1 + 1e-8, False)):
+    for factor, right in ((1.0, True), (1 + 4e-14, width > 8), (1 + 1e-8, False)):
         with wrong("out", factor=factor), beside_the_reference("aten") as beside:
             torch.ops.kvt.attention(q * size, k, v, [], "s", "p", 8, [], 0.0, None, NAME)
         assert beside.worst.ok == right, (size, factor, beside.worst)
-        assert beside.worst.budget >= max(64, width // 8) * torch.finfo(torch.float64).eps
 
 
 def test_a_lowering_that_raises_is_named_too() -> None:
