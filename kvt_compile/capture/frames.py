@@ -30,7 +30,8 @@ from kvt_compile.passes.finding.describe import captured_path, in_torch
 from kvt_compile.passes.pipeline import nested_graphs
 from kvt_compile.passes.site import AttentionSite, Names
 
-_OWN = os.path.dirname(os.path.dirname(__file__)) + os.sep
+OWN = os.path.dirname(os.path.dirname(__file__)) + os.sep
+"""Where our own code lies."""
 _CALL = nn.Module._call_impl.__code__
 _WRAPPERS = {
     # class -> the attribute that holds the model
@@ -94,7 +95,7 @@ def note_paths(gm: fx.GraphModule) -> None:
     """Writes the paths of every node of a graph that Dynamo just captured, nested graphs included, into its meta."""
     stack = [module for module in running() if not _is_ours(module)]
     scope = _scope()
-    owner = _owner(scope.get("L", {}).get(_first_name()))
+    owner = _owner(first_argument())
     around = [x for x in scope.get("L", {}).values() if isinstance(x, nn.Module)][:1] + stack
     known: dict[int, Names] = {}
     for graph in nested_graphs(gm):
@@ -154,7 +155,7 @@ def guard_paths(policy: Policy, decisions: Sequence[Decision]) -> None:
     """Adds the guard, where the policy goes by paths and there is something to decide."""
     first = _first_name()
     by_path = policy.include or policy.exclude or not isinstance(policy.topk, int | float | None)
-    owner = _owner(_scope().get("L", {}).get(first))
+    owner = _owner(first_argument())
     if by_path and decisions and owner is not None:
         _add_guard(_same_decisions(policy, decisions, owner, first))
 
@@ -163,7 +164,7 @@ def guard_module() -> None:
     """Has Dynamo compile a frame anew for every module it runs for, and for every place it is called from in the code
     of that module: whoever lists sites wants them all."""
     first = _first_name()
-    owner = _owner(_scope().get("L", {}).get(first))
+    owner = _owner(first_argument())
     if owner is not None:
         wanted, calls = weakref.ref(owner), _calls(owner)
 
@@ -214,7 +215,7 @@ def _is_the_models(module: Any) -> bool:
 
 def _is_inner(file: str) -> bool:
     """Whether code is torch's or ours."""
-    return in_torch(file) or file.startswith(_OWN)
+    return in_torch(file) or file.startswith(OWN)
 
 
 def compiled_code() -> CodeType | None:

@@ -17,14 +17,13 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from kvt_compile.capture.frames import method_of
+from kvt_compile.capture.frames import OWN, method_of
 from kvt_compile.capture.unchanged import unchanged
 from kvt_compile.passes.canonical.spellings import canonical_name
 from kvt_compile.passes.finding.describe import in_torch
 from kvt_compile.passes.pipeline import PassResult
 from kvt_compile.passes.site import Where
 
-_OWN = os.path.dirname(os.path.dirname(__file__)) + os.sep
 Line = tuple[str, int]
 """File and number; empty and 0 where there is none."""
 _ATTENTION = (
@@ -111,7 +110,7 @@ class _Calls(TorchFunctionMode):
         in_file: Line | None = None
         while frame is not None and not (in_file and module is not None):
             inner = in_torch(frame.f_code.co_filename)
-            if frame.f_code.co_filename.startswith(_OWN) and frame.f_code is not _Calls.__torch_function__.__code__:
+            if frame.f_code.co_filename.startswith(OWN) and frame.f_code is not _Calls.__torch_function__.__code__:
                 break  # whoever runs the model to look at it
             if not file and not inner:
                 file, line = frame.f_code.co_filename, frame.f_lineno

@@ -10,7 +10,6 @@ input: nothing but the user can tell.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from kvt_compile.passes.site import AttentionSite
@@ -30,11 +29,6 @@ def validate_batch_dim(batch_dim: Any) -> None:
                 f"batch_dim is {axis!r}, expected an axis of the inputs counted from 0, or a mapping from the name of "
                 "an input to one"
             )
-
-
-def with_batch(site: AttentionSite, batch_dim: BatchDim) -> AttentionSite:
-    """The site, as one over the batch where its keys run over what the user calls so."""
-    return site if batch_of(site, batch_dim) is None else replace(site, axis="batch")
 
 
 def batch_of(site: AttentionSite, batch_dim: BatchDim) -> int | None:

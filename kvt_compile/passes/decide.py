@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
-from kvt_compile.passes.batch import BatchDim, batch_of, why_batch, with_batch
+from kvt_compile.passes.batch import BatchDim, batch_of, why_batch
 from kvt_compile.passes.selecting import GridRule, PrefixRule, Selected, SelectRule, selected
 from kvt_compile.passes.site import AttentionSite, Axis, OwnK
 from kvt_compile.select.values import SelectionError
@@ -92,8 +92,8 @@ def decide(site: AttentionSite, policy: Policy, ranks: int = 1) -> Decision:
         return Decision(site, None, "not in `include`")
     if any(_matches(site, pattern) for pattern in policy.exclude):
         return Decision(site, None, "in `exclude`")
-    batch = batch_of(site, policy.batch_dim)
-    site = with_batch(site, policy.batch_dim)
+    if (batch := batch_of(site, policy.batch_dim)) is not None:
+        site = replace(site, axis="batch")
     if site.axis not in policy.axes:
         return Decision(site, None, _left_dense(site) if batch is None else why_batch(site, batch))
     rule = policy.topk if policy.select is None else policy.select

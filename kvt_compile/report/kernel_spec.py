@@ -14,7 +14,7 @@ from kvt_compile.passes.selecting import Selected
 from kvt_compile.passes.site import AttentionSite, Fused
 from kvt_compile.report.facts import SiteReport
 from kvt_compile.select.geometry import Geometry
-from kvt_compile.select.values import BY_CONTENT, leaves
+from kvt_compile.select.values import by_content
 
 TILE = 32
 """Queries of a tile of the generated C with AVX-512; with AVX2 they are fewer, and a little less is computed."""
@@ -62,7 +62,7 @@ def computed_share(site: SiteReport) -> float | None:
     selection = selection_of(site.select, geometry.grid, geometry.prefix, queries, keys)
     if selection is None or selection.allowed is None or 0 in (heads, queries, keys):
         return None
-    if any(isinstance(x, BY_CONTENT) for x in leaves(selection.allowed)):
+    if by_content(selection.allowed):
         return site.kept
     q, k = (torch.empty(1, heads, n, 1, device="meta") for n in (queries, keys))
     return tile_lists(selection, q, k, TILE).listed / (queries * keys)

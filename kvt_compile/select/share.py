@@ -9,7 +9,7 @@ import torch
 from kvt_compile.select.content import how_many
 from kvt_compile.select.geometry import Geometry
 from kvt_compile.select.maps import Places, allowed, region_counts
-from kvt_compile.select.values import BY_CONTENT, Either, Heads, Keys, Prefix, Regions, Selector, leaves
+from kvt_compile.select.values import Heads, Keys, Selector, by_content, routed
 
 QUERIES = 256
 """Queries that are looked at, spread over all: exact for as many."""
@@ -23,21 +23,14 @@ def kept_share(x: Selector, geometry: Geometry, heads: int, queries: int, keys: 
         return how_many(x.k, keys) / keys
     if isinstance(x, Heads):
         return how_many(x.keep, heads) / heads
-    if (route := _routed(x)) is not None:
+    if (route := routed(x)) is not None:
         total, before = math.prod(region_counts(route, geometry)), geometry.prefix if route is not x else 0
         on_grid = how_many(route.keep, total) / total * (keys - before)
         return (before * keys + (queries - before) * (before + on_grid)) / (queries * keys)
-    if any(isinstance(y, BY_CONTENT) for y in leaves(x)):
+    if by_content(x):
         return None
     with torch.device("cpu"):
         return _of_some(x, geometry, heads, queries, keys)
-
-
-def _routed(x: Selector) -> Regions | None:
-    """The regions of `regions(...)` or `regions(...) | prefix`."""
-    parts = x.parts if isinstance(x, Either) else (x,)
-    routes = [y for y in parts if isinstance(y, Regions)]
-    return routes[0] if len(routes) == 1 and all(y == Prefix() for y in parts if y is not routes[0]) else None
 
 
 def _of_some(x: Selector, geometry: Geometry, heads: int, queries: int, keys: int) -> float:

@@ -319,6 +319,18 @@ def leaves(x: Selector) -> Iterator[Selector]:
 
 
 @lru_cache(maxsize=1024)
+def by_content(x: Selector) -> bool:
+    """Whether q and k choose."""
+    return any(isinstance(y, BY_CONTENT) for y in leaves(x))
+
+
+def routed(x: Selector) -> Regions | None:
+    """The regions of `regions(...)` or `regions(...) | prefix`."""
+    parts = x.parts if isinstance(x, Either) else (x,)
+    routes = [y for y in parts if isinstance(y, Regions)]
+    return routes[0] if len(routes) == 1 and all(y == Prefix() for y in parts if y is not routes[0]) else None
+
+
 def split(x: Selector) -> tuple[Selector | None, TopK | Mass | None]:
     """(what may be kept, by what it is ranked); None: every key may, and it is not ranked."""
     parts = x.parts if isinstance(x, Both) else (x,)

@@ -11,7 +11,7 @@ placed      what geometry decides, on a device
 from __future__ import annotations
 
 from kvt_compile.kernels.tiles.conditions import check_conditioned, conditioned, tables_of, with_tables
-from kvt_compile.kernels.tiles.lists import TileLists, by_content, refusal, tile_lists
+from kvt_compile.kernels.tiles.lists import TileLists, refusal, tile_lists
 from kvt_compile.kernels.tiles.walks import LANES, Walk, Walks
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "TileLists",
     "Walk",
     "Walks",
-    "by_content",
     "check_conditioned",
     "conditioned",
     "refusal",

@@ -40,7 +40,9 @@ from kvt_compile.select.values import (
     Shifted,
     Sinks,
     Window,
+    by_content,
     leaves,
+    routed,
     split,
 )
 
@@ -153,14 +155,12 @@ def by_tables(select: str) -> bool:
 @lru_cache(maxsize=1024)
 def _by_tables(select: str) -> bool:
     allowed, _ = split(parse(select))
-    return allowed is not None and any(isinstance(y, BY_CONTENT) for y in leaves(allowed)) and routed(allowed) is None
+    return allowed is not None and needs_tables(allowed)
 
 
-def routed(x: Selector) -> Regions | None:
-    """The regions of `regions(...)` or `regions(...) | prefix`."""
-    parts = x.parts if isinstance(x, Either) else (x,)
-    routes = [y for y in parts if isinstance(y, Regions)]
-    return routes[0] if len(routes) == 1 and all(y == Prefix() for y in parts if y is not routes[0]) else None
+def needs_tables(x: Selector) -> bool:
+    """Whether they choose in a way that lists of tiles alone do not say."""
+    return by_content(x) and routed(x) is None
 
 
 def with_tables(call: AttentionCall) -> AttentionCall:

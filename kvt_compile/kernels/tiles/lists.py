@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kvt_compile.kernels.op.selection import Selection
-from kvt_compile.kernels.tiles.conditions import Tables, routed
+from kvt_compile.kernels.tiles.conditions import Tables, needs_tables
 from kvt_compile.kernels.tiles.keys import candidates
 from kvt_compile.kernels.tiles.order import query_tiles
 from kvt_compile.kernels.tiles.touched import queries_and_keys, touched
@@ -29,7 +29,7 @@ from kvt_compile.select.content import chosen
 from kvt_compile.select.geometry import Geometry
 from kvt_compile.select.maps import Places, allowed, region, region_counts
 from kvt_compile.select.text import parse
-from kvt_compile.select.values import BY_CONTENT, Mass, Regions, Selector, Shifted, TopK, leaves, split
+from kvt_compile.select.values import Mass, Regions, Selector, Shifted, TopK, by_content, leaves, routed, split
 
 BLOCK = 32
 """Keys of a block where tensors choose."""
@@ -90,14 +90,9 @@ def tile_lists(selection: Selection, q: Tensor, k: Tensor, lanes: int, tables: S
     with torch.device("cpu"):  # whatever the default device is: a kernel takes pointers into these
         if not by_content(selection.allowed):
             return _of_geometry(selection.allowed, selection.geometry, *sizes, lanes)
-        if routed(selection.allowed) is None:
+        if needs_tables(selection.allowed):
             return _of_tables(Tables(selection, q, k, tables), lanes)
         return _of_regions(selection.allowed, selection.geometry, q, k, lanes)
-
-
-def by_content(x: Selector) -> bool:
-    """Whether q and k choose."""
-    return any(isinstance(y, BY_CONTENT) for y in leaves(x))
 
 
 @lru_cache(maxsize=64)

@@ -27,15 +27,15 @@ import torch
 from torch import Tensor
 
 from kvt_compile.kernels.op.selection import Selection
-from kvt_compile.kernels.tiles.conditions import Tables, routed
-from kvt_compile.kernels.tiles.lists import MOST, block_of, by_content, region_tiles, some_of
+from kvt_compile.kernels.tiles.conditions import Tables, needs_tables
+from kvt_compile.kernels.tiles.lists import MOST, block_of, region_tiles, some_of
 from kvt_compile.kernels.tiles.order import key_tiles, query_tiles
 from kvt_compile.kernels.tiles.placed import placed, stays
 from kvt_compile.kernels.tiles.touched import queries_and_keys, touched
 from kvt_compile.select.content import chosen
 from kvt_compile.select.geometry import Geometry
 from kvt_compile.select.maps import Places, allowed, region, region_counts
-from kvt_compile.select.values import Regions, Selector, Shifted, leaves
+from kvt_compile.select.values import Regions, Selector, Shifted, by_content, leaves, routed
 
 LANES = 64
 """Of a tile at most: one bit each."""
@@ -82,8 +82,7 @@ class Walks:
         assert selection.allowed is not None
         self.allowed, self.geometry = selection.allowed, selection.geometry
         self.q, self.k = q, k
-        chosen = by_content(self.allowed) and routed(self.allowed) is None
-        self._tables = Tables(selection, q, k, tables) if chosen else None
+        self._tables = Tables(selection, q, k, tables) if needs_tables(self.allowed) else None
         self._known: dict[tuple[int, bool], Walk] = {}
 
     def of(self, lanes: int, turned: bool = False) -> Walk:

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from kvt_compile.kernels import tiles
 from kvt_compile.kernels.language import score as language
 from kvt_compile.kernels.language.derivative import derivative
 from kvt_compile.kernels.op.spec import KernelSpec
 from kvt_compile.select.text import parse
-from kvt_compile.select.values import split
+from kvt_compile.select.values import by_content, split
 
 SMALLEST = 16
 """Features of the narrowest part: a matrix instruction takes no fewer."""
@@ -81,7 +80,7 @@ def listing(spec: KernelSpec) -> Literal["tokens", "blocks"] | None:
     if not spec.select:
         return None
     allowed, _ = split(parse(spec.select))
-    return None if allowed is None else "blocks" if tiles.by_content(allowed) else "tokens"
+    return None if allowed is None else "blocks" if by_content(allowed) else "tokens"
 
 
 def online(spec: KernelSpec) -> bool:

@@ -104,6 +104,11 @@ def same(x: Dim, y: Dim) -> bool:
     return bool(sympy.expand(sympy.sympify(x) - y) == 0)
 
 
+def same_shape(x: tuple[Dim, ...], y: tuple[Dim, ...]) -> bool:
+    """Whether two shapes are provably equal."""
+    return len(x) == len(y) and all(map(same, x, y))
+
+
 def broadcasts(shape: tuple[Dim, ...], full: tuple[Dim, ...]) -> bool:
     """Whether every size is certainly 1 or that of the full shape, counted from the right."""
     return all(x == 1 or same(x, y) for x, y in zip(reversed(shape), reversed(full), strict=False))

@@ -19,7 +19,7 @@ from kvt_compile.passes.canonical.coords import Atom, Axes, Coord, Coords, Space
 from kvt_compile.passes.canonical.made import can_be_read
 from kvt_compile.passes.canonical.meaning import number as as_number
 from kvt_compile.passes.canonical.meaning_layout import PULL, REARRANGES
-from kvt_compile.passes.canonical.values import Dim, Value, product, same
+from kvt_compile.passes.canonical.values import Dim, Value, product, same_shape
 from kvt_compile.passes.finding.miss import Miss
 from kvt_compile.passes.finding.sizes import size_sources
 from kvt_compile.passes.reading.facts import Facts
@@ -176,7 +176,7 @@ def _one_step(
         other = value.inputs[1 - position]
         if not isinstance(x, Value) or x.dtype != value.dtype or (value.name == "div" and position == 1):
             continue
-        if len(x.shape) != len(value.shape) or not all(map(same, x.shape, value.shape)):
+        if not same_shape(x.shape, value.shape):
             continue
         divides = value.name == "div"
         scale = _scale(reader, other, coords)

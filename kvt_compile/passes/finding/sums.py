@@ -18,7 +18,7 @@ from torch import fx, nn
 from kvt_compile.passes.canonical.canonicalise import CanonicalGraph
 from kvt_compile.passes.canonical.coords import Coord, Space
 from kvt_compile.passes.canonical.spellings import read_call
-from kvt_compile.passes.canonical.values import Value, broadcasts, is_number, same
+from kvt_compile.passes.canonical.values import Value, broadcasts, is_number, same_shape
 from kvt_compile.passes.canonical.versions import mutates
 from kvt_compile.passes.reading.read import Reader, aligned
 
@@ -160,7 +160,7 @@ class _Walk:
                 return None
             flip = value.name == "sub"
             return left + [replace(term, negative=term.negative != flip) for term in right]
-        if value.name == "identity" and same_shape(inputs[0], value) and value.dtype is not None:
+        if value.name == "identity" and same_shape(inputs[0].shape, value.shape) and value.dtype is not None:
             return self._each(inputs[0], () if value.dtype == inputs[0].dtype else (value.dtype,))
         if value.name == "neg":
             inner = self.split(inputs[0])
@@ -192,13 +192,13 @@ class _Walk:
         if place is None or value.holder is not value.node:
             return None
         terms = self._each(inner, (Rearranged(value.node, place),))
-        return terms if terms is not None and all(same_shape(term.map, inner) for term in terms) else None
+        return terms if terms is not None and all(same_shape(term.map.shape, inner.shape) for term in terms) else None
 
     def _is_part(self, x: object, whole: Value) -> bool:
         """Whether it is a map with the axes of the whole, or broadcast to its batches and heads."""
         if not isinstance(x, Value) or x not in self.soft or x.dtype != whole.dtype:
             return False
-        rows_and_keys = len(x.shape) > 1 and all(map(same, x.shape[-2:], whole.shape[-2:]))
+        rows_and_keys = len(x.shape) > 1 and same_shape(x.shape[-2:], whole.shape[-2:])
         return rows_and_keys and broadcasts(x.shape, whole.shape)
 
     def _leaf(self, value: Value) -> list[Term] | None:
@@ -294,10 +294,6 @@ class _Walk:
             and along == space.resolve(frame[dim])
             and not rest & set(along.digits)
         )
-
-
-def same_shape(x: Value, y: Value) -> bool:
-    return len(x.shape) == len(y.shape) and all(map(same, x.shape, y.shape))
 
 
 def _size(x: Value, whole: Value, dim: int) -> object:

@@ -18,7 +18,7 @@ import torch
 from kvt_compile.passes.canonical.coords import Atom, Coord, Coords, Space
 from kvt_compile.passes.canonical.meaning import axis
 from kvt_compile.passes.canonical.spellings import DTENSOR_CALLS, Call
-from kvt_compile.passes.canonical.values import Value, meta_value, same
+from kvt_compile.passes.canonical.values import Value, meta_value, same, same_shape
 
 Became = list[set[int]]
 """For every axis of the input, the axes of the result that it became."""
@@ -243,4 +243,4 @@ def kept_by_shape(value: Value, here: set[int]) -> Value | None:
     if here & features or any(same(value.shape[d], value.shape[e]) for d in here for e in others):
         return None
     inputs = (y for x in value.operands for y in (x.operands if x.kind == "opaque" and not x.shape else (x,)))
-    return next((x for x in inputs if len(x.shape) == rank and all(map(same, x.shape, value.shape))), None)
+    return next((x for x in inputs if same_shape(x.shape, value.shape)), None)

@@ -33,7 +33,7 @@ from kvt_compile.passes.canonical.algebra.program import laid_out, written
 from kvt_compile.passes.canonical.algebra.row import Row, made_of
 from kvt_compile.passes.canonical.coords import ZERO, Coord, Coords, Space
 from kvt_compile.passes.canonical.meaning import Builder
-from kvt_compile.passes.canonical.values import Value, meta_value, same
+from kvt_compile.passes.canonical.values import Value, meta_value, same_shape
 
 _ENDS = frozenset({"div", "mul", "exp", "exp2", "pow", "power_of_number", "where", "reciprocal", "add", "sub"})
 """What the last operation of a softmax can be."""
@@ -138,7 +138,7 @@ class Recogniser:
             if rest is None or not not_negative(total.form):
                 continue
             scores = _scores(b, row, total.form, frame, value, _values_of(rest))
-            if scores is None or len(scores.shape) != len(value.shape) or not all(map(same, scores.shape, value.shape)):
+            if scores is None or not same_shape(scores.shape, value.shape):
                 continue
             weights = Value("softmax", "softmax", b.node, value.shape, value.dtype, (scores,), {"dim": dim})
             _absorb(row, weights)

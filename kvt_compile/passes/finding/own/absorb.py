@@ -14,7 +14,7 @@ from contextlib import suppress
 from kvt_compile.passes.canonical.canonicalise import CanonicalGraph
 from kvt_compile.passes.canonical.coords import Coords, Space
 from kvt_compile.passes.canonical.meaning_layout import PULL
-from kvt_compile.passes.canonical.values import Value, same
+from kvt_compile.passes.canonical.values import Value, same_shape
 from kvt_compile.passes.finding.own.again import widen_again
 from kvt_compile.passes.finding.own.cases import Cases, Element
 from kvt_compile.passes.finding.own.constants import constant_of
@@ -116,8 +116,7 @@ def _normalise_top(graph: CanonicalGraph, value: Value) -> None:
 
 
 def _is_whole(space: Space, scores: Element, coords: Coords, value: Value) -> bool:
-    same_shape = len(scores.value.shape) == len(value.shape) and all(map(same, scores.value.shape, value.shape))
-    return same_shape and space.resolve_all(scores.coords) == space.resolve_all(coords)
+    return same_shape(scores.value.shape, value.shape) and space.resolve_all(scores.coords) == space.resolve_all(coords)
 
 
 class _Selection:
@@ -201,7 +200,7 @@ class _Selection:
         if len(sides) != 1 or (value.inputs[0] is not sides[0] and value.name in ("div", "sub")):
             return None
         other = value.inputs[1] if value.inputs[0] is sides[0] else value.inputs[0]
-        if len(sides[0].shape) != len(value.shape) or not all(map(same, sides[0].shape, value.shape)):
+        if not same_shape(sides[0].shape, value.shape):
             return None
         number = constant_of(other) if isinstance(other, Value) else other
         shifts = value.name in ("add", "sub") and isinstance(number, int | float) and math.isfinite(number)

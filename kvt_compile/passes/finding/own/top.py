@@ -18,7 +18,7 @@ from kvt_compile.passes.canonical.canonicalise import CanonicalGraph
 from kvt_compile.passes.canonical.coords import ZERO, Coord, Coords, Space
 from kvt_compile.passes.canonical.meaning import axis
 from kvt_compile.passes.canonical.meaning_layout import PULL
-from kvt_compile.passes.canonical.values import Dim, Value, same
+from kvt_compile.passes.canonical.values import Dim, Value, same, same_shape
 from kvt_compile.passes.finding.own.constants import constant_of
 from kvt_compile.passes.finding.own.gathers import gather_of
 from kvt_compile.passes.finding.own.positive import positive
@@ -163,7 +163,7 @@ def _scattered(end: Value, steps: list[Step], ranking: Ranking) -> tuple[Any, se
         raise Unread("the weights of the top keys are not written to their places")
     if not isinstance(base, Value) or constant_of(base) != 0.0:
         raise Unread("the weights of the top keys are written over others than zeros")
-    if end.dtype != weights.dtype or not _alike(index.shape, weights.shape):
+    if end.dtype != weights.dtype or not same_shape(index.shape, weights.shape):
         raise Unread("the weights of the top keys are not written to their places")
     if not all(same(x, y) for d, (x, y) in enumerate(zip(index.shape, end.shape, strict=True)) if d != dim):
         raise Unread("the weights of the top keys are written for a part of the queries")
@@ -180,10 +180,6 @@ def _scattered(end: Value, steps: list[Step], ranking: Ranking) -> tuple[Any, se
     end.kind, end.name, end.inputs, end.holder = "pointwise", "identity", (weights,), None
     end.attrs = {"fn": lambda x: x}
     return mine.own, {end}
-
-
-def _alike(x: tuple[Dim, ...], y: tuple[Dim, ...]) -> bool:
-    return len(x) == len(y) and all(map(same, x, y))
 
 
 def _check_same(space: Space, kept: Kept | None, mine: Kept | None) -> None:
