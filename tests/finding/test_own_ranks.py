@@ -62,7 +62,13 @@ def with_other_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhim,bhimd->bhid", t.softmax(-1), at(v, index.flip(-1)))
 
 
-@pytest.mark.parametrize("model", [by_other_scores, by_other_keys, with_other_values])
+def by_weights_of_hotter_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    index = ((q * 40.0) @ k.mT).softmax(-1).topk(K).indices  # most of them 0, and equal
+    t = torch.einsum("bhid,bhimd->bhim", q, at(k, index)) * 0.5
+    return torch.einsum("bhim,bhimd->bhid", t.softmax(-1), at(v, index))
+
+
+@pytest.mark.parametrize("model", [by_other_scores, by_other_keys, with_other_values, by_weights_of_hotter_scores])
 def test_keys_that_another_score_selected_are_the_models_keys(model: object) -> None:
     """Attention over what was gathered: a k of its own is not read into it."""
     _, result, _ = captured(module_of(model), tensors(), Policy())  # type: ignore[arg-type]

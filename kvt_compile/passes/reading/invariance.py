@@ -4,6 +4,9 @@
 
 Models subtract a row maximum (or the maximum of everything) for numerical safety, which the kernel does by itself, and
 logarithms of softmaxes have a sum of the row subtracted.  No gradient comes through such a number.
+
+In floating point only where c is no larger than the scores that count: a row masked with -1e30 has a mean of -1e29, and
+what that is subtracted from are scores no more.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import sympy
 from kvt_compile.kernels.language import score as language
 from kvt_compile.kernels.language.derivative import derivative
 from kvt_compile.passes.canonical.coords import Coord
-from kvt_compile.passes.canonical.values import Value
+from kvt_compile.passes.canonical.values import Value, is_number
 from kvt_compile.passes.reading.read import Reader
 
 
@@ -30,7 +33,7 @@ def without_row_constants(scores: sympy.Expr, reader: Reader, keys: Coord) -> sy
         if maximum[-1].kind != "reduce" or leaf.symbol in varying:
             continue
         of = _detached(maximum[-1].inputs[0])[-1]
-        if not reader.carries(of) and of not in reader.stops:
+        if not (reader.carries(of) or of in reader.stops) or not is_of_the_scores_size(maximum[-1]):
             continue  # of something else: it need not be of the size of the scores, which rounds them
         slope = derivative(scores, leaf.symbol)
         if slope == language.zero or slope.free_symbols & (varying | {leaf.symbol}):
@@ -38,6 +41,29 @@ def without_row_constants(scores: sympy.Expr, reader: Reader, keys: Coord) -> sy
         scores = _without(scores, leaf.symbol)
         reader.visited.update(maximum)
     return scores
+
+
+def is_of_the_scores_size(reduction: Value) -> bool:
+    """Whether what a row is reduced to, taken from its scores, leaves them what they are.
+
+    The largest score, and the logarithm of the sum, are of the size of the scores that count.  The smallest and the
+    mean are so for bare scores, a product times numbers; a mask or a bias makes them of any size, and a sum grows.
+    """
+    if reduction.name in ("amax", "logsumexp"):
+        return True
+    return reduction.name in ("amin", "mean") and _is_bare(reduction.inputs[0])
+
+
+def _is_bare(value: Value) -> bool:
+    while value.kind != "contraction":
+        scaled = value.kind == "pointwise" and value.name in ("mul", "div", "neg", "identity")
+        inputs = [x for x in value.inputs if isinstance(x, Value) and not is_number(x)]
+        if len(inputs) != 1 or not (scaled or value.kind in ("layout", "border") or value.name == "detach"):
+            return False
+        if value.name == "div" and inputs[0] is not value.inputs[0]:
+            return False
+        value = inputs[0]
+    return True
 
 
 def _without(x: sympy.Expr, symbol: sympy.Symbol) -> sympy.Expr:

@@ -8,13 +8,16 @@ best of all; keys that another score selects are left as they are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from kvt_compile.passes.canonical.canonicalise import CanonicalGraph
 from kvt_compile.passes.canonical.coords import ZERO, Coord, Coords, Space
 from kvt_compile.passes.canonical.values import Value, same
-from kvt_compile.passes.finding.own.cases import ordered_by
+from kvt_compile.passes.finding.own.constants import constant_of
 from kvt_compile.passes.finding.own.gathers import Gather, gather_of
+from kvt_compile.passes.finding.own.order import Order, Place, ordered_by
 from kvt_compile.passes.finding.own.positive import positive
 from kvt_compile.passes.finding.own.ranking import Kept, pulled
 from kvt_compile.passes.finding.own.settle import settle
@@ -33,7 +36,7 @@ def widen_again(graph: CanonicalGraph, anchor: Value) -> None:
     found = keys_of.read(space, out)
     along = space.fresh("j", found.keys)
     kept = found.kept(space, out[dim], along)
-    if kept is None or not keys_of.ranks_the_same(space, out, found, kept, along):
+    if kept is None or not keys_of.ranks_the_same(space, out, found, kept, along, _number_of(way)):
         raise Unread("the keys are selected by other scores than those of the softmax")
     ahead = steps_ahead(graph, anchor)
     end = ahead[-1].value.users[0]
@@ -100,9 +103,11 @@ class _Keys:
         position = list(self.labels[self.side]).index(self.label)
         return gather_of(space, self.product.inputs[self.side], position, self.operands[self.side])
 
-    def ranks_the_same(self, space: Space, out: Coords, found: Gather, kept: Kept, along: Coord) -> bool:
-        """Whether what ranks is the product of the same queries with the same keys, all of them."""
-        other, at = ordered_by(space, kept.of, kept.coords, along)
+    def ranks_the_same(self, space: Space, out: Coords, found: Gather, kept: Kept, along: Coord, number: float) -> bool:
+        """Whether what ranks is the product of the same queries with the same keys, all of them.  `number` is what the
+        scores are multiplied with after their product."""
+        order = ordered_by(space, kept.of, kept.coords, along)
+        other, at = order.of
         if other.kind != "contraction":
             return False
         known = dict(zip(other.attrs["out"], at, strict=True))
@@ -112,10 +117,13 @@ class _Keys:
         if not same(other.inputs[0].shape[list(labels[0]).index(theirs)], space.size(features)):
             return False
         known[theirs] = features
-        ranked = [_bottom(space, x, coords_of(labels[n], known)) for n, x in enumerate(other.inputs)]
+        left, right = (_bottom(space, x, coords_of(labels[n], known)) for n, x in enumerate(other.inputs))
         query = _bottom(space, self.product.inputs[1 - self.side], self.operands[1 - self.side])
         key = _bottom(space, found.base, found.below(along))
-        return [query, key] in (ranked, ranked[::-1])
+        if {left[0], right[0]} != {query[0], key[0]}:
+            return False
+        ranks = replace(order, number=order.number * left[1] * right[1])
+        return ranks.is_as_fine_as(Order(order.of, number * query[1] * key[1], (), softmax=False))
 
 
 def _summed(product: Value) -> tuple[object]:
@@ -126,14 +134,28 @@ def _summed(product: Value) -> tuple[object]:
     return (summed[0],)
 
 
-def _bottom(space: Space, value: Value, coords: Coords) -> tuple[Value, Coords]:
-    """The element below rearrangements and positive numbers, detached or not."""
+def _bottom(space: Space, value: Value, coords: Coords) -> tuple[Place, float]:
+    """The element below rearrangements and positive numbers, detached or not, and the product of the numbers."""
+    product = 1.0
     while True:
         value, coords = pulled(space, value, coords)
         if value.kind != "pointwise" or value.name not in ("mul", "div") or not positive(value.inputs[1]):
-            return value, coords
+            return (value, coords), product
         x, factor = value.inputs
         if not isinstance(x, Value) or (isinstance(factor, Value) and any(size != 1 for size in factor.shape)):
-            return value, coords
+            return (value, coords), product
+        product *= _factor(value)
         coords = coords[len(coords) - len(x.shape) :]
         value, coords = x, tuple(ZERO if size == 1 else c for size, c in zip(x.shape, coords, strict=True))
+
+
+def _number_of(way: list[Step]) -> float:
+    """What is multiplied on the way behind the product, NaN where that is a tensor."""
+    return math.prod(_factor(step.value) for step in way[1:] if step.value.name in ("mul", "div"))
+
+
+def _factor(value: Value) -> float:
+    """The number that `mul` or `div` multiplies with, NaN for a tensor."""
+    numbers = [constant_of(x) if isinstance(x, Value) else x for x in value.inputs]
+    known = next((float(x) for x in numbers if isinstance(x, int | float)), math.nan)
+    return 1 / known if value.name == "div" else known

@@ -16,8 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from kvt_compile.passes.canonical.coords import Coord, Coords, Space
 from kvt_compile.passes.canonical.meaning import axis
 from kvt_compile.passes.canonical.meaning_layout import PULL
@@ -25,8 +23,8 @@ from kvt_compile.passes.canonical.values import Value, broadcasts, same
 from kvt_compile.passes.finding.own.constants import CASTS, as_number, constant_of
 from kvt_compile.passes.finding.own.cuts import kept_by_place, threshold_of
 from kvt_compile.passes.finding.own.masks import NEVER
-from kvt_compile.passes.finding.own.positive import positive
-from kvt_compile.passes.finding.own.ranking import Kept, argument, largest_at, through, values_at
+from kvt_compile.passes.finding.own.order import Order, below, exactly, ordered_by
+from kvt_compile.passes.finding.own.ranking import Kept, argument, largest_at, values_at
 from kvt_compile.passes.finding.own.unread import Unread
 from kvt_compile.passes.reading.read import aligned
 
@@ -114,7 +112,7 @@ class Cases:
             kept = threshold_of(self.space, threshold, aligned(coords, threshold), self.along)
             if kept is None:
                 continue
-            if not self.same_order((score, aligned(coords, score)), kept):
+            if exactly(self.space, score, aligned(coords, score)) != exactly(self.space, kept.of, kept.coords):
                 raise Unread("scores are compared with the k-th largest of others")
             if way in ("gt", "le") and not kept.between:
                 raise Unread("only scores above the k-th largest are kept, and not the k-th itself")
@@ -187,68 +185,16 @@ class Cases:
 
     # ---- order -------------------------------------------------------------------------------------------------------
 
-    def order_of(self, kept: Kept) -> tuple[Value, Coords]:
+    def order_of(self, kept: Kept) -> Order:
         return ordered_by(self.space, kept.of, kept.coords, self.along)
 
     def same_order(self, element: tuple[Value, Coords], kept: Kept) -> bool:
         """Whether an element's k largest are the kept ones: it is the same score, but for a positive factor."""
-        return ordered_by(self.space, *element, self.along) == self.order_of(kept)
+        return self.order_of(kept).is_as_fine_as(ordered_by(self.space, *element, self.along))
 
 
 def _dim_of(space: Space, kept: Kept, along: Coord) -> int:
     return next(d for d, c in enumerate(kept.coords) if space.resolve(c) == space.resolve(along))
-
-
-def below(space: Space, value: Value, coords: Coords) -> tuple[Value, Coords]:
-    """The element below all rearrangements."""
-    while value.kind == "layout" and (pulled := PULL[value.name](space, value, coords)) is not None:
-        value, coords = value.inputs[0], pulled
-    return value, space.resolve_all(coords)
-
-
-def ordered_by(space: Space, value: Value, coords: Coords, along: Coord) -> tuple[Value, Coords]:
-    """What an element is a strictly increasing function of, within its row: behind copies, positive factors, what is
-    added to a whole row, and a softmax."""
-    while True:
-        value, coords = below(space, value, coords)
-        inner = through(value) or _widened(value)
-        if inner is None and value.kind == "softmax" and coords[value.attrs["dim"]] == space.resolve(along):
-            inner = value.inputs[0]
-        if inner is not None:
-            value = inner
-            continue
-        step = _increasing(space, value, coords, along)
-        if step is None:
-            return value, coords
-        value, coords = step
-
-
-def _widened(value: Value) -> Value | None:
-    """What was cast to a dtype that holds every number it had."""
-    if value.kind != "pointwise" or value.name != "identity" or not isinstance(value.inputs[0], Value):
-        return None
-    x = value.inputs[0]
-    if x.dtype is None or value.dtype is None or not x.dtype.is_floating_point or not value.dtype.is_floating_point:
-        return None
-    return x if torch.promote_types(x.dtype, value.dtype) == value.dtype else None
-
-
-def _increasing(space: Space, value: Value, coords: Coords, along: Coord) -> tuple[Value, Coords] | None:
-    if value.kind != "pointwise" or value.name not in ("mul", "div", "add", "sub"):
-        return None
-    for n, x in enumerate(value.inputs):
-        other = value.inputs[1 - n]
-        if not isinstance(x, Value) or (n == 1 and value.name in ("div", "sub")):
-            continue
-        number = constant_of(other) if isinstance(other, Value) else other
-        if isinstance(number, int | float) and math.isfinite(number):
-            if value.name in ("add", "sub") or number > 0:
-                return x, aligned(coords, x)
-        elif isinstance(other, Value) and not space.atoms_of(aligned(coords, other)) & space.atoms_of([along]):
-            shifts = value.name in ("add", "sub") and other.kind == "reduce" and other.name in ("amax", "mean")
-            if shifts or (value.name in ("mul", "div") and positive(other)):
-                return x, aligned(coords, x)
-    return None
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------

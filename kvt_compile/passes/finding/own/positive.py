@@ -15,12 +15,15 @@ _ALWAYS = frozenset({"exp", "exp2", "sigmoid", "softplus", "power_of_number"})
 _IF_ALL = frozenset({"mul", "div", "add", "identity", "sqrt", "rsqrt", "reciprocal", "maximum"})
 
 
+LEAST = 2.0**-64
+"""A number between this and its inverse leaves scores of any usual size what they are; smaller ones make them equal."""
+
+
 def positive(x: Any) -> bool:
     """Whether a number, or every element of a value, is certainly larger than 0 and finite but for overflow."""
-    if not isinstance(x, Value):
-        return isinstance(x, int | float) and 0 < x < math.inf
-    if (known := constant_of(x)) is not None:
-        return 0 < known < math.inf
+    known = constant_of(x) if isinstance(x, Value) else x
+    if not isinstance(x, Value) or known is not None:
+        return isinstance(known, int | float) and LEAST < known < 1 / LEAST
     if x.kind in ("layout", "border"):
         return positive(x.inputs[0])
     if x.kind == "softmax":
