@@ -24,6 +24,7 @@ from kvt_compile.passes.decide import Decision, Policy, decide, unmatched_patter
 from kvt_compile.passes.finding.find import Found, find
 from kvt_compile.passes.finding.sums import find_sums
 from kvt_compile.passes.rewriting.apart import take_apart
+from kvt_compile.passes.rewriting.names import know_names
 from kvt_compile.passes.rewriting.rewrite import rewrite
 from kvt_compile.passes.site import OwnK, Refusal
 
@@ -93,6 +94,7 @@ def _run(
     refusals: list[Refusal] = []
     inputs: dict[str, int] = {}
     for name, graph, mode in _named_graphs(gm, entry):
+        know_names(graph.graph)
         resolve_packets(graph)
         expand_composites(graph, mode)
         if name:

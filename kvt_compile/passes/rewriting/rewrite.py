@@ -247,10 +247,10 @@ def _remove(graph: fx.Graph, plan: Fused) -> None:
 
 
 def _erase(graph: fx.Graph, values: Iterable[Value]) -> None:
-    """The nodes of dead values that nobody reads, last first."""
+    """The nodes of dead values that nobody reads, last first.  An input stays, read or not: callers still give it."""
     in_order = dict.fromkeys(value.node for value in sorted(values, key=lambda value: value.index))
     for node in reversed(in_order):
-        if not node.users and not node._erased:
+        if not node.users and not node._erased and node.op != "placeholder":
             graph.erase_node(node)
 
 
