@@ -26,6 +26,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
+from kvt_compile.capture.as_run import check_as_run, honest_dtypes
 from kvt_compile.capture.contexts import KEPT_BY_EXPORT, MADE_ANEW, Watch, hooked, lost_when_run
 from kvt_compile.capture.environment import LOCK, capturing
 from kvt_compile.capture.frames import guard_module, note_paths
@@ -180,7 +181,7 @@ def _by_symbolic_trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[st
     before = set(vars(model))
     tracer, making = _Tracer(), Making()
     try:
-        with making, tracer.watch.of_calls():
+        with making, honest_dtypes(), tracer.watch.of_calls():
             graph = tracer.trace(model, concrete_args=fixed)
         if tracer.watch.lost:
             raise LostError(tracer.watch)
@@ -192,6 +193,7 @@ def _by_symbolic_trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[st
     if name := note_made(module, making):
         tracer.watch.lost[MADE_ANEW] = name
         raise LostError(tracer.watch)
+    check_as_run(model, module, args, kwargs)
     return Captured(module, "torch.fx.symbolic_trace")
 
 

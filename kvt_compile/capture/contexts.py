@@ -19,7 +19,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,6 +31,7 @@ from kvt_compile.passes.finding.describe import in_torch
 
 MADE_ANEW = "a tensor that is made anew in every call"
 KEPT_BY_EXPORT = frozenset({"grad mode", "autocast", MADE_ANEW})
+_BOTH = "grad mode and autocast, one within the other"
 
 
 def _state() -> dict[str, Any]:
@@ -68,6 +69,8 @@ def _told_by_calls() -> dict[CodeType, str]:
         DeviceContext.__enter__: _MODE,
         TorchFunctionMode.__enter__: _MODE,
         TorchDispatchMode.__enter__: "a mode for operators",
+        torch.autograd.Function.apply: "a torch.autograd.Function (reentrant checkpointing, say)",
+        **dict.fromkeys((Tensor.register_hook, Tensor.register_post_accumulate_grad_hook), "a hook on a gradient"),
     }
     return {inspect.unwrap(function).__code__: name for function, name in calls.items()}
 
@@ -81,9 +84,11 @@ class Watch:
         self._start = _state()
 
     def note(self) -> None:
-        for name, value in _state().items():
-            if value != self._start[name] and name not in self.lost:
-                self.lost[name] = _line(sys._getframe(1))
+        changed = {name for name, value in _state().items() if value != self._start[name]}
+        if {"grad mode", "autocast"} <= changed:
+            changed.add(_BOTH)  # of which torch.export keeps one
+        for name in changed - self.lost.keys():
+            self.lost[name] = _line(sys._getframe(1))
 
     @contextmanager
     def of_calls(self) -> Iterator[None]:
@@ -143,9 +148,26 @@ def hooked(model: nn.Module, stays: Callable[[nn.Module, str], bool]) -> str:
         if name and stays(module, name):
             continue
         hooks = (hook for kind in HOOKS for hook in (getattr(module, kind) or {}).values())
-        if not all(type(hook).__module__ in _OF_TORCH for hook in hooks):
+        if not all(map(_is_of_torch, hooks)):
             return name or type(model).__name__
     return ""
+
+
+@contextmanager
+def without_hooks(model: nn.Module) -> Iterator[None]:
+    """The model without its users' hooks, while this is open."""
+    kept = [(module, kind, getattr(module, kind)) for module in model.modules() for kind in HOOKS]
+    for module, kind, hooks in kept:
+        setattr(module, kind, type(hooks)((key, hook) for key, hook in hooks.items() if _is_of_torch(hook)))
+    try:
+        yield
+    finally:
+        for module, kind, hooks in kept:
+            setattr(module, kind, hooks)
+
+
+def _is_of_torch(hook: Any) -> bool:
+    return type(hook).__module__ in _OF_TORCH
 
 
 _OF_TORCH = ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm")

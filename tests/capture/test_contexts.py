@@ -181,9 +181,52 @@ def branching_in_inference_mode(model: Model, x: Tensor) -> Tensor:
     return in_inference_mode(model, x)
 
 
+def frozen_in_autocast(model: Model, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        y = model.stem(x)
+    return model.attention(y.float())
+
+
+def switched_in_autocast(model: Model, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.set_grad_enabled(False)
+        y = model.stem(x)
+        torch.set_grad_enabled(True)
+    return model.attention(y.float())
+
+
+class Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+def rounded(model: Model, x: Tensor) -> Tensor:
+    return model.attention(Rounded.apply(x * 3))  # type: ignore[no-untyped-call]
+
+
+def checkpointed_reentrantly(model: Model, x: Tensor) -> Tensor:
+    return checkpoint(model.attention, x, use_reentrant=True)  # type: ignore[no-any-return]
+
+
+def hooked_gradient(model: Model, x: Tensor) -> Tensor:
+    y = model.stem(x)
+    y.register_hook(lambda gradient: gradient * 5)
+    return model.attention(y)
+
+
 @pytest.mark.parametrize(
     ("part", "what"),
     [
+        (frozen_in_autocast, "one within the other"),
+        (switched_in_autocast, "one within the other"),
+        (rounded, "autograd.Function"),
+        (checkpointed_reentrantly, "autograd.Function"),
+        (hooked_gradient, "a hook on a gradient"),
         (in_inference_mode, "inference mode"),
         (branching_in_inference_mode, "inference mode"),
         (checkpointed, "saved-tensor hooks"),

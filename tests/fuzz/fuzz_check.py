@@ -150,7 +150,7 @@ def rounding_decides(program: Program, tolerance: float, knn: Sequence[bool] = (
         }
 
     others = (
-        replace(program, inputs=nudged(program.inputs), parameters=nudged(program.parameters)) for _ in range(4)
+        replace(program, inputs=nudged(program.inputs), parameters=nudged(program.parameters)) for _ in range(32)
     )  # fmt: skip
     return any(differences(run_original(other, knn, Selection(topk, 0.0)), plain, tolerance / 8) for other in others)
 

@@ -1,0 +1,164 @@
+"""A symbolic trace against the model: both run once on fakes, and what each asks of torch is compared.
+
+    if isinstance(mask, torch.Tensor): ...      a proxy is none       if x.dtype is torch.float16: ...    never
+    if hasattr(x, "lengths"): ...               a proxy has all       try: ... except TypeError: ...      a proxy raises
+
+A model that asks what its inputs are goes another way when it is given proxies, and the trace says nothing of it.
+What does not depend on the inputs is computed once, while the model is traced, and is no part of the graph.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from kvt_compile.capture.contexts import without_hooks
+from kvt_compile.capture.unchanged import unchanged
+from kvt_compile.passes.canonical.modes import undisturbed
+
+
+class NotAsRunError(RuntimeError):
+    """The graph of a trace does something else than the model."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    name: str
+    arguments: str
+    of_inputs: bool
+    """Whether it has a tensor that is computed of the model's inputs."""
+
+    def __str__(self) -> str:
+        return f"{self.name}({self.arguments})"
+
+
+class _Calls(TorchFunctionMode):
+    """Notes what is called of torch, with every argument that is no tensor."""
+
+    def __init__(self, inputs: Any) -> None:
+        super().__init__()
+        self.calls: list[_Call] = []
+        self._computed: dict[int, Tensor] = {id(x): x for x in _tensors(inputs)}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        made = list(_tensors(result))
+        if not made:
+            return result  # a number or a dtype shows in what is done with it
+        of_inputs = any(self._computed.get(id(x)) is x for x in _tensors((args, kwargs)))
+        if of_inputs:
+            self._computed |= {id(x): x for x in made}
+        name, shown = getattr(func, "__name__", str(func)), _shown(args, kwargs)
+        if name == "unbind" and shown in ("tensor", "tensor, 0", "tensor, dim=0"):  # how a tensor is iterated
+            self.calls += [_Call("__getitem__", f"tensor, {n}", of_inputs) for n in range(len(made))]
+        else:
+            self.calls.append(_Call(name, shown, of_inputs))
+        return result
+
+
+def check_as_run(model: nn.Module, graph: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raises NotAsRunError where the graph calls something else of torch than the model, or with other numbers."""
+    traced = _run_on_fakes(_Hookless(graph).run, _in_order(graph, args, kwargs), {})
+    with without_hooks(model):
+        try:
+            with undisturbed(), FakeCopyMode(FakeTensorMode()):
+                fake = copy.deepcopy(model)
+            run = _run_on_fakes(fake, args, kwargs)
+        except Exception:  # it holds what has no copy, or looks at what is in a tensor
+            run = _run(model, args, kwargs)
+    _compare(run, traced)
+
+
+class _Hookless(fx.Interpreter):
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.fetch_attr(target).forward(*args, **kwargs)  # a user's hook has no business with fake tensors
+
+
+def _compare(run: list[_Call], traced: list[_Call]) -> None:
+    rest = iter(traced)
+    expected = next(rest, None)
+    for call in run:
+        if call == expected:
+            expected = next(rest, None)
+        elif call.of_inputs:
+            raise NotAsRunError(f"the model calls {call} where its trace has {expected or 'its end'}")
+    if expected is not None:
+        raise NotAsRunError(f"its trace has {expected}, which the model does not call")
+
+
+def _run_on_fakes(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[_Call]:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    args, kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (tuple(args), dict(kwargs)))
+    made = _Calls((args, kwargs))
+    with undisturbed(), mode, made:
+        function(*args, **kwargs)
+    return made.calls
+
+
+def _run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[_Call]:
+    args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), (tuple(args), dict(kwargs)))
+    made = _Calls((args, kwargs))
+    with unchanged(model), torch.no_grad(), made:
+        model(*args, **kwargs)
+    return made.calls
+
+
+def _in_order(graph: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The values of a graph's placeholders."""
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    rest = placeholders[len(args) :]
+    return [*args, *(kwargs.get(str(node.target), node.args[0] if node.args else None) for node in rest)]
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor))
+
+
+def _shown(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    named = [f"{name}={_text(x)}" for name, x in sorted(kwargs.items())]
+    return ", ".join([*map(_text, args), *named])
+
+
+def _text(x: Any) -> str:
+    match x:
+        case Tensor():
+            return "tensor"
+        case tuple() | list():
+            return f"[{', '.join(map(_text, x))}]"
+        case dict():
+            return f"{{{', '.join(f'{key}: {_text(value)}' for key, value in x.items())}}}"
+        case slice():
+            return f"{_text(x.start)}:{_text(x.stop)}:{_text(x.step)}"
+        case bool() | int() | float() | complex() | str() | torch.dtype() | torch.device() | None:
+            return repr(x)
+    return type(x).__name__
+
+
+@contextmanager
+def honest_dtypes() -> Iterator[None]:
+    """torch.finfo and torch.iinfo take anything that has a __torch_function__ for a dtype, and read what is there."""
+
+    def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+        def of(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(x, fx.Proxy) for x in (*args, *kwargs.values())):
+                raise TypeError(f"torch.{function.__name__} of a dtype that is not known while the model is traced")
+            return function(*args, **kwargs)
+
+        return of
+
+    with patch.object(torch, "finfo", checked(torch.finfo)), patch.object(torch, "iinfo", checked(torch.iinfo)):
+        yield
