@@ -138,8 +138,6 @@ class Cases:
         kept = largest_at(self.space, index, inside, which, self.along)
         if kept is None:
             return self._same(value, coords)
-        if not self.space.covers(coords[dim], kept.of.shape[_dim_of(self.space, kept, self.along)]):
-            raise Unread("keys are selected from a part of the scores")
         self._selects(kept)
         written = self._written(source, inside, coords, dim, which, kept)
         return written, self.read(base, coords)[1]
@@ -155,7 +153,7 @@ class Cases:
         if not all(map(same, source.shape, (self.space.size(c) for c in inside))):
             raise Unread("more is handed to scatter than it writes")
         found = values_at(self.space, source, inside, which, self.along)
-        if found is not None and (found.of, self._at(found)) == (kept.of, self._at(kept)) and found.own == kept.own:
+        if found is not None and self._lists_as(found, kept):
             return Element(kept.of, self._at(kept), below(self.space, kept.of, kept.coords))
         if source.kind == "opaque" and source.name in ("gather", "take_along_dim") and source.attrs["call"] is not None:
             of, index = argument(source, "input", 0), argument(source, "index", 2)
@@ -164,12 +162,16 @@ class Cases:
             where = axis(argument(source, "dim", 2 if source.name == "take_along_dim" else 1), len(source.shape))
             if where == dim and isinstance(of, Value) and isinstance(index, Value):
                 again = largest_at(self.space, index, inside, which, self.along)
-                if again is not None and (again.of, self._at(again), again.own) == (kept.of, self._at(kept), kept.own):
+                if again is not None and self._lists_as(again, kept):
                     return self.read(of, coords)[0]
         raise Unread("what is written at the selected keys is not their scores")
 
     def _at(self, kept: Kept) -> Coords:
         return self.space.resolve_all(kept.coords)
+
+    def _lists_as(self, x: Kept, y: Kept) -> bool:
+        """Whether two lists are of the same elements in the same order."""
+        return (x.of, self._at(x), x.own) == (y.of, self._at(y), y.own) and x.lists_as(y)
 
     def _cast(self, value: Value, coords: Coords) -> Pair:
         pair = self.read(next(value.operands), coords)
@@ -191,10 +193,6 @@ class Cases:
     def same_order(self, element: tuple[Value, Coords], kept: Kept) -> bool:
         """Whether an element's k largest are the kept ones: it is the same score, but for a positive factor."""
         return self.order_of(kept).is_as_fine_as(ordered_by(self.space, *element, self.along))
-
-
-def _dim_of(space: Space, kept: Kept, along: Coord) -> int:
-    return next(d for d, c in enumerate(kept.coords) if space.resolve(c) == space.resolve(along))
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from kvt_compile.passes.finding.own.ranking import (
     plus,
     pulled,
     ranked,
+    ranked_at,
 )
 from kvt_compile.passes.finding.own.unread import Unread
 
@@ -48,17 +49,19 @@ def kept_by_place(
     outer = ranked(value, 1)
     if outer is None or outer.largest or not outer.all or coords[outer.dim] != space.resolve(along):
         return None
-    places, coords = pulled(space, outer.of, coords)
+    places, at = pulled(space, outer.of, coords)
     inner = ranked(places, 1)
-    if inner is None or not inner.all or inner.dim >= len(coords) or coords[inner.dim] != space.resolve(along):
+    if inner is None or not inner.all or inner.dim >= len(at) or at[inner.dim] != space.resolve(along):
         return None
+    ranked_at(space, outer.of, outer.dim, coords, along)  # as many places are ranked as there are keys
     below = math.ceil(number) if way in ("lt", "ge") else math.floor(number) + 1
     keys = inner.of.shape[inner.dim]
     if below < 1 or (isinstance(keys, int) and below >= keys):
         raise Unread("the places that are compared leave out every key, or none")
     own = own_k(below) if inner.largest else plus(all_of(keys), -below)
     assert own is not None
-    return Kept(inner.of, coords, own), inner.largest == (way in ("lt", "le"))
+    kept = Kept(inner.of, ranked_at(space, inner.of, inner.dim, at, along), own)
+    return kept, inner.largest == (way in ("lt", "le"))
 
 
 def threshold_of(space: Space, value: Value, coords: Coords, along: Coord) -> Kept | None:
@@ -69,11 +72,11 @@ def threshold_of(space: Space, value: Value, coords: Coords, along: Coord) -> Ke
     value, coords = pulled(space, value, coords)
     piece = piece_of(value)
     if piece is not None and piece[1] == 0 and piece[0].name == "median" and piece[0].attrs["call"] is not None:
-        return _median(piece[0], coords, along)
-    return _quantile(value, coords, along)
+        return _median(space, piece[0], coords, along)
+    return _quantile(space, value, coords, along)
 
 
-def _quantile(value: Value, coords: Coords, along: Coord) -> Kept | None:
+def _quantile(space: Space, value: Value, coords: Coords, along: Coord) -> Kept | None:
     """What a quantile's element at `coords` cuts off."""
     if value.name != "quantile" or value.attrs.get("call") is None:
         return None
@@ -94,19 +97,17 @@ def _quantile(value: Value, coords: Coords, along: Coord) -> Kept | None:
         place = _WHOLE[how](place)
     if 0 < abs(place - round(place)) < _NEAR:
         raise Unread("the scores are compared with a quantile that all but is one of them")
-    after = coords[dim + 1 :] if argument(value, "keepdim", 3, False) else coords[dim:]
-    own = own_k(keys - math.ceil(place))
+    own, keeps = own_k(keys - math.ceil(place)), bool(argument(value, "keepdim", 3, False))
     assert own is not None
-    return Kept(of, (*coords[:dim], along, *after), own, between=place != int(place))
+    return Kept(of, ranked_at(space, of, dim, coords, along, keeps=keeps), own, between=place != int(place))
 
 
-def _median(value: Value, coords: Coords, along: Coord) -> Kept | None:
+def _median(space: Space, value: Value, coords: Coords, along: Coord) -> Kept | None:
     """What the values of `x.median(dim)` cut off: torch's median of an even number is the lower one."""
     of = argument(value, "input", 0)
     dim = axis(argument(value, "dim", 1), len(of.shape)) if isinstance(of, Value) else None
     if dim is None or not isinstance(of.shape[dim], int):
         return None
-    own = own_k(of.shape[dim] - (of.shape[dim] - 1) // 2)
+    own, keeps = own_k(of.shape[dim] - (of.shape[dim] - 1) // 2), bool(argument(value, "keepdim", 2, False))
     assert own is not None
-    after = coords[dim + 1 :] if argument(value, "keepdim", 2, False) else coords[dim:]
-    return Kept(of, (*coords[:dim], along, *after), own)
+    return Kept(of, ranked_at(space, of, dim, coords, along, keeps=keeps), own)

@@ -14,7 +14,7 @@ import sympy
 import torch
 from torch import fx
 
-from kvt_compile.passes.canonical.coords import ZERO, Coord, Coords, Space
+from kvt_compile.passes.canonical.coords import Coord, Coords, Space
 from kvt_compile.passes.canonical.meaning import axis, integer
 from kvt_compile.passes.canonical.meaning_layout import PULL
 from kvt_compile.passes.canonical.spellings import Call
@@ -43,6 +43,7 @@ def argument(value: Value, name: str, position: int, default: Any = None) -> Any
 class Ranking:
     """The `count` first elements of `of` along `dim`, largest or smallest first (if they are sorted)."""
 
+    call: Value
     of: Value
     dim: int
     count: OwnK
@@ -68,6 +69,24 @@ class Kept:
     own: OwnK
     between: bool = False
     """For a threshold: whether it lies between the k-th largest and the next one, and is no element itself."""
+    listed: tuple[Value, bool | None] | None = None
+    """For positions and values, which one after the other lists: by which call, and whether the largest is first
+    (None: in no order)."""
+
+    def lists_as(self, other: Kept) -> bool:
+        """Whether two lists of the same elements have them in the same places."""
+        if self.listed is None or other.listed is None:
+            return False
+        (call, first), (others_call, others_first) = self.listed, other.listed
+        return call is others_call or (first is not None and first == others_first)
+
+
+def ranked_at(space: Space, of: Value, dim: int, coords: Coords, along: Coord, *, keeps: bool = True) -> Coords:
+    """Where what is ranked along `dim` stands, for the coordinates of a result that keeps this axis or has it no more.
+    Raises Unread unless `along` runs over all that is ranked."""
+    if not space.covers(along, of.shape[dim]):
+        raise Unread("keys are selected from other keys than those of the softmax, or from a part of them")
+    return (*coords[:dim], along, *coords[dim + keeps :])
 
 
 # ---- counts ----------------------------------------------------------------------------------------------------------
@@ -132,7 +151,7 @@ def _ranking(value: Value) -> Ranking | None:
         count = None if dim is None else all_of(of.shape[dim])
     if dim is None or count is None or not isinstance(largest, bool) or not isinstance(in_order, bool):
         return None
-    return Ranking(of, dim, count, largest, in_order)
+    return Ranking(value, of, dim, count, largest, in_order)
 
 
 def piece_of(value: Value) -> tuple[Value, int] | None:
@@ -195,42 +214,50 @@ def kth_largest(space: Space, value: Value, coords: Coords, along: Coord) -> Kep
     value, coords = pulled(space, value, coords)
     if (one := _one_of(value)) is not None:
         source, dim, place, keeps = one
-        source, at = pulled(space, source, coords if keeps else (*coords[:dim], ZERO, *coords[dim:]))
-        ranking = ranked(source, 0)
-        return None if ranking is None or ranking.dim != dim else _kept(ranking, at, along, place)
+        ranking, at, which = _results(space, source, dim, coords, keeps)
+        if ranking is None or at[ranking.dim] != which or not space.covers(which, _size(ranking.count)):
+            return None
+        return _kept(space, ranking, at, along, place)
     if (ranking := ranked(value, 0)) is not None:
         position = space.known(coords[ranking.dim])
-        return None if position is None else _kept(ranking, coords, along, (position, False))
+        return None if position is None else _kept(space, ranking, coords, along, (position, False))
     if (least := _least_of(value)) is not None:
         source, dim, keeps = least
-        source, at = pulled(space, source, coords if keeps else (*coords[:dim], ZERO, *coords[dim:]))
-        ranking = ranked(source, 0)
-        if ranking is None or ranking.dim != dim:
-            return None
-        return _kept(replace(ranking, sorted=True), at, along, (1, True) if ranking.largest else (0, False))
+        ranking, at, which = _results(space, source, dim, coords, keeps)
+        return counted_off(ranking, space, at, which, along)
     piece = piece_of(value)
     if piece is not None and piece[1] == 0 and piece[0].name == "kthvalue" and piece[0].attrs["call"] is not None:
-        return _kth_value(piece[0], coords, along)
+        return _kth_value(space, piece[0], coords, along)
     return None
 
 
-def _kth_value(value: Value, coords: Coords, along: Coord) -> Kept | None:
+def _results(
+    space: Space, source: Value, dim: int, coords: Coords, keeps: bool
+) -> tuple[Ranking | None, Coords, Coord]:
+    """(the ranking whose elements a value holds, their coordinates, what counts them off along an axis), where that
+    axis is gone at `coords`, or has size 1."""
+    which = space.fresh("m", source.shape[dim])
+    source, at = pulled(space, source, (*coords[:dim], which, *coords[dim + keeps :]))
+    return ranked(source, 0), at, space.resolve(which)
+
+
+def _kth_value(space: Space, value: Value, coords: Coords, along: Coord) -> Kept | None:
     of, kth = argument(value, "input", 0), own_k(argument(value, "k", 1))
     dim = axis(argument(value, "dim", 2, -1), len(of.shape)) if isinstance(of, Value) else None
     own = None if dim is None or kth is None else _from_smallest(of.shape[dim], kth)
     if dim is None or own is None:
         return None
-    after = coords[dim + 1 :] if argument(value, "keepdim", 3, False) else coords[dim:]
-    return Kept(of, (*coords[:dim], along, *after), own)
+    keeps = bool(argument(value, "keepdim", 3, False))
+    return Kept(of, ranked_at(space, of, dim, coords, along, keeps=keeps), own)
 
 
-def _kept(ranking: Ranking, coords: Coords, along: Coord, position: Place) -> Kept:
+def _kept(space: Space, ranking: Ranking, coords: Coords, along: Coord, position: Place) -> Kept:
     if not ranking.sorted:
         raise Unread("the threshold is one of topk's values, which are not sorted (sorted=False)")
     own = _from_the_largest(ranking, position)
     if own is None:
         raise Unread("the keys with the smallest scores are selected, not those with the largest")
-    return Kept(ranking.of, (*coords[: ranking.dim], along, *coords[ranking.dim + 1 :]), own)
+    return Kept(ranking.of, ranked_at(space, ranking.of, ranking.dim, coords, along), own)
 
 
 def _from_the_largest(ranking: Ranking, place: Place) -> OwnK | None:
@@ -332,4 +359,5 @@ def counted_off(ranking: Ranking | None, space: Space, coords: Coords, which: Co
         raise Unread("the keys with the smallest scores are selected, not those with the largest")
     if own is ranking.count and not ranking.largest and not ranking.all:
         raise Unread("the keys with the smallest scores are selected, not those with the largest")
-    return Kept(ranking.of, (*coords[: ranking.dim], along, *coords[ranking.dim + 1 :]), own)
+    listed = ranking.call, ranking.largest if ranking.sorted else None
+    return Kept(ranking.of, ranked_at(space, ranking.of, ranking.dim, coords, along), own, listed=listed)

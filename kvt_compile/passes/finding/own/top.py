@@ -175,8 +175,6 @@ def _scattered(end: Value, steps: list[Step], ranking: Ranking) -> tuple[Any, se
     mine = counted_off(ranking, space, read_below(space, steps, inside), which, coords[dim])
     _check_same(space, kept, mine)
     assert mine is not None
-    if not space.covers(coords[dim], ranking.of.shape[ranking.dim]):
-        raise Unread("the weights of the top keys are written to a part of the keys")
     end.kind, end.name, end.inputs, end.holder = "pointwise", "identity", (weights,), None
     end.attrs = {"fn": lambda x: x}
     return mine.own, {end}
@@ -185,7 +183,7 @@ def _scattered(end: Value, steps: list[Step], ranking: Ranking) -> tuple[Any, se
 def _check_same(space: Space, kept: Kept | None, mine: Kept | None) -> None:
     if kept is None or mine is None or kept.of is not mine.of or kept.own != mine.own:
         raise Unread("the weights of the top keys are combined with other keys than theirs")
-    if space.resolve_all(kept.coords) != space.resolve_all(mine.coords):
+    if space.resolve_all(kept.coords) != space.resolve_all(mine.coords) or not kept.lists_as(mine):
         raise Unread("the weights of the top keys are combined with other keys than theirs")
 
 
