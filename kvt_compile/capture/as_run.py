@@ -151,14 +151,23 @@ def _text(x: Any) -> str:
 @contextmanager
 def honest_dtypes() -> Iterator[None]:
     """torch.finfo and torch.iinfo take anything that has a __torch_function__ for a dtype, and read what is there."""
-
-    def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-        def of(*args: Any, **kwargs: Any) -> Any:
-            if any(isinstance(x, fx.Proxy) for x in (*args, *kwargs.values())):
-                raise TypeError(f"torch.{function.__name__} of a dtype that is not known while the model is traced")
-            return function(*args, **kwargs)
-
-        return of
-
-    with patch.object(torch, "finfo", checked(torch.finfo)), patch.object(torch, "iinfo", checked(torch.iinfo)):
+    with patch.object(torch, "finfo", _checked(torch.finfo)), patch.object(torch, "iinfo", _checked(torch.iinfo)):
         yield
+
+
+class _Checked(type):
+    """What is still the class that it stands for, to other threads as well."""
+
+    real: type
+
+    def __instancecheck__(cls, x: Any) -> bool:
+        return isinstance(x, cls.real)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(x, fx.Proxy) for x in (*args, *kwargs.values())):
+            raise TypeError(f"torch.{cls.__name__} of a dtype that is not known while the model is traced")
+        return cls.real(*args, **kwargs)
+
+
+def _checked(real: type) -> type:
+    return _Checked(real.__name__, (), {"real": real})

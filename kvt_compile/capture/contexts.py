@@ -69,10 +69,14 @@ def _told_by_calls() -> dict[CodeType, str]:
         DeviceContext.__enter__: _MODE,
         TorchFunctionMode.__enter__: _MODE,
         TorchDispatchMode.__enter__: "a mode for operators",
-        torch.autograd.Function.apply: "a torch.autograd.Function (reentrant checkpointing, say)",
         **dict.fromkeys((Tensor.register_hook, Tensor.register_post_accumulate_grad_hook), "a hook on a gradient"),
     }
     return {inspect.unwrap(function).__code__: name for function, name in calls.items()}
+
+
+def _applies_a_function(called: Any) -> bool:
+    of = getattr(called, "__self__", None)
+    return called.__name__ == "apply" and isinstance(of, type) and issubclass(of, torch.autograd.Function)
 
 
 class Watch:
@@ -97,6 +101,8 @@ class Watch:
 
         def profile(frame: FrameType, event: Any, argument: Any) -> None:
             name = told.get(frame.f_code, "") if event == "call" else ""
+            if event == "c_call" and _applies_a_function(argument):
+                name = "a torch.autograd.Function (reentrant checkpointing, say)"
             if name and (not name.startswith("grad") or torch.is_grad_enabled()):
                 self.lost.setdefault(name, _line(frame))
             if before is not None:

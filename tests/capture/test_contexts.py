@@ -355,6 +355,10 @@ class Branching(Net):
         return super().forward(x if x.shape[1] < 100 else -x)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 13) and torch.version.cuda is not None and not torch.cuda.is_available(),
+    reason="torch 2.11 built for CUDA crashes without a GPU where a second thread exports",
+)
 @pytest.mark.parametrize("what", ["rewrite", "explain", "both"])
 def test_captures_in_several_threads(what: str) -> None:
     x = torch.randn(2, 10, 32)
