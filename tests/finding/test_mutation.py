@@ -12,7 +12,7 @@ from fuzz_check import traced
 from readings import module_of
 from spelling_checks import assert_fates, assert_meaning, rewritten_by
 from spellings import B, D, H, N, Spelling, cases, from_file, spelling_of
-from torch import Tensor
+from torch import Tensor, nn
 
 import kvt_compile
 from kvt_compile.passes.site import Fused
@@ -58,6 +58,28 @@ def test_the_relative_position_bias_of_mvit_v2_is_not_dropped(name: str) -> None
         for parameter in bias:
             rewritten.module.get_parameter(parameter).zero_()
     assert not torch.allclose(rewritten.call(*spelling.tensors()), with_bias), "the bias makes no difference"
+
+
+class InPlaceModule(nn.Module):
+    """What a module writes in place is read again, and what it returns is not."""
+
+    def __init__(self, written: nn.Module) -> None:
+        super().__init__()
+        self.written = written
+
+    def forward(self, q: Tensor) -> Tensor:
+        x = q @ q.mT
+        self.written(x)
+        return x.softmax(-1) @ q
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("kind", [nn.ReLU, nn.SiLU, nn.Hardtanh, nn.ReLU6])
+def test_a_module_that_writes_in_place(kind: Callable[..., nn.Module], inplace: bool) -> None:
+    """symbolic_trace leaves it one node, whose result nobody reads."""
+    model, q = InPlaceModule(kind(inplace=inplace)), torch.randn(2, 2, 6, 4, dtype=torch.float64)
+    result = kvt_compile.rewrite(model, q, topk=1.0, force_rewrite=True)
+    torch.testing.assert_close(result.module(q), model(q), rtol=1e-9, atol=1e-9)
 
 
 # ---- what happens outside the region ---------------------------------------------------------------------------------

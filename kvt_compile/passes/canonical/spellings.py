@@ -192,11 +192,12 @@ def module_call(module: nn.Module | None, args: tuple[Any, ...], target: str) ->
     """The canonical call that one of torch's modules makes; None where it is not in the table."""
     if module is None:
         return None
+    inplace = bool(getattr(module, "inplace", False))
     if type(module) is nn.Dropout:
-        return Call("dropout", args, {"p": module.p, "training": module.training, "module": target})
+        return Call("dropout", args, {"p": module.p, "training": module.training, "module": target}, inplace)
     if type(module) in MODULES:
         name, attributes = MODULES[type(module)]
-        return Call(name, args, {key: getattr(module, key) for key in attributes})
+        return Call(name, args, {key: getattr(module, key) for key in attributes}, inplace)
     if type(module) is nn.Linear:
         return Call("module_linear", args, {"features": module.out_features, "bias": module.bias is not None})
-    return None
+    return Call(type(module).__name__, args, {}, inplace) if inplace else None

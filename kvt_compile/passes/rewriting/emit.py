@@ -29,14 +29,16 @@ Group = tuple[Atom, ...]
 
 class Emitter:
     """Inserts before one node.  `renamed` maps nodes that earlier rewrites replaced to their replacements, `viewed` are
-    those that stay tensors that need a gradient where they are read without grad (flags.py)."""
+    those that stay tensors that need a gradient where they are read without grad (flags.py), `copied` those that are
+    read as copies (writes.py).  In inference mode, where nothing is recorded, tensors are detached as they are."""
 
     def __init__(
         self, graph: fx.Graph, before: fx.Node, like: fx.Node, renamed: dict[fx.Node, fx.Node],
-        viewed: frozenset[fx.Node] = frozenset(),
+        viewed: frozenset[fx.Node] = frozenset(), copied: frozenset[fx.Node] = frozenset(), inference: bool = False,
     ) -> None:  # fmt: skip
         self._graph, self._before, self._like, self._renamed = graph, before, like, renamed
-        self._viewed = viewed
+        self._viewed, self._copied, self._inference = viewed, copied, inference
+        self._copies: dict[fx.Node, fx.Node] = {}
         self._key = "example_value" if "example_value" in like.meta else "val"
         self._sizes: dict[Atom, SizeSource] = {}
 
@@ -52,9 +54,16 @@ class Emitter:
             return self._made(value)
         assert value.holder is not None
         node = self.node(value.holder)
-        if value.kind != "border":
+        if value.holder in self._copied:
+            node = self._copy(node)
+        if value.kind != "border" or self._inference:
             return node
         return self._viewed_without_grad(node) if node in self._viewed else self.call(aten.detach.default, node)
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        if node not in self._copies:
+            self._copies[node] = self.call(aten.clone.default, node)
+        return self._copies[node]
 
     def _viewed_without_grad(self, node: fx.Node) -> fx.Node:
         self._switch_grad(False)

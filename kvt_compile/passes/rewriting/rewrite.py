@@ -13,12 +13,14 @@ import torch
 from torch import fx, nn
 
 from kvt_compile.kernels.op import ops as _ops  # noqa: F401 - registers torch.ops.kvt
+from kvt_compile.passes.canonical.made import held
 from kvt_compile.passes.canonical.modes import Mode
 from kvt_compile.passes.canonical.values import Value, meta_value
 from kvt_compile.passes.decide import Decision, share_of
 from kvt_compile.passes.reading.grid import Placed
 from kvt_compile.passes.rewriting.emit import Emitter
 from kvt_compile.passes.rewriting.flags import needs_as_much_as
+from kvt_compile.passes.rewriting.writes import Writes
 from kvt_compile.passes.selecting import Selected
 from kvt_compile.passes.site import Fused, OwnK, ScoresKept, Thinned
 from kvt_compile.select.geometry import needs_grid
@@ -57,17 +59,18 @@ def rewrite(
     """
     gm.graph.lint()
     renamed: dict[fx.Node, fx.Node] = {}
+    writes = Writes(gm, entry or Mode())
     for decision in decisions:
         if decision.topk is None:
             continue
         plan = decision.site.plan
         how = lowering, 0.0 if decision.own else tolerance  # what the model does is not the user's to be lax about
         if isinstance(plan, Fused):
-            new = _fuse(gm, plan, decision.topk, how, renamed, decision.select, ranks, entry or Mode())
+            new = _fuse(gm, plan, decision.topk, how, renamed, decision.select, ranks, entry or Mode(), writes)
         elif isinstance(plan, Thinned):
-            new = _thin(gm.graph, plan, decision.topk, how, renamed)
+            new = _thin(gm.graph, plan, decision.topk, how, renamed, writes)
         else:
-            new = _keep_scores(gm.graph, plan, decision.topk, how, renamed)
+            new = _keep_scores(gm.graph, plan, decision.topk, how, renamed, writes)
         if decision.own:
             new.meta["custom"] = {**new.meta.get("custom", {}), OWN_K: str(decision.site.own)}
     if not renamed:
@@ -86,10 +89,13 @@ def _fuse(
     select: Selected | None,
     ranks: int,
     entry: Mode,
+    writes: Writes,
 ) -> fx.Node:
     read = (plan.q.value, plan.k.value, plan.v.value, *plan.captured)
     viewed = needs_as_much_as(plan.node, entry) if any(x.kind == "border" for x in read) else frozenset()
-    emit = Emitter(gm.graph, plan.node, plan.node, renamed, viewed)
+    holders = {x.holder for value in read for x in held(value) if x.holder is not None}
+    copied = frozenset(x for x in holders if writes.overwrites(x, after=plan.node))
+    emit = Emitter(gm.graph, plan.node, plan.node, renamed, viewed, copied, writes.mode(plan.node).inference)
     emit.know_sizes(plan.q, plan.k, plan.v)
     g = plan.groups
     heads = (*g.kv_heads, *g.group)
@@ -107,6 +113,10 @@ def _fuse(
     out = emit.call(operator.getitem, call, 0)
     out = emit.arrange(out, (g.batch, heads, g.queries, g.value_features), plan.out)
     out = emit.like(out, plan.node)
+    if writes.hands_out(plan.node):
+        out = emit.call(aten.mul.Scalar, out, 1)  # a copy that Inductor keeps: it drops a clone at a graph's end
+    elif writes.overwrites(plan.node, after=plan.node):
+        out = emit.call(aten.clone.default, out)
     _replace(gm.graph, plan.node, out, renamed)
     _remove(gm.graph, plan)
     return call
@@ -181,9 +191,9 @@ def _own_k(emit: Emitter, own: OwnK, keys: Any) -> Any:
 
 
 def _keep_scores(
-    graph: fx.Graph, plan: ScoresKept, topk: TopK | OwnK, how: How, renamed: dict[fx.Node, fx.Node]
+    graph: fx.Graph, plan: ScoresKept, topk: TopK | OwnK, how: How, renamed: dict[fx.Node, fx.Node], writes: Writes
 ) -> fx.Node:
-    emit = Emitter(graph, plan.node, plan.node, renamed)
+    emit = Emitter(graph, plan.node, plan.node, renamed, inference=writes.mode(plan.node).inference)
     scores = emit.value(plan.scores)
     size = plan.scores.shape[plan.dim]
     keys = size if isinstance(size, int) else emit.call(aten.sym_size.int, scores, plan.dim)
@@ -191,7 +201,7 @@ def _keep_scores(
     new = call = emit.call(
         torch.ops.kvt.topk_softmax.default, scores, plan.dim, _keys_to_keep(emit, topk, keys), dtype, *how
     )
-    if plan.written:
+    if plan.written or writes.overwrites(plan.node, after=plan.node):
         new = emit.call(aten.clone.default, new)
     new = emit.like(new, plan.node)
     _replace(graph, plan.node, new, renamed)
@@ -200,7 +210,9 @@ def _keep_scores(
     return call
 
 
-def _thin(graph: fx.Graph, plan: Thinned, topk: TopK | OwnK, how: How, renamed: dict[fx.Node, fx.Node]) -> fx.Node:
+def _thin(
+    graph: fx.Graph, plan: Thinned, topk: TopK | OwnK, how: How, renamed: dict[fx.Node, fx.Node], writes: Writes
+) -> fx.Node:
     """w -> w where k-NN softmax of log w is not 0: the k largest of each row, and 0 elsewhere."""
     emit = Emitter(graph, plan.node.next, plan.node, renamed)
     weights = emit.node(plan.node)
@@ -208,7 +220,9 @@ def _thin(graph: fx.Graph, plan: Thinned, topk: TopK | OwnK, how: How, renamed: 
     size = plan.scores.shape[plan.dim]
     keys = size if isinstance(size, int) else emit.call(aten.sym_size.int, weights, plan.dim)
     dtype = torch.promote_types(meta_value(plan.node).dtype, torch.float32)  # half would make small weights 0
-    logs = emit.call(aten.log.default, emit.call(aten.to.dtype, emit.call(aten.detach.default, weights), dtype))
+    inference = writes.mode(plan.node).inference
+    fixed = weights if inference else emit.call(aten.detach.default, weights)
+    logs = emit.call(aten.log.default, emit.call(aten.to.dtype, fixed, dtype))
     kept = emit.call(
         torch.ops.kvt.topk_softmax.default, logs, plan.dim, _keys_to_keep(emit, topk, keys), dtype, *how
     )  # fmt: skip
