@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from rewritten import N, Scores, Weighed, inputs, outcome
 from torch import Tensor, nn
 
 import kvt_compile
@@ -88,3 +89,37 @@ def test_a_factor_moves_onto_the_scores_only_where_it_is_finite(model: Attention
     torch.testing.assert_close(module(*inputs), model(*inputs))
     moved = not any(n.op == "call_function" and "div" in str(n.target) for n in module.graph.nodes)  # type: ignore[union-attr]
     assert moved == (model in (halved, times_infinity))
+
+
+# ---- rows without a valid key: NaN in the model, zeros here ----------------------------------------------------------
+
+DEAD = torch.arange(N)[:, None] % 3 == 0
+GATE = torch.rand(N, N, generator=torch.Generator().manual_seed(5))
+ZEROS: dict[str, Scores] = {
+    "zeros": lambda p: p.nan_to_num(0.0),
+    "zeros, chosen": lambda p: torch.where(p.isnan(), 0.0, p),
+    "zeros where it is no number": lambda p: torch.where(~p.isnan(), p, 0.0),
+    "zeros in the whole row": lambda p: p.masked_fill(p.isnan().any(-1, True), 0.0),
+}
+NUMBERS: dict[str, Scores] = {
+    "a number": lambda p: p.nan_to_num(1 / N),
+    "a number, chosen": lambda p: p.masked_fill(p != p, 1 / N),
+    "a gate": lambda p: torch.where(p.isnan(), GATE, p),
+    "a gate where the double is none": lambda p: torch.where((2 * p).isnan(), GATE, p),
+    "a gate in the whole row": lambda p: torch.where(p.isnan().any(-1, True), GATE, p),
+    "a sum": lambda p: p.nan_to_num(0.0) + 0.1 * p.isnan(),
+}
+
+
+def dead_rows(s: Tensor) -> Tensor:
+    return s.masked_fill(DEAD, -torch.inf).softmax(-1)
+
+
+@pytest.mark.parametrize("name", ZEROS)
+def test_rows_without_a_key_are_zeros(name: str) -> None:
+    assert outcome(Weighed(lambda s: ZEROS[name](dead_rows(s))), [x.detach() for x in inputs()]) != "dense"
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_rows_without_a_key_that_get_numbers(name: str) -> None:
+    assert outcome(Weighed(lambda s: NUMBERS[name](dead_rows(s))), [x.detach() for x in inputs()]) == "dense"

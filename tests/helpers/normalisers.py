@@ -36,6 +36,8 @@ class Normaliser:
 
 
 TABLE: dict[str, Normaliser] = {}
+_LOG = "where(eq(x, 0.0), -oo, log(where(eq(x, 0.0), 1.0, x)))"
+"""The logarithm of a numerator that may be 0, with no gradient where it is."""
 
 
 def softmax(of: Scores = lambda m, s: s, score: str | None = "s", factor: float = 1.0) -> Callable[[Function], Any]:
@@ -305,13 +307,13 @@ def rectified(m: Any, s: Tensor, v: Tensor) -> Tensor:
     return e / e.sum(-1, True) @ v
 
 
-@softmax(lambda m, s: s.square().log(), score="log(s**2)")
+@softmax(lambda m, s: s.square().log(), score=_LOG.replace("x", "s**2"))
 def squared(m: Any, s: Tensor, v: Tensor) -> Tensor:
     e = s**2
     return e / e.sum(-1, True) @ v
 
 
-@softmax(lambda m, s: s.sigmoid().log(), score="log(sigmoid(s))")
+@softmax(lambda m, s: s.sigmoid().log(), score=_LOG.replace("x", "sigmoid(s)"))
 def logistic(m: Any, s: Tensor, v: Tensor) -> Tensor:
     e = s.sigmoid()
     return e / e.sum(-1, True) @ v

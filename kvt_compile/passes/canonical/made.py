@@ -7,10 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import sympy
+
+from kvt_compile.kernels.language import score
 from kvt_compile.passes.canonical.values import Value
 
 MADE = frozenset({"neg", "log", "mul", "add", "where", "permute", "reshape"})
 """Operations that `rewriting/emit.py` can write down."""
+
+
+def log_of_weight(x: sympy.Expr) -> sympy.Expr:
+    """log(x) of what is no logarithm in the model: where x is 0 it weighs nothing, and no gradient comes to it."""
+    if isinstance(x, score.relu | score.hardtanh):
+        return score.log(x)  # it lets none through where it is 0
+    nothing = score.eq(x, score.zero)
+    return score.where(nothing, -sympy.oo, score.log(score.where(nothing, score.one, x)))
 
 
 def made(value: Value) -> Value:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import fx
 
 from kvt_compile.kernels.language import score
@@ -71,11 +72,12 @@ MEANINGS.update({f"masked_{name}": _of_masked(name) for name in MASKED})
 
 @meaning("normalize")
 def _normalize(b: Builder, input: Value, p: Any = 2.0, dim: Any = 1, eps: Any = 1e-12, **ignored: Any) -> Value | None:
-    """F.normalize(x, p=1): x over the sum of its sizes, which torch keeps above `eps`."""
+    """F.normalize(x, p=1): x over the sum of its sizes, which torch keeps above `eps`.  The usual one only guards from
+    a division by 0; any larger one is a floor."""
     total = _norm(b, input, p, dim, True)
     if total is None or not isinstance(eps, int | float):
         return None
-    guarded = b.value("pointwise", "clamp", (total, eps, math.inf), total.shape, fn=score.clamp, guard=True)
+    guarded = b.value("pointwise", "clamp", (total, eps, math.inf), total.shape, fn=score.clamp, guard=eps <= 1e-12)
     return b.pointwise("div", score.div, input, guarded)
 
 
@@ -96,6 +98,8 @@ def _norm(b: Builder, input: Value, p: Any = 2.0, dim: Any = None, keepdim: bool
 
 def _reduce(name: str) -> Meaning:
     def build(b: Builder, input: Value, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Value | None:
+        if is_float(input) and isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
+            return None  # a sum of whole numbers
         listed = range(len(input.shape)) if dim is None else dim if isinstance(dim, list | tuple) else [dim]
         dims = [axis(d, len(input.shape)) for d in listed]
         if any(d is None for d in dims):

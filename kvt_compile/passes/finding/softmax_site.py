@@ -18,8 +18,9 @@ from kvt_compile.passes.canonical.made import can_be_read, held
 from kvt_compile.passes.canonical.values import Value, same
 from kvt_compile.passes.finding.assemble import Assembled, Reading, assemble
 from kvt_compile.passes.finding.closed import closed_interior
+from kvt_compile.passes.finding.dead import fills_dead_rows
 from kvt_compile.passes.finding.describe import describe_fused, describe_kept
-from kvt_compile.passes.finding.miss import NEAR, ONE_KEY, OWN_SELECTION, Miss, not_tokens
+from kvt_compile.passes.finding.miss import DEAD_ROWS, NEAR, ONE_KEY, OWN_SELECTION, WIDE, Miss, not_tokens
 from kvt_compile.passes.finding.own.absorb import selection_between
 from kvt_compile.passes.reading.facts import Facts, may_ask
 from kvt_compile.passes.reading.invariance import without_row_constants
@@ -27,6 +28,7 @@ from kvt_compile.passes.reading.origin import keys_from
 from kvt_compile.passes.reading.passing import contraction_inputs
 from kvt_compile.passes.reading.provenance import kind_of_attention
 from kvt_compile.passes.reading.read import Leaf, Reader, accumulation
+from kvt_compile.passes.reading.wide import needs_float64
 from kvt_compile.passes.site import AttentionSite, ScoresKept
 
 
@@ -174,6 +176,8 @@ class _Attempt:
         operands = contraction_inputs(space, product, self.out)
         weights, weights_at = operands[self.side]
         self.value = operands[1 - self.side]
+        if (filled := fills_dead_rows(anchor, product)) is not None:
+            raise Miss("values", filled, DEAD_ROWS.format(filled.node.name))
         after = _descendants(anchor, stop=product)
         if self.value[0] is anchor or self.value[0] in after:
             raise Miss("values", product, "both operands of the product come from the same softmax")
@@ -339,6 +343,8 @@ class _Attempt:
         at = [leaf for leaf in reader.leaves if leaf.value is product and leaf.symbol in scores.free_symbols]
         if len(at) != 1:
             raise Miss("scores", self.anchor, "the scores are read at several places at once")
+        if (wide := needs_float64(product, made & reader.visited)) is not None:
+            raise Miss("scores", wide, WIDE.format(wide.node.name, product.dtype))
         self.scores_reader, self.leaf_of_product = reader, at[0]
         after = _descendants(self.anchor, stop=self.product)
         reader = Reader(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kvt_compile.passes.canonical.algebra.forms import TooLong, not_negative
+from kvt_compile.passes.canonical.algebra.forms import NotRead, not_negative
 from kvt_compile.passes.canonical.algebra.row import Row
 from kvt_compile.passes.canonical.canonicalise import CanonicalGraph
 from kvt_compile.passes.canonical.coords import Coords, Space
@@ -99,7 +99,7 @@ def _never_negative(value: Value, dim: int) -> bool:
     frame = tuple(space.fresh(f"o{d}", size) for d, size in enumerate(value.shape))
     try:
         return not_negative(Row(space, frame[dim]).form(value, frame))
-    except TooLong:
+    except NotRead:
         return False
 
 

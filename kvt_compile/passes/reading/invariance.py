@@ -5,8 +5,7 @@
 Models subtract a row maximum (or the maximum of everything) for numerical safety, which the kernel does by itself, and
 logarithms of softmaxes have a sum of the row subtracted.  No gradient comes through such a number.
 
-In floating point only where c is no larger than the scores that count: a row masked with -1e30 has a mean of -1e29, and
-what that is subtracted from are scores no more.
+Only where it enters the scores in no other way, and where floats do not forget the scores for it (`shifts.py`).
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ from __future__ import annotations
 import sympy
 
 from kvt_compile.kernels.language import score as language
-from kvt_compile.kernels.language.derivative import derivative
 from kvt_compile.passes.canonical.coords import Coord
-from kvt_compile.passes.canonical.values import Value, is_number
-from kvt_compile.passes.reading.read import Reader
+from kvt_compile.passes.canonical.shifts import is_bare, is_own
+from kvt_compile.passes.canonical.values import Value
+from kvt_compile.passes.reading.read import Leaf, Reader, aligned
 
 
 def without_row_constants(scores: sympy.Expr, reader: Reader, keys: Coord) -> sympy.Expr:
@@ -29,41 +28,64 @@ def without_row_constants(scores: sympy.Expr, reader: Reader, keys: Coord) -> sy
     }
     varying |= {symbol for symbol, at in reader.positions.items() if along & set(space.resolve(at).digits)}
     for leaf in reader.leaves:
-        maximum = _detached(leaf.value)
-        if maximum[-1].kind != "reduce" or leaf.symbol in varying:
+        if leaf.symbol in varying or leaf.symbol not in scores.free_symbols:
             continue
-        of = _detached(maximum[-1].inputs[0])[-1]
-        if not (reader.carries(of) or of in reader.stops) or not is_of_the_scores_size(maximum[-1]):
-            continue  # of something else: it need not be of the size of the scores, which rounds them
-        slope = derivative(scores, leaf.symbol)
-        if slope == language.zero or slope.free_symbols & (varying | {leaf.symbol}):
+        factors = _factors(scores, leaf.symbol)
+        if factors is None or factors & varying or not _is_own_everywhere(reader, leaf, keys):
             continue
         scores = _without(scores, leaf.symbol)
-        reader.visited.update(maximum)
+        reader.visited.update(_way_to(leaf.value))
     return scores
 
 
 def is_of_the_scores_size(reduction: Value) -> bool:
     """Whether what a row is reduced to, taken from its scores, leaves them what they are.
 
-    The largest score, and the logarithm of the sum, are of the size of the scores that count.  The smallest and the
-    mean are so for bare scores, a product times numbers; a mask or a bias makes them of any size, and a sum grows.
+    The row's own largest score, and the logarithm of its sum, are of the size of the scores that count.  The smallest
+    and the mean, and the largest of several rows, are so for bare scores, a product times numbers; a mask or a bias
+    makes them of any size, and a sum grows.
     """
-    if reduction.name in ("amax", "logsumexp"):
+    if reduction.name in ("amax", "logsumexp") and len(reduction.attrs["dims"]) == 1:
         return True
-    return reduction.name in ("amin", "mean") and _is_bare(reduction.inputs[0])
+    return reduction.name in ("amax", "logsumexp", "amin", "mean") and is_bare(reduction.inputs[0])
 
 
-def _is_bare(value: Value) -> bool:
-    while value.kind != "contraction":
-        scaled = value.kind == "pointwise" and value.name in ("mul", "div", "neg", "identity")
-        inputs = [x for x in value.inputs if isinstance(x, Value) and not is_number(x)]
-        if len(inputs) != 1 or not (scaled or value.kind in ("layout", "border") or value.name == "detach"):
+def _factors(x: sympy.Expr, symbol: sympy.Symbol) -> set[sympy.Symbol] | None:
+    """The symbols that a symbol is multiplied with on its ways into an expression; None where it enters as anything but
+    a term: u + 2*(u > -1) has another value for another u."""
+    if x == symbol or symbol not in x.free_symbols:
+        return set()
+    inner = [y for y in x.args if symbol in y.free_symbols]
+    name = type(x).__name__
+    if name in ("mul", "div") and (len(inner) == 2 or (name == "div" and inner[0] is not x.args[0])):
+        return None
+    if name not in ("add", "sub", "neg", "mul", "div", "float32", "float64"):
+        return None
+    found = {other for y in x.args if y not in inner for other in y.free_symbols} if name in ("mul", "div") else set()
+    for y in inner:
+        more = _factors(y, symbol)
+        if more is None:
+            return None
+        found |= more
+    return found
+
+
+def _is_own_everywhere(reader: Reader, leaf: Leaf, keys: Coord) -> bool:
+    """Whether everything that reads an element takes it from what it is the row's own number of."""
+    kept = []
+    for value, at in reader.readers_of(leaf.symbol):
+        if value.name in ("identity", "neg"):
+            continue  # its readers are asked
+        if value.name not in ("add", "sub") or not all(isinstance(x, Value) for x in value.inputs):
             return False
-        if value.name == "div" and inputs[0] is not value.inputs[0]:
+        terms = [(x, reader.read(x, aligned(at, x))) for x in value.inputs]
+        sign = language.neg(leaf.symbol) if value.name == "add" else leaf.symbol
+        places = [n for n, (_, term) in enumerate(terms) if term == sign]
+        if places not in ([1], [0]) or (value.name == "sub" and places == [0]):
             return False
-        value = inputs[0]
-    return True
+        x = terms[1 - places[0]][0]
+        kept.append((x, aligned(at, x)))
+    return bool(kept) and all(is_own(reader.space, keys, (leaf.value, leaf.coords), x) for x in kept)
 
 
 def _without(x: sympy.Expr, symbol: sympy.Symbol) -> sympy.Expr:
@@ -86,11 +108,13 @@ def _without(x: sympy.Expr, symbol: sympy.Symbol) -> sympy.Expr:
     return x.func(*args)
 
 
-def _detached(value: Value) -> list[Value]:
-    """The value and what it is, detached."""
-    chain = [value]
-    while chain[-1].name in ("detach", "identity") and chain[-1].inputs:
-        chain.append(chain[-1].inputs[0])
-    if chain[-1].kind == "reduce" and chain[-1].inputs[0].kind == "border":
-        chain.insert(0, chain[-1].inputs[0])  # a maximum that was taken without grad
-    return chain
+def _way_to(value: Value) -> list[Value]:
+    """A number of a row, and the rearrangements and copies between it and the scores it is taken of."""
+    way, reduced = [value], value.kind == "reduce"
+    while way[-1].inputs and isinstance(inner := way[-1].inputs[0], Value):
+        if inner.kind == "reduce" and not reduced:
+            reduced = True
+        elif inner.kind not in ("layout", "border") and inner.name not in ("detach", "identity"):
+            break
+        way.append(inner)
+    return way

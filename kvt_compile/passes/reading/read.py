@@ -82,6 +82,17 @@ class Reader:
             self._memo[key] = self._read(value, coords)
         return self._memo[key]
 
+    def readers_of(self, symbol: sympy.Symbol) -> list[tuple[Value, Coords]]:
+        """What was read and has an element, or minus it, among its operands: pointwise values at their coordinates."""
+        asked = (symbol, score.neg(symbol))
+        return [
+            (value, at)
+            for (value, at) in list(self._memo)
+            if value.kind == "pointwise"
+            and any(isinstance(x, Value) and self.read(x, aligned(at, x)) in asked for x in value.inputs)
+            and (value, at) in self._memo
+        ]
+
     def _read(self, value: Value, coords: Coords) -> sympy.Expr:
         if value in self.stops:
             return self._leaf(value, coords)
@@ -240,15 +251,15 @@ def scaled(x: sympy.Expr) -> sympy.Expr:
         first, inner = float(x.args[0]), x.args[1].args[0]
         if isinstance(inner, sympy.Float) and any(abs(math.frexp(y)[0]) == 0.5 for y in (first, float(inner))):
             product = first * float(inner)
-            if product == 1.0:
-                return x.args[1].args[1]
-            if _SMALLEST < abs(product) < 1 / _SMALLEST:
-                return score.mul(sympy.Float(product), x.args[1].args[1])
+            if all(_SMALLEST < abs(y) < 1 / _SMALLEST for y in (first, float(inner), product)):
+                kept = x.args[1].args[1]
+                return kept if product == 1.0 else score.mul(sympy.Float(product), kept)
     return x
 
 
 _SMALLEST = 2.0**-100
-"""Reciprocals and products between this and its inverse are normal numbers in every accumulation type."""
+"""Numbers, reciprocals and products between this and its inverse are normal in every accumulation type, and so is what
+is left of usual scores."""
 
 
 def aligned(coords: Coords, x: Value) -> Coords:

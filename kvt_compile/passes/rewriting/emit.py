@@ -7,6 +7,7 @@ Only ATen overloads are written, so that the result is at home in Dynamo, symbol
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,7 +19,7 @@ from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 from kvt_compile.passes.canonical.coords import Atom, Coord
-from kvt_compile.passes.canonical.made import is_made
+from kvt_compile.passes.canonical.made import is_made, log_of_weight
 from kvt_compile.passes.canonical.values import Value, meta_value, product
 from kvt_compile.passes.finding.sizes import SizeSource, is_part, size_sources
 from kvt_compile.passes.site import Operand
@@ -90,7 +91,14 @@ class Emitter:
             case "mul" | "add":
                 packet = getattr(aten, value.name)
                 return self.call(packet.Tensor if isinstance(inputs[1], fx.Node) else packet.Scalar, *inputs)
+            case "log" if value.attrs["fn"] is log_of_weight:
+                return self._log_of_weight(inputs[0])
         return self.call(getattr(aten, value.name).default, *inputs)
+
+    def _log_of_weight(self, x: fx.Node) -> fx.Node:
+        nothing = self.call(aten.eq.Scalar, x, 0)
+        safe = self.call(aten.log.default, self.call(aten.masked_fill.Scalar, x, nothing, 1.0))
+        return self.call(aten.masked_fill.Scalar, safe, nothing, -math.inf)
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A call_function node with the fake value of its result and the origin of the node it stands for."""

@@ -22,7 +22,7 @@ def without_dead_rows(b: Builder, value: Value) -> Value | None:
     condition, *sides = value.inputs
     weights = [_plain(x) for x in sides]
     for n, x in enumerate(weights):
-        if not (isinstance(x, Value) and x.kind == "softmax") or not _is_zero(sides[1 - n]):
+        if not (isinstance(x, Value) and x.kind == "softmax") or not is_zero(sides[1 - n]):
             continue
         scores, dim = x.inputs[0], x.attrs["dim"]
         if x.shape == value.shape and _said(condition, scores, dim) == ("alive", "dead")[n]:
@@ -38,7 +38,8 @@ def _plain(x: Any) -> Any:
     return x
 
 
-def _is_zero(x: Any) -> bool:
+def is_zero(x: Any) -> bool:
+    """Whether it is the number 0, or a tensor of zeros."""
     x = _plain(x)
     while isinstance(x, Value) and (x.kind == "layout" or x.name in ("constant", "fill")) and x.inputs:
         x = x.inputs[0]

@@ -6,6 +6,7 @@ exp(x - c)  ->  exp(x) * exp(c)**-1      exp(0.5*x)  ->  exp(x)**0.5      exp(wh
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from kvt_compile.passes.canonical.algebra.forms import (
     ONE,
@@ -22,21 +23,31 @@ from kvt_compile.passes.canonical.algebra.forms import (
 from kvt_compile.passes.canonical.algebra.row import EXPONENTS, OPAQUE_EXPONENTS, Row, Rule, aligned
 from kvt_compile.passes.canonical.algebra.rules import chosen, is_number
 from kvt_compile.passes.canonical.coords import Coords
+from kvt_compile.passes.canonical.shifts import is_own
 from kvt_compile.passes.canonical.values import Value, broadcasts
 
 
 def _joined(row: Row, x: Form, y: Form) -> Form | None:
     """exp(x + y); None where something would cancel, which rounds in the model what it meets.  What is taken of the row
-    is of the size of the scores: max + log(sum(exp(s - max))) loses nothing."""
-    if any(power * y.power_of(atom) < 0 and not _of_the_row(atom) for atom, power in x.powers):
-        return None
+    itself is of the size of its scores: max + log(sum(exp(s - max))) loses nothing."""
+    cancel = [atom for atom, power in x.powers if power * y.power_of(atom) < 0]
+    if cancel:
+        rows = [atom.form for atom in (*x.atoms, *y.atoms) if isinstance(atom, Total)]
+        rows += [replace(form, powers=frozenset(p for p in form.powers if row.atom_along(p[0]))) for form in (x, y)]
+        if not all(any(_is_of(row, atom, scores) for scores in rows) for atom in cancel):
+            return None
     return times(x, y)
 
 
-def _of_the_row(atom: Atom) -> bool:
-    return isinstance(atom, Total) or (
-        isinstance(atom, Exp) and isinstance(atom.of, Value) and atom.of.kind == "reduce"
-    )
+def _is_of(row: Row, atom: Atom, scores: Form) -> bool:
+    """Whether an atom is the sum of a row of exponentials, or exp of another number of that row that is of its size."""
+    form = atom.form if isinstance(atom, Total) else row.largest_of(atom)
+    if form is not None and form.powers == scores.powers:
+        return True
+    if not isinstance(atom, Exp) or not isinstance(atom.of, Value):
+        return False
+    elements = [(x.of, x.at) for x in scores.atoms if isinstance(x, Exp) and isinstance(x.of, Value)]
+    return any(is_own(row.space, row.row, (atom.of, atom.at), place, row.same) for place in elements)
 
 
 def _added(sign: float) -> Rule:

@@ -11,6 +11,7 @@ by the operations of the model, in their order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
@@ -99,8 +100,16 @@ ONE = Form(1.0)
 _MOST_TERMS = 12
 
 
-class TooLong(Exception):  # noqa: N818 - an outcome of the search, not an error
+class NotRead(Exception):  # noqa: N818 - an outcome of the search, not an error
+    """No form says what is computed."""
+
+
+class TooLong(NotRead):
     """More than anybody writes to normalise a row."""
+
+
+class RoundedAway(NotRead):
+    """A term cancels that is so large that it rounds what is left."""
 
 
 def of_atom(atom: Atom, program: Program = ()) -> Form:
@@ -112,8 +121,13 @@ def rounded(x: float) -> float:
     return float(f"{x:.12g}")
 
 
+def _added(x: float, y: float) -> float:
+    """x + y, and 0 where that is only what rounding left of it: 0.1 + 0.2 - 0.3."""
+    return 0.0 if abs(x + y) <= 1e-12 * max(abs(x), abs(y)) else x + y
+
+
 def _form(number: float, powers: dict[Atom, float], program: Program) -> Form:
-    kept = {atom: rounded(power) for atom, power in powers.items() if abs(power) > 1e-12}
+    kept = {atom: rounded(power) for atom, power in powers.items() if power}
     for atom, power in kept.items():
         if isinstance(atom, Chosen) and power > 0:
             kept[atom] = 1.0  # a mask twice is the mask
@@ -123,7 +137,7 @@ def _form(number: float, powers: dict[Atom, float], program: Program) -> Form:
 def times(x: Form, y: Form) -> Form:
     powers = dict(x.powers)
     for atom, power in y.powers:
-        powers[atom] = powers.get(atom, 0.0) + power
+        powers[atom] = _added(powers.get(atom, 0.0), power)
     known = x.program is not None and y.program is not None
     return _form(x.number * y.number, powers, (*x.program, *y.program) if known else None)  # type: ignore[misc]
 
@@ -148,8 +162,9 @@ def over(x: Form, y: Form) -> Form | None:
     return None if inverse is None else times(x, inverse)
 
 
-def plus(x: Form, y: Form) -> Form:
-    """x + y, over the common denominator; one form where terms cancel down to one."""
+def plus(x: Form, y: Form, most: float = 1.0) -> Form:
+    """x + y, over the common denominator; one form where terms cancel down to one.  Raises RoundedAway where one
+    cancels that may be more than `most` times larger than what is left: e + 1e6 - 1e6 is not e."""
     if x.number == 0:
         return y
     if y.number == 0:
@@ -161,18 +176,36 @@ def plus(x: Form, y: Form) -> Form:
     }
     denominator = _form(1.0, below, ())
     collected: dict[frozenset[tuple[Atom, float]], float] = {}
+    lost = 0.0
     for form in (x, y):
         numerator = over(form, denominator)
         assert numerator is not None
         for term in terms_of(numerator):
-            collected[term.powers] = collected.get(term.powers, 0.0) + term.number
-    forms = [Form(rounded(number), powers) for powers, number in collected.items() if abs(number) > 1e-12]
+            before = collected.get(term.powers, 0.0)
+            collected[term.powers] = left = _added(before, term.number)
+            if before * term.number < 0 and min(abs(before), abs(term.number)) > 4 * abs(left):
+                lost = max(lost, min(abs(before), abs(term.number)) * _size(term))
+    forms = [Form(rounded(number), powers) for powers, number in collected.items() if number]
+    if any(lost > most * abs(form.number) * _size(form, 1.0) for form in forms):
+        raise RoundedAway
     if len(forms) > _MOST_TERMS:
         raise TooLong
     if not forms:
         return Form(0.0)
     total = forms[0] if len(forms) == 1 else of_atom(Terms(frozenset(forms)))
     return replace(times(total, denominator), program=None)
+
+
+def _size(term: Form, unknown: float = math.inf) -> float:
+    """How large a term is beside the model's own exponentials and masks, whatever its number."""
+    size = 1.0
+    for atom, power in term.powers:
+        match atom:
+            case Exp(float() as x):
+                size *= math.exp(max(min(x * power, 300.0), -300.0))
+            case Element():
+                size *= unknown
+    return size
 
 
 def terms_of(x: Form) -> list[Form]:

@@ -16,7 +16,7 @@ import torch
 from kvt_compile.kernels.language import score
 from kvt_compile.passes.canonical.algebra.forms import Entry
 from kvt_compile.passes.canonical.coords import ZERO, Coords, Space
-from kvt_compile.passes.canonical.made import made
+from kvt_compile.passes.canonical.made import log_of_weight, made
 from kvt_compile.passes.canonical.meaning import Builder
 from kvt_compile.passes.canonical.values import Dim, Value
 
@@ -50,7 +50,7 @@ def _pointwise(b: Builder, name: str, fn: object, shape: tuple[Dim, ...], dtype:
 
 
 def _log(b: Builder, x: Value) -> Value:
-    return _pointwise(b, "log", score.log, x.shape, x.dtype, x)
+    return _pointwise(b, "log", log_of_weight, x.shape, x.dtype, x)
 
 
 def _scaled(b: Builder, x: Value, power: float) -> Value:

@@ -18,10 +18,11 @@ from kvt_compile.passes.canonical.algebra.dead_rows import without_dead_rows
 from kvt_compile.passes.canonical.algebra.forms import (
     Chosen,
     Element,
+    Entry,
     Exp,
     Form,
+    NotRead,
     Program,
-    TooLong,
     Total,
     not_negative,
     of_atom,
@@ -30,7 +31,7 @@ from kvt_compile.passes.canonical.algebra.forms import (
     times,
 )
 from kvt_compile.passes.canonical.algebra.program import laid_out, written
-from kvt_compile.passes.canonical.algebra.row import Row, made_of
+from kvt_compile.passes.canonical.algebra.row import Row
 from kvt_compile.passes.canonical.coords import ZERO, Coord, Coords, Space
 from kvt_compile.passes.canonical.meaning import Builder
 from kvt_compile.passes.canonical.values import Value, meta_value, same_shape
@@ -40,6 +41,8 @@ _ENDS = frozenset({"div", "mul", "exp", "exp2", "pow", "power_of_number", "where
 _NOT_MEANT = ("fn", "call", "given", "within")
 """What is kept beside a value and says nothing more of what it computes than its name."""
 _SUMS = frozenset({"sum", "mean", "logsumexp"})
+_SAME = 1e-9
+"""How far a number that was made of others, rounded to 12 digits, may be from 1."""
 _CARRY = ("pointwise", "layout", "border", "select_by")
 
 
@@ -70,7 +73,7 @@ class Recogniser:
         if any(x in self.sums for x in value.operands):
             try:
                 found = self._softmax(b, value) or self._product(b, value)
-            except TooLong:
+            except NotRead:
                 found = None
             if found is not None:
                 return found
@@ -142,7 +145,7 @@ class Recogniser:
                 continue
             weights = Value("softmax", "softmax", b.node, value.shape, value.dtype, (scores,), {"dim": dim})
             _absorb(row, weights)
-            if rest.is_number and abs(rest.number - 1.0) < 1e-6:
+            if rest.is_number and abs(rest.number - 1.0) < _SAME:
                 return weights
             return _scaled(b, row, weights, rest, frame)
         return None
@@ -183,7 +186,7 @@ class Recogniser:
             weights = over(atom.form, own)
             total = None if weights is None else row.total(weights)
             left = None if total is None else over(times(form, total), of_atom(atom))
-            if left is None or not left.is_number or abs(left.number - 1.0) > 1e-6:
+            if left is None or not left.is_number or abs(left.number - 1.0) > _SAME:
                 continue
             assert weights is not None
             program = [e for e in atom.form.program if not (e.value is mine[0].of and e.at == mine[0].at)]
@@ -232,12 +235,16 @@ def _scores(b: Builder, row: Row, weights: Form, frame: Coords, whole: Value, ot
 
 
 def _without_shifts(row: Row, program: Program) -> Program:
-    """The program without what is taken of the row itself and added to all of it."""
-    along = [entry.value for entry in program or () if row.along(entry.at)]
+    """The program without what is taken of the row itself and subtracted from all of it."""
+    along = [entry for entry in program or () if row.along(entry.at) and entry.kind == "exp"]
+
+    def is_shift(entry: Entry) -> bool:
+        return any(
+            entry.power == -x.power and row.is_own((entry.value, entry.at), (x.value, x.at)) for x in along
+        )  # fmt: skip
+
     return program and tuple(
-        entry
-        for entry in program
-        if entry.kind != "exp" or row.along(entry.at) or not any(made_of(entry.value, x) for x in along)
+        entry for entry in program if entry.kind != "exp" or row.along(entry.at) or not is_shift(entry)
     )
 
 

@@ -36,13 +36,17 @@ from kvt_compile.passes.canonical.algebra.forms import (
     program_of,
     terms_of,
     times,
+    to_power,
 )
 from kvt_compile.passes.canonical.coords import ZERO, Coord, Coords, Space
 from kvt_compile.passes.canonical.meaning_layout import PULL
+from kvt_compile.passes.canonical.shifts import Place, is_own, original, within
 from kvt_compile.passes.canonical.values import Value, broadcasts, same
 
 _MOST = 300
 """Elements read for one row; what is longer is not how anybody normalises."""
+_FEW = 1e-5
+"""The sum of a row and its mean differ by the number of its keys, which is between this and its inverse."""
 
 Rule = Callable[["Row", Value, Coords], Form | None]
 """(row, value, its coordinates) -> the form; None where it stays an element."""
@@ -186,7 +190,7 @@ class Row:
         return x, place, 1.0 / number if value.name == "div" else float(number)
 
     def _shifted(self, value: Value, at: Coords) -> tuple[Value, Coords] | None:
-        """x of x - c or x + c, where c is one number for each row and made of what x is made of."""
+        """x of x - c or x + c, where c is one number for each row that x may be without."""
         if value.kind == "layout":
             moved = PULL[value.name](self.space, value, at)
             return None if moved is None or self._shifted(value.inputs[0], moved) is None else (value.inputs[0], moved)
@@ -202,9 +206,40 @@ class Row:
             if not (isinstance(kept, Value) and isinstance(shift, Value)):
                 continue
             kept_at, shift_at = (self.space.resolve_all(aligned(at, y)) for y in (kept, shift))
-            if self.along(kept_at) and not self.along(shift_at) and made_of(shift, kept):
+            if not self.along(kept_at) or self.along(shift_at):
+                continue
+            if self.is_own((shift, shift_at), (kept, kept_at), 1.0 if value.name == "sub" else -1.0):
                 return kept, kept_at
         return None
+
+    def is_own(self, shift: Place, kept: Place, sign: float = 1.0) -> bool:
+        """Whether kept - sign * shift is as good as kept along the row: shift is the logarithm of the sum of the row's
+        exponentials, however it is written, or what `shifts.py` knows."""
+        total, mine = self.total(self.exponent(*kept)), to_power(self.exponent(*shift), sign)
+        if total is not None and mine is not None and total.powers == mine.powers:
+            return total.number > 0 and _FEW < mine.number / total.number < 1 / _FEW
+        if sign < 0:
+            place = original(self.space, *shift)
+            if place[0].kind != "pointwise" or place[0].name != "neg" or not isinstance(place[0].inputs[0], Value):
+                return False
+            shift = place[0].inputs[0], place[1]
+        return is_own(self.space, self.row, shift, kept, self.same)
+
+    def largest_of(self, atom: Atom) -> Form | None:
+        """exp of the elements of which an atom is exp of the largest, in its own row."""
+        if not isinstance(atom, Exp) or not isinstance(atom.of, Value):
+            return None
+        reduction, at = original(self.space, atom.of, atom.at)
+        if reduction.kind != "reduce" or reduction.name != "amax":
+            return None
+        inside = within(self.space, reduction, at, self.row)
+        return None if inside is None else self.exponent(reduction.inputs[0], inside)
+
+    @property
+    def keys(self) -> float:
+        """How many elements a row has; as good as none where that is known only at run time."""
+        size = self.space.size(self.row)
+        return float(size) if isinstance(size, int) else 1.0
 
     # ---- rows --------------------------------------------------------------------------------------------------------
 
@@ -236,7 +271,7 @@ class Row:
                 one = self.total(part)
                 if one is None:
                     return None
-                total = plus(total, one)
+                total = plus(total, one, self.keys)
             return total
         inner = frozenset(p for p in x.powers if self.atom_along(p[0]) or not atom_is_positive(p[0]))
         if not any(self.atom_along(atom) for atom, _ in inner):
@@ -248,6 +283,8 @@ class Row:
         dims, x = value.attrs["dims"], value.inputs[0]
         if len(dims) != 1 or value.name not in ("sum", "mean", "logsumexp") or (value.name == "logsumexp") != exponent:
             return None
+        if value.dtype is None or not value.dtype.is_floating_point:
+            return None  # a sum in whole numbers
         rest = [c for d, c in enumerate(at) if not (value.attrs["keepdim"] and d in dims)]
         bound = self.bound(x.shape[dims[0]], tuple(rest))
         if bound is None:
@@ -322,27 +359,3 @@ def _exp_of_number(x: float) -> Form:
     if math.isinf(x):
         return Form(0.0) if x < 0 else of_atom(Exp(x), None)
     return Form(1.0, frozenset({(Exp(abs(x)), math.copysign(1.0, x))}))
-
-
-_THROUGH = ("pointwise", "layout", "border", "reduce", "softmax")
-
-
-def made_of(value: Value, base: Value) -> bool:
-    """Whether a value is computed of another one, or of what that is made of, and of nothing else."""
-    own, queue = {base}, [base]
-    while queue and len(own) < _MOST:
-        here = queue.pop()
-        if here.kind in ("pointwise", "layout", "border"):
-            queue += [x for x in here.operands if x not in own]
-            own.update(here.operands)
-    seen, todo = {value}, [value]
-    while todo:
-        here = todo.pop()
-        if here in own:
-            continue
-        passes = here.kind in _THROUGH or (here.kind == "opaque" and here.name == "detach")
-        if not passes or len(seen) > _MOST or not any(here.operands):
-            return False
-        todo += [x for x in here.operands if x not in seen]
-        seen.update(here.operands)
-    return True

@@ -42,8 +42,8 @@ def _power(row: Row, x: Form, power: Any) -> Form | None:
     return to_power(x, float(power)) if real and (not_negative(x) or x.is_number) else None
 
 
-def _sum(row: Row, value: Value, x: Form, y: Form) -> Form:
-    found = plus(x, y)
+def _sum(row: Row, value: Value, at: Coords, x: Form, y: Form) -> Form:
+    found = plus(x, y, 1.0 if row.along(at) else row.keys)  # sum(exp(s) - 1) + n
     if any(isinstance(atom, Terms) for atom in found.atoms):
         return replace(found, program=(Entry(1.0, "log", value, ()),))  # placed by `_placed`
     return replace(found, program=program_of(found))
@@ -62,12 +62,12 @@ def _placed(rule: Rule) -> Rule:
 
 def _add(row: Row, value: Value, at: Coords) -> Form | None:
     x, y = row.inputs(value, at)
-    return _sum(row, value, x, y)
+    return _sum(row, value, at, x, y)
 
 
 def _sub(row: Row, value: Value, at: Coords) -> Form | None:
     x, y = row.inputs(value, at)
-    return _sum(row, value, x, times(Form(-1.0), y))
+    return _sum(row, value, at, x, times(Form(-1.0), y))
 
 
 def _div(row: Row, value: Value, at: Coords) -> Form | None:
@@ -130,26 +130,17 @@ def _abs(row: Row, value: Value, at: Coords) -> Form | None:
 def _clamp(row: Row, value: Value, at: Coords) -> Form | None:
     """A lower bound that the sum of a row is never below: exp(s - max(s)) sums to at least 1."""
     x, (_, low, high) = row.operand(value, at, 0), value.inputs
-    if high != math.inf:
+    if high != math.inf or not is_number(low):
         return None
     if value.attrs.get("guard"):
         return x
+    if x.is_number:
+        return x if x.number >= low else None
     totals = [atom for atom, power in x.powers if isinstance(atom, Total) and power == 1.0]
     largest = [atom for atom, power in x.powers if isinstance(atom, Exp) and power == -1.0]
     if low > x.number or len(totals) != 1 or len(largest) != 1 or len(x.powers) != 2:
         return None
-    maximum, (total,) = largest[0].of, totals
-    while isinstance(maximum, Value) and maximum.name in ("identity", "detach") and maximum.inputs:
-        maximum = maximum.inputs[0]
-    if not (isinstance(maximum, Value) and maximum.kind == "reduce" and maximum.name == "amax"):
-        return None
-    of, dims = maximum.inputs[0], maximum.attrs["dims"]
-    if of.kind == "border":
-        of = of.inputs[0]
-    if len(dims) != 1 or len(of.shape) != len(total.form.program[0].at if total.form.program else ()):
-        return None
-    summed = row.exponent(of, total.form.program[0].at)  # type: ignore[index]
-    return x if summed == total.form and row.along((total.form.program[0].at[dims[0]],)) else None  # type: ignore[index]
+    return x if row.largest_of(largest[0]) == totals[0].form else None
 
 
 def _fn(*powers: tuple[float, float]) -> Rule:
