@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rewritten import MASK, N, Scores, Weighed, inputs, outcome
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def over_its_sum(e: Tensor) -> Tensor:
@@ -70,6 +70,7 @@ SOFTMAXES: dict[str, Scores] = {
     "one less and one more": lambda s: over_its_sum(s.exp() - 1 + 1),
     "a number less than 1 there and back": lambda s: over_its_sum(s.exp() + 0.5 - 0.5),
     "a tiny power": lambda s: over_its_sum((s * 1e13).mul(1e-13).exp() * s.exp()),
+    "a scale written twice": lambda s: over_its_sum((s / 3 - (s / 3).amax(-1, True)).exp()),
     "summed in float64": lambda s: (s.exp() / s.exp().sum(-1, True, dtype=torch.float64)).float(),
 }
 OTHERS: dict[str, Scores] = {
@@ -129,3 +130,22 @@ def test_factors_that_leave_nothing_stay(factors: tuple[float, ...]) -> None:
         return s.softmax(-1)
 
     outcome(Weighed(weights), [x.detach() for x in inputs()])
+
+
+class Scaled(nn.Module):
+    def __init__(self, q: float, k: float, back: tuple[float, ...]) -> None:
+        super().__init__()
+        self.q, self.k, self.back = q, k, back
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (q * self.q) @ (k * self.k).mT
+        for x in self.back:
+            scores = scores * x
+        return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    "factors", [(2.0**-148, 2.0**100, (2.0**48,)), (2.0**-75, 2.0**-75, (2.0**75, 2.0**75)), (0.25, 2.0, (0.5,))]
+)
+def test_queries_scaled_to_nothing_are_not_scaled_back(factors: tuple[float, float, tuple[float, ...]]) -> None:
+    assert outcome(Scaled(*factors), [x.detach() for x in inputs()]).startswith("fused")

@@ -10,34 +10,41 @@ no t in it any more.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from kvt_compile.passes.canonical.coords import ZERO, Coord, Coords, Space
 from kvt_compile.passes.canonical.meaning_layout import PULL
-from kvt_compile.passes.canonical.values import Value, is_number, same
+from kvt_compile.passes.canonical.values import NOT_MEANT, Value, is_number, same
 
 Place = tuple[Value, Coords]
 _LARGEST = frozenset({"amax", "logsumexp"})
+_REPEATED = frozenset({"pointwise", "layout", "border"})
 _OF_BARE = _LARGEST | {"amin", "mean"}
 
 
-def is_own(
-    space: Space, row: Coord, shift: Place, kept: Place, alike: Mapping[Value, Value] | None = None
-) -> bool:  # fmt: skip
-    """Whether `shift`, one number for each row, may be taken from `kept`.  alike: what is computed as an earlier value
-    is -> that value."""
+def is_own(space: Space, row: Coord, shift: Place, kept: Place) -> bool:
+    """Whether `shift`, one number for each row, may be taken from `kept`."""
     reduction, at = original(space, *shift)
     if reduction.kind != "reduce" or reduction.name not in _OF_BARE:
         return False
     inside = within(space, reduction, at, row)
     if inside is not None and reduction.name in _LARGEST:
         first, second = original(space, reduction.inputs[0], inside), original(space, *kept)
-        known = {} if alike is None else alike
-        one, other = (known.get(x, x) for x in (first[0], second[0]))
-        if one is other and space.resolve_all(first[1]) == space.resolve_all(second[1]):
+        if alike(first[0], second[0]) and space.resolve_all(first[1]) == space.resolve_all(second[1]):
             return True
     return _is_of_bare(reduction, kept[0])
+
+
+def alike(x: Any, y: Any, depth: int = 8) -> bool:
+    """Whether two values are the same, or computed alike of the same ones, as a scale that is written twice."""
+    if x is y or not (isinstance(x, Value) and isinstance(y, Value)):
+        return x is y or (type(x) is type(y) and not isinstance(x, Value) and bool(x == y))
+    if (x.kind, x.name, x.shape, x.dtype) != (y.kind, y.name, y.shape, y.dtype) or x.kind not in _REPEATED:
+        return False
+    if x.name == "dropout" or not depth or len(x.inputs) != len(y.inputs):
+        return False
+    said = [{key: z for key, z in value.attrs.items() if key not in NOT_MEANT} for value in (x, y)]
+    return said[0] == said[1] and all(alike(a, b, depth - 1) for a, b in zip(x.inputs, y.inputs, strict=True))
 
 
 def original(space: Space, value: Value, at: Coords) -> Place:
@@ -89,7 +96,7 @@ def _is_of_bare(reduction: Value, kept: Value) -> bool:
     bare, low = _unmasked(whole)
     if not is_bare(bare):
         return False
-    return of is bare or (of is whole and low and reduction.name in _LARGEST)
+    return alike(of, bare) or (alike(of, whole) and low and reduction.name in _LARGEST)
 
 
 def is_bare(value: Value) -> bool:

@@ -66,6 +66,10 @@ class Value:
         return f"{self.node.name}:{self.name}{list(self.shape)}"
 
 
+NOT_MEANT = ("fn", "call", "given", "within", "made")
+"""What `attrs` keep beside a value and say nothing more of what it computes than its name."""
+
+
 def dim_of(size: Any) -> Dim:
     """int or SymInt -> int or sympy expression."""
     if isinstance(size, int):

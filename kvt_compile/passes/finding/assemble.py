@@ -195,10 +195,16 @@ def _scale(reader: Reader, other: object, coords: Coords) -> sympy.Expr | None:
 
 
 def _moves(scale: sympy.Expr, divides: bool) -> bool:
-    """Whether a product of scaled numbers is the scaled product: infinities of different signs sum up to NaN."""
+    """Whether a product of scaled numbers is the scaled product: infinities of different signs sum up to NaN, and what
+    is scaled to nothing is not there to be scaled back."""
     if not language.is_number(scale):
         return True
-    return math.isfinite(scale) and not (divides and float(scale) == 0.0)
+    return _TINY < abs(float(scale)) < 1 / _TINY
+
+
+_TINY = 2.0**-50
+"""Queries and keys of any usual size that are both multiplied with a number between this and its inverse are normal
+numbers, and so is their product."""
 
 
 def _atoms(coords: Coords) -> set[Atom]:

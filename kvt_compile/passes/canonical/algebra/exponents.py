@@ -47,7 +47,7 @@ def _is_of(row: Row, atom: Atom, scores: Form) -> bool:
     if not isinstance(atom, Exp) or not isinstance(atom.of, Value):
         return False
     elements = [(x.of, x.at) for x in scores.atoms if isinstance(x, Exp) and isinstance(x.of, Value)]
-    return any(is_own(row.space, row.row, (atom.of, atom.at), place, row.same) for place in elements)
+    return any(is_own(row.space, row.row, (atom.of, atom.at), place) for place in elements)
 
 
 def _added(sign: float) -> Rule:

@@ -34,12 +34,10 @@ from kvt_compile.passes.canonical.algebra.program import laid_out, written
 from kvt_compile.passes.canonical.algebra.row import Row
 from kvt_compile.passes.canonical.coords import ZERO, Coord, Coords, Space
 from kvt_compile.passes.canonical.meaning import Builder
-from kvt_compile.passes.canonical.values import Value, meta_value, same_shape
+from kvt_compile.passes.canonical.values import NOT_MEANT, Value, meta_value, same_shape
 
 _ENDS = frozenset({"div", "mul", "exp", "exp2", "pow", "power_of_number", "where", "reciprocal", "add", "sub"})
 """What the last operation of a softmax can be."""
-_NOT_MEANT = ("fn", "call", "given", "within")
-"""What is kept beside a value and says nothing more of what it computes than its name."""
 _SUMS = frozenset({"sum", "mean", "logsumexp"})
 _SAME = 1e-9
 """How far a number that was made of others, rounded to 12 digits, may be from 1."""
@@ -85,7 +83,7 @@ class Recogniser:
         if not computes and (value.kind != "pointwise" or value.name == "dropout"):
             return
         inputs = tuple(self.same.get(x, x) if isinstance(x, Value) else (type(x), x) for x in value.inputs)
-        attrs = tuple((key, x) for key, x in value.attrs.items() if key not in _NOT_MEANT)
+        attrs = tuple((key, x) for key, x in value.attrs.items() if key not in NOT_MEANT)
         key = (value.kind, value.name, value.shape, value.dtype, inputs, attrs)
         try:
             first = self._first.setdefault(key, value)

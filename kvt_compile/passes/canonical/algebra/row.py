@@ -223,7 +223,7 @@ class Row:
             if place[0].kind != "pointwise" or place[0].name != "neg" or not isinstance(place[0].inputs[0], Value):
                 return False
             shift = place[0].inputs[0], place[1]
-        return is_own(self.space, self.row, shift, kept, self.same)
+        return is_own(self.space, self.row, shift, kept)
 
     def largest_of(self, atom: Atom) -> Form | None:
         """exp of the elements of which an atom is exp of the largest, in its own row."""
