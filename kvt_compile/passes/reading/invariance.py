@@ -16,7 +16,7 @@ from kvt_compile.kernels.language import score as language
 from kvt_compile.passes.canonical.coords import Coord
 from kvt_compile.passes.canonical.shifts import is_bare, is_own
 from kvt_compile.passes.canonical.values import Value
-from kvt_compile.passes.reading.read import Leaf, Reader, aligned
+from kvt_compile.passes.reading.read import Leaf, Reader
 
 
 def without_row_constants(scores: sympy.Expr, reader: Reader, keys: Coord) -> sympy.Expr:
@@ -30,11 +30,12 @@ def without_row_constants(scores: sympy.Expr, reader: Reader, keys: Coord) -> sy
     for leaf in reader.leaves:
         if leaf.symbol in varying or leaf.symbol not in scores.free_symbols:
             continue
-        factors = _factors(scores, leaf.symbol)
+        way = _way_to(leaf.value)
+        factors = _factors(scores, leaf.symbol) if any(x.kind == "reduce" for x in way) else None
         if factors is None or factors & varying or not _is_own_everywhere(reader, leaf, keys):
             continue
         scores = _without(scores, leaf.symbol)
-        reader.visited.update(_way_to(leaf.value))
+        reader.visited.update(way)
     return scores
 
 
@@ -73,18 +74,16 @@ def _factors(x: sympy.Expr, symbol: sympy.Symbol) -> set[sympy.Symbol] | None:
 def _is_own_everywhere(reader: Reader, leaf: Leaf, keys: Coord) -> bool:
     """Whether everything that reads an element takes it from what it is the row's own number of."""
     kept = []
-    for value, at in reader.readers_of(leaf.symbol):
+    for value, operands in reader.readers_of(leaf.symbol):
         if value.name in ("identity", "neg"):
             continue  # its readers are asked
-        if value.name not in ("add", "sub") or not all(isinstance(x, Value) for x in value.inputs):
+        term = language.neg(leaf.symbol) if value.name == "add" else leaf.symbol
+        places = [n for n, (_, _, x) in enumerate(operands) if x == term]
+        if value.name not in ("add", "sub") or len(operands) != 2 or len(places) != 1:
             return False
-        terms = [(x, reader.read(x, aligned(at, x))) for x in value.inputs]
-        sign = language.neg(leaf.symbol) if value.name == "add" else leaf.symbol
-        places = [n for n, (_, term) in enumerate(terms) if term == sign]
-        if places not in ([1], [0]) or (value.name == "sub" and places == [0]):
+        if value.name == "sub" and places == [0]:
             return False
-        x = terms[1 - places[0]][0]
-        kept.append((x, aligned(at, x)))
+        kept.append(operands[1 - places[0]][:2])
     return bool(kept) and all(is_own(reader.space, keys, (leaf.value, leaf.coords), x) for x in kept)
 
 

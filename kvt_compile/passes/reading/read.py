@@ -82,16 +82,19 @@ class Reader:
             self._memo[key] = self._read(value, coords)
         return self._memo[key]
 
-    def readers_of(self, symbol: sympy.Symbol) -> list[tuple[Value, Coords]]:
-        """What was read and has an element, or minus it, among its operands: pointwise values at their coordinates."""
-        asked = (symbol, score.neg(symbol))
-        return [
-            (value, at)
-            for (value, at) in list(self._memo)
-            if value.kind == "pointwise"
-            and any(isinstance(x, Value) and self.read(x, aligned(at, x)) in asked for x in value.inputs)
-            and (value, at) in self._memo
-        ]
+    def readers_of(self, symbol: sympy.Symbol) -> list[tuple[Value, list[tuple[Value, Coords, sympy.Expr]]]]:
+        """The pointwise values that were read through and have an element, or minus it, among their operands, and how
+        those were read."""
+        known = {(value, self.space.resolve_all(at)): x for (value, at), x in self._memo.items()}
+        found = []
+        for (value, at), x in known.items():
+            if value.kind != "pointwise" or symbol not in x.free_symbols:
+                continue
+            places = [(y, self.space.resolve_all(aligned(at, y))) for y in value.operands]
+            operands = [(y, place, known[y, place]) for y, place in places if (y, place) in known]
+            if any(y in (symbol, score.neg(symbol)) for _, _, y in operands):
+                found.append((value, operands))
+        return found
 
     def _read(self, value: Value, coords: Coords) -> sympy.Expr:
         if value in self.stops:
