@@ -17,9 +17,9 @@ from kvt_compile.passes.canonical.meaning_layout import PULL
 from kvt_compile.passes.canonical.values import Value, same_shape
 from kvt_compile.passes.finding.own.again import widen_again
 from kvt_compile.passes.finding.own.cases import Cases, Element
-from kvt_compile.passes.finding.own.constants import constant_of
 from kvt_compile.passes.finding.own.masks import NEVER, mask_in
-from kvt_compile.passes.finding.own.positive import positive
+from kvt_compile.passes.finding.own.order import Function, factor_of
+from kvt_compile.passes.finding.own.positive import lasting
 from kvt_compile.passes.finding.own.ranking import ranked, ranks
 from kvt_compile.passes.finding.own.settle import made_of, settle
 from kvt_compile.passes.finding.own.top import of_the_top, size_at, widen
@@ -88,7 +88,7 @@ def _normalise_again(graph: CanonicalGraph, value: Value, touched: set[Value]) -
     softmax = kept.value
     if softmax.kind != "softmax" or softmax.attrs["dim"] != dim or not _is_whole(space, kept, coords, value):
         return
-    if cases.same_order((softmax, kept.coords), cases.kept):
+    if "own" not in softmax.attrs and cases.same_largest((softmax.inputs[0], kept.coords), cases.kept):
         value.kind, value.name, value.inputs = "softmax", "softmax", softmax.inputs
         value.attrs = {"dim": dim, "own": cases.kept.own}
         value.attrs["selection"] = settle(graph)
@@ -128,10 +128,11 @@ class _Selection:
     def absorb(self) -> None:
         """Makes the softmax one of all scores.  Raises Unread."""
         value, dim, above = self.anchor.inputs[0], self.anchor.attrs["dim"], [self.anchor]
+        after: list[Function] = []
         first: Unread | None = None
         while True:
             try:
-                scores, own = self._read(value, dim, plainly=len(above) == 1)
+                scores, own = self._read(value, dim, after, plainly=len(above) == 1)
                 break
             except Unread as why:
                 first = first or why
@@ -139,7 +140,8 @@ class _Selection:
                 if step is None:
                     raise first from None
                 above.append(value)
-                value, dim = step
+                value, dim, function = step
+                after += [] if function is None else [function]
         if any(len(x.users) > 1 or x in self.graph.outputs for x in above[1:]):
             raise Unread("the scores with the selection in them are also read by others than the softmax")
         last = above[-1]
@@ -147,8 +149,8 @@ class _Selection:
         self.anchor.attrs["own"] = own
         self.anchor.attrs["selection"] = settle(self.graph)
 
-    def _read(self, value: Value, dim: int, *, plainly: bool) -> tuple[Value, OwnK]:
-        """(t, k) of a value that is t where selected and -inf elsewhere."""
+    def _read(self, value: Value, dim: int, after: list[Function], *, plainly: bool) -> tuple[Value, OwnK]:
+        """(t, k) of a value that is t where selected and -inf elsewhere, and goes through functions `after` it."""
         space = Space()
         coords = tuple(space.fresh(f"y{d}", size) for d, size in enumerate(value.shape))
         cases = Cases(space, coords[dim], self.touched)
@@ -158,9 +160,9 @@ class _Selection:
             raise Unread("what is selected before the softmax does not decide about single keys of its scores")
         if not isinstance(scores, Element) or isinstance(dropped, Element):
             raise Unread("a selected key does not keep its score, or one that is not selected does")
-        if isinstance(dropped, bool) or dropped > NEVER:
+        if isinstance(dropped, bool) or not dropped <= NEVER:
             raise Unread(f"keys that are not selected get the score {dropped:g}, which is not nothing")
-        if not cases.same_order((scores.value, scores.coords), kept):
+        if not cases.same_largest((scores.value, scores.coords), kept, after):
             raise Unread("the keys are selected by other scores than those of the softmax")
         if not _is_whole(space, scores, coords, value):
             raise Unread("the scores are rearranged between the selection and the softmax")
@@ -172,14 +174,15 @@ class _Selection:
         """A finite score for keys that are not selected is nothing only where a row has keys with real scores."""
         if not plainly:
             raise Unread(f"keys that are not selected get {fill:g} and not -inf, and the scores are changed after it")
-        if (mask := mask_in(scores)) is not None:
+        if (mask := mask_in(scores, fill)) is not None:
             raise Unread(
-                f"keys that are not selected get {fill:g} and not -inf: a row whose keys are all masked (by "
-                f"{mask.node.name}) attends to them"
+                f"keys that are not selected get {fill:g} and not -inf: a row whose keys are all masked, or as low as "
+                f"that (by {mask.node.name}), attends to them"
             )
 
-    def _step(self, value: Value, dim: int) -> tuple[Value, int] | None:
-        """(what a value is of, its axis of keys) where it leaves -inf as it is, and the order of all others."""
+    def _step(self, value: Value, dim: int) -> tuple[Value, int, Function | None] | None:
+        """(what a value is of, its axis of keys, the function) where it leaves -inf as it is, and the order of all
+        others."""
         if value.kind == "layout" and value.name in ("reshape", "permute"):
             space = Space()
             coords = tuple(space.fresh(f"y{d}", size) for d, size in enumerate(value.shape))
@@ -187,26 +190,23 @@ class _Selection:
             if below is None:
                 return None
             at = [d for d, c in enumerate(space.resolve_all(below)) if c == space.resolve(coords[dim])]
-            return (value.inputs[0], at[0]) if len(at) == 1 else None
+            return (value.inputs[0], at[0], None) if len(at) == 1 else None
         if value.kind != "pointwise":
             return None
         if value.name == "identity" and isinstance(value.inputs[0], Value):
             x = value.inputs[0]
             floats = x.dtype is not None and value.dtype is not None and value.dtype.is_floating_point
-            return (x, dim) if floats and x.dtype is not None and x.dtype.is_floating_point else None
-        if value.name not in ("mul", "div", "add", "sub"):
+            return (x, dim, None) if floats and x.dtype is not None and x.dtype.is_floating_point else None
+        if value.name not in ("mul", "div"):
             return None
         sides = [x for x in value.inputs if isinstance(x, Value) and x in self.touched]
-        if len(sides) != 1 or (value.inputs[0] is not sides[0] and value.name in ("div", "sub")):
+        if len(sides) != 1 or (value.inputs[0] is not sides[0] and value.name == "div"):
             return None
         other = value.inputs[1] if value.inputs[0] is sides[0] else value.inputs[0]
         if not same_shape(sides[0].shape, value.shape):
             return None
-        number = constant_of(other) if isinstance(other, Value) else other
-        shifts = value.name in ("add", "sub") and isinstance(number, int | float) and math.isfinite(number)
         one_a_row = not isinstance(other, Value) or size_at(other, value, dim) == 1
-        scales = value.name in ("mul", "div") and one_a_row and positive(other)
-        return (sides[0], dim) if shifts or scales else None
+        return (sides[0], dim, factor_of(value, other)) if one_a_row and lasting(other, value.dtype) else None
 
 
 def selection_between(first: Value, last: Value) -> Value | None:

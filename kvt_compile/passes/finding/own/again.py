@@ -8,22 +8,21 @@ best of all; keys that another score selects are left as they are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import replace
 
 from kvt_compile.passes.canonical.canonicalise import CanonicalGraph
-from kvt_compile.passes.canonical.coords import ZERO, Coord, Coords, Space
+from kvt_compile.passes.canonical.coords import Coord, Coords, Space
 from kvt_compile.passes.canonical.values import Value, same
-from kvt_compile.passes.finding.own.constants import constant_of
+from kvt_compile.passes.finding.own.alike import alike
 from kvt_compile.passes.finding.own.gathers import Gather, gather_of
-from kvt_compile.passes.finding.own.order import Order, Place, ordered_by
+from kvt_compile.passes.finding.own.order import Function, Place, factor_of, ordered_by
 from kvt_compile.passes.finding.own.positive import positive
 from kvt_compile.passes.finding.own.ranking import Kept, pulled
 from kvt_compile.passes.finding.own.settle import settle
 from kvt_compile.passes.finding.own.steps import Step, make_wide
-from kvt_compile.passes.finding.own.top import back, coords_of, gathered, read_below, steps_ahead
+from kvt_compile.passes.finding.own.top import back, coords_of, factors_of, gathered, read_below, steps_ahead
 from kvt_compile.passes.finding.own.unread import Unread
+from kvt_compile.passes.reading.read import aligned
 
 
 def widen_again(graph: CanonicalGraph, anchor: Value) -> None:
@@ -36,7 +35,7 @@ def widen_again(graph: CanonicalGraph, anchor: Value) -> None:
     found = keys_of.read(space, out)
     along = space.fresh("j", found.keys)
     kept = found.kept(space, out[dim], along)
-    if kept is None or not keys_of.ranks_the_same(space, out, found, kept, along, _number_of(way)):
+    if kept is None or not keys_of.ranks_the_same(space, out, found, kept, along, factors_of(way[1:])):
         raise Unread("the keys are selected by other scores than those of the softmax")
     ahead = steps_ahead(graph, anchor)
     end = ahead[-1].value.users[0]
@@ -103,8 +102,10 @@ class _Keys:
         position = list(self.labels[self.side]).index(self.label)
         return gather_of(space, self.product.inputs[self.side], position, self.operands[self.side])
 
-    def ranks_the_same(self, space: Space, out: Coords, found: Gather, kept: Kept, along: Coord, number: float) -> bool:
-        """Whether what ranks is the product of the same queries with the same keys, all of them.  `number` is what the
+    def ranks_the_same(
+        self, space: Space, out: Coords, found: Gather, kept: Kept, along: Coord, after: list[Function]
+    ) -> bool:
+        """Whether what ranks is the product of the same queries with the same keys, all of them.  `after` is what the
         scores are multiplied with after their product."""
         order = ordered_by(space, kept.of, kept.coords, along)
         other, at = order.of
@@ -122,8 +123,7 @@ class _Keys:
         key = _bottom(space, found.base, found.below(along))
         if {left[0], right[0]} != {query[0], key[0]}:
             return False
-        ranks = replace(order, number=order.number * left[1] * right[1])
-        return ranks.is_as_fine_as(Order(order.of, number * query[1] * key[1], (), softmax=False))
+        return alike((*order.functions, *left[1], *right[1]), (*after, *query[1], *key[1]))
 
 
 def _summed(product: Value) -> tuple[object]:
@@ -134,28 +134,15 @@ def _summed(product: Value) -> tuple[object]:
     return (summed[0],)
 
 
-def _bottom(space: Space, value: Value, coords: Coords) -> tuple[Place, float]:
-    """The element below rearrangements and positive numbers, detached or not, and the product of the numbers."""
-    product = 1.0
+def _bottom(space: Space, value: Value, coords: Coords) -> tuple[Place, list[Function]]:
+    """The element below rearrangements and positive factors that all elements share, detached or not, and these."""
+    factors: list[Function] = []
     while True:
         value, coords = pulled(space, value, coords)
         if value.kind != "pointwise" or value.name not in ("mul", "div") or not positive(value.inputs[1]):
-            return (value, coords), product
+            return (value, coords), factors
         x, factor = value.inputs
         if not isinstance(x, Value) or (isinstance(factor, Value) and any(size != 1 for size in factor.shape)):
-            return (value, coords), product
-        product *= _factor(value)
-        coords = coords[len(coords) - len(x.shape) :]
-        value, coords = x, tuple(ZERO if size == 1 else c for size, c in zip(x.shape, coords, strict=True))
-
-
-def _number_of(way: list[Step]) -> float:
-    """What is multiplied on the way behind the product, NaN where that is a tensor."""
-    return math.prod(_factor(step.value) for step in way[1:] if step.value.name in ("mul", "div"))
-
-
-def _factor(value: Value) -> float:
-    """The number that `mul` or `div` multiplies with, NaN for a tensor."""
-    numbers = [constant_of(x) if isinstance(x, Value) else x for x in value.inputs]
-    known = next((float(x) for x in numbers if isinstance(x, int | float)), math.nan)
-    return 1 / known if value.name == "div" else known
+            return (value, coords), factors
+        factors.append(factor_of(value, factor))
+        value, coords = x, aligned(coords, x)

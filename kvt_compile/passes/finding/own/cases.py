@@ -10,9 +10,7 @@ written down on the way (`Cases.kept`); everything but a selection has one readi
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,10 +18,12 @@ from kvt_compile.passes.canonical.coords import Coord, Coords, Space
 from kvt_compile.passes.canonical.meaning import axis
 from kvt_compile.passes.canonical.meaning_layout import PULL
 from kvt_compile.passes.canonical.values import Value, broadcasts, same
+from kvt_compile.passes.finding.own.alike import same_largest
 from kvt_compile.passes.finding.own.constants import CASTS, as_number, constant_of
 from kvt_compile.passes.finding.own.cuts import kept_by_place, threshold_of
 from kvt_compile.passes.finding.own.masks import NEVER
-from kvt_compile.passes.finding.own.order import Order, below, exactly, ordered_by
+from kvt_compile.passes.finding.own.numbers import computed
+from kvt_compile.passes.finding.own.order import Function, Order, below, exactly, ordered_by
 from kvt_compile.passes.finding.own.ranking import Kept, argument, largest_at, values_at
 from kvt_compile.passes.finding.own.unread import Unread
 from kvt_compile.passes.reading.read import aligned
@@ -139,17 +139,19 @@ class Cases:
         if kept is None:
             return self._same(value, coords)
         self._selects(kept)
-        written = self._written(source, inside, coords, dim, which, kept)
+        written = self._written(value, source, inside, coords, dim, which, kept)
         return written, self.read(base, coords)[1]
 
-    def _written(self, source: Any, inside: Coords, coords: Coords, dim: int, which: Coord, kept: Kept) -> Case:
-        """What is scattered: a number, or the scores themselves."""
+    def _written(
+        self, value: Value, source: Any, inside: Coords, coords: Coords, dim: int, which: Coord, kept: Kept
+    ) -> Case:
+        """What is scattered: a number, as the result holds it, or the scores themselves."""
         if isinstance(source, bool | int | float):
-            return source
+            return _held(value, source)
         if not isinstance(source, Value):
             raise Unread("what is written at the selected keys is known only at run time")
         if (known := constant_of(source)) is not None:
-            return known
+            return _held(value, known)
         if not all(map(same, source.shape, (self.space.size(c) for c in inside))):
             raise Unread("more is handed to scatter than it writes")
         found = values_at(self.space, source, inside, which, self.along)
@@ -190,9 +192,10 @@ class Cases:
     def order_of(self, kept: Kept) -> Order:
         return ordered_by(self.space, kept.of, kept.coords, self.along)
 
-    def same_order(self, element: tuple[Value, Coords], kept: Kept) -> bool:
-        """Whether an element's k largest are the kept ones: it is the same score, but for a positive factor."""
-        return self.order_of(kept).is_as_fine_as(ordered_by(self.space, *element, self.along))
+    def same_largest(self, element: tuple[Value, Coords], kept: Kept, after: Sequence[Function] = ()) -> bool:
+        """Whether an element's k largest, which goes through the functions `after` on its way to the softmax, are the
+        kept ones: it is the same score, but for a positive factor."""
+        return same_largest(self.space, self.order_of(kept), ordered_by(self.space, *element, self.along), after)
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -201,41 +204,33 @@ _COMPARED = frozenset({"ge", "gt", "le", "lt"})
 _SWAPPED = {"ge": "le", "gt": "lt", "le": "ge", "lt": "gt"}
 
 
-def _log(x: float) -> float:
-    return math.log(x) if x > 0 else -math.inf if x == 0 else math.nan
-
-
-_OF_NUMBERS: dict[str, Callable[..., Any]] = {
-    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "neg": operator.neg, "abs": abs, "log": _log,
-    "ge": operator.ge, "gt": operator.gt, "le": operator.le, "lt": operator.lt, "eq": operator.eq, "ne": operator.ne,
-    "logical_and": lambda x, y: bool(x and y), "logical_or": lambda x, y: bool(x or y),
-    "logical_not": operator.not_, "identity": lambda x: x, "maximum": max, "minimum": min,
-}  # fmt: skip
-
-
 def _computed(value: Value, arguments: list[Any]) -> Case:
     """One reading of a pointwise value whose readings differ."""
     name = value.name
     if name == "where" and isinstance(arguments[0], bool):
         chosen: Case = arguments[1] if arguments[0] else arguments[2]
-        return chosen
+        return chosen if isinstance(chosen, Element) else _held(value, chosen)
     elements = [x for x in arguments if isinstance(x, Element)]
-    if not elements and name in _OF_NUMBERS:
-        found = _OF_NUMBERS[name](*arguments)
-        return found if isinstance(found, bool) else float(found)
-    if not elements and name == "div" and arguments[1] != 0:
-        return float(arguments[0] / arguments[1])
+    if not elements and (found := computed(value, arguments)) is not None:
+        return found
     if len(elements) == 1 and len(arguments) == 2:
         (number,) = (x for x in arguments if not isinstance(x, Element))
         if _leaves_it(name, number, arguments[0] is elements[0]):
             return elements[0]
         if name == "add" and number <= NEVER:
-            return float(number)  # t - 1e9 weighs as little as -1e9 does
+            return _held(value, number)  # t - 1e9 weighs as little as -1e9 does
         if name == "mul" and number == 0 and elements[0].value.kind == "softmax":
             return 0.0
-    if name == "identity" and elements[0].value.dtype == value.dtype:
+    if elements and name == "identity" and elements[0].value.dtype == value.dtype:
         return elements[0]
     raise Unread(f"{value.node.name} makes something else of selected scores")
+
+
+def _held(value: Value, x: float | bool) -> float | bool:
+    found = None if value.dtype is None else as_number(value.dtype, x)
+    if found is None:
+        raise Unread(f"{value.node.name} holds no such number as {x:g}")
+    return found
 
 
 def _leaves_it(name: str, number: float, first: bool) -> bool:

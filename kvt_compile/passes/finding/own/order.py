@@ -1,14 +1,12 @@
-"""Which scores have the same k largest in a row as others.
+"""What scores are strictly increasing functions of, from themselves down.
 
-    s        2*s        s - s.amax(-1)        s.softmax(-1)
-
-In real numbers a strictly increasing function keeps the order; in floats it may make equal what was not: s + 1e9 is
-the same number all along a row, and most of the softmax of 100*s is 0.
+(s * 0.125 - max).softmax(-1)        softmax, shift, 0.125: of s
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -25,23 +23,29 @@ Place = tuple[Value, Coords]
 
 
 @dataclass(frozen=True)
+class Function:
+    """A strictly increasing function of the scores of a row: times a factor, less the row's own maximum, or their
+    softmax."""
+
+    kind: Literal["factor", "shift", "softmax"]
+    factor: float | Value = 1.0
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
 class Order:
-    """The order of an element in its row: that of `of`, which it is an increasing function of."""
+    """An element of a row, and below it what it is a strictly increasing function of: `functions[n]` makes the element
+    at `places[n]` of that at `places[n + 1]`."""
 
-    of: Place
-    number: float
-    """What it is multiplied with on the way, numbers alone."""
-    tensors: tuple[Value, ...]
-    """The other factors."""
-    softmax: bool
-    """Whether a softmax is on the way: scores far below a row's largest are equal behind it."""
+    places: tuple[Place, ...]
+    functions: tuple[Function, ...]
+    product: tuple[Function, ...] = ()
+    """Where the last of them is of a product: what the operands of that are multiplied with, whatever the signs."""
 
-    def is_as_fine_as(self, scores: Order) -> bool:
-        """Whether the k largest of this order are those of scores that a softmax follows: what a softmax made equal
-        here has no weight there, if they are multiplied with no less."""
-        if self.of != scores.of:
-            return False
-        return not self.softmax or (self.tensors == scores.tensors and self.number <= scores.number)
+    @property
+    def of(self) -> Place:
+        """The last of them."""
+        return self.places[-1]
 
 
 def below(space: Space, value: Value, coords: Coords) -> Place:
@@ -62,23 +66,18 @@ def exactly(space: Space, value: Value, coords: Coords) -> Place:
 
 
 def ordered_by(space: Space, value: Value, coords: Coords, along: Coord) -> Order:
-    """What an element is a strictly increasing function of, within its row: behind copies, positive factors, the
-    row's own maximum, and a softmax."""
-    number, tensors, softmax = 1.0, list[Value](), False
+    """What an element is a strictly increasing function of, within its row."""
+    places, functions = list[Place](), list[Function]()
     while True:
         value, coords = exactly(space, value, coords)
-        if value.kind == "softmax" and coords[value.attrs["dim"]] == space.resolve(along):
-            value, number, tensors, softmax = value.inputs[0], 1.0, [], True
-            continue
-        step = _increasing(space, value, coords, along)
+        places.append((value, coords))
+        step = _softmax(space, value, coords, along) or _increasing(space, value, coords, along)
         if step is None:
-            return Order((value, coords), number, tuple(tensors), softmax)
-        value, factor = step
+            resolved = tuple((x, space.resolve_all(at)) for x, at in places)
+            return Order(resolved, tuple(functions), factors_of_product(value))
+        value, function = step
         coords = aligned(coords, value)
-        if isinstance(factor, Value):
-            tensors.append(factor)
-        else:
-            number *= factor
+        functions.append(function)
 
 
 def _widened(value: Value) -> Value | None:
@@ -91,35 +90,77 @@ def _widened(value: Value) -> Value | None:
     return x if torch.promote_types(x.dtype, value.dtype) == value.dtype else None
 
 
-def _increasing(space: Space, value: Value, coords: Coords, along: Coord) -> tuple[Value, float | Value] | None:
-    """What is multiplied, or has its row's maximum subtracted, and the factor.  Any other number that is added could
-    make equal what was not, and so could a factor that leaves nothing of it."""
-    if value.kind != "pointwise" or value.name not in ("mul", "div", "add", "sub"):
+def _softmax(space: Space, value: Value, coords: Coords, along: Coord) -> tuple[Value, Function] | None:
+    """What it is the softmax of along the row: of all keys, as those that an own k leaves out are equal."""
+    if value.kind != "softmax" or "own" in value.attrs or coords[value.attrs["dim"]] != space.resolve(along):
         return None
-    shifted, divided = value.name in ("add", "sub"), value.name == "div"
-    for n, x in enumerate(value.inputs):
+    return value.inputs[0], Function("softmax")
+
+
+def _increasing(space: Space, value: Value, coords: Coords, along: Coord) -> tuple[Value, Function] | None:
+    """What is multiplied, or has its row's maximum subtracted.  Any other number that is added could make equal what
+    was not."""
+    if value.kind != "pointwise" or value.name not in ("mul", "div", "sub"):
+        return None
+    for n, x in enumerate(value.inputs if value.name == "mul" else value.inputs[:1]):
         other = value.inputs[1 - n]
-        if not isinstance(x, Value) or (n == 1 and value.name in ("div", "sub")):
+        if not isinstance(x, Value):
             continue
-        number = constant_of(other) if isinstance(other, Value) else other
-        if isinstance(number, int | float):
-            if not shifted and positive(number):
-                return x, 1 / number if divided else float(number)
-        elif isinstance(other, Value) and not space.atoms_of(aligned(coords, other)) & space.atoms_of([along]):
-            if shifted and _is_maximum(other, x):
-                return x, 1.0
-            if not shifted and positive(other):
-                return x, other
+        if value.name == "sub":
+            own = isinstance(other, Value) and _is_maximum(space, other, x, aligned(coords, x), along)
+            return (x, Function("shift")) if own else None
+        if positive(other) and _one_a_row(space, other, coords, along):
+            return x, factor_of(value, other)
     return None
 
 
-def _is_maximum(shift: Value, x: Value) -> bool:
-    """Whether it is the row's own maximum, or as good as that, of these scores."""
+def factor_of(value: Value, other: float | Value) -> Function:
+    """What `mul` or `div` multiplies with."""
+    known = constant_of(other) if isinstance(other, Value) else other
+    if known is None:
+        return Function("factor", other, value.dtype)
+    return Function("factor", 1 / known if value.name == "div" else float(known), value.dtype)
+
+
+def factors_of_product(product: Value) -> tuple[Function, ...]:
+    """The numbers that the operands of a product are multiplied with, without their signs."""
+    found: list[Function] = []
+    queue = list(product.operands) if product.kind == "contraction" else []
+    while queue:
+        x = queue.pop()
+        if x.kind in ("layout", "border") or through(x) is not None:
+            queue.append(next(x.operands))
+        elif x.kind == "pointwise" and x.name in ("mul", "div"):
+            known = [constant_of(y) if isinstance(y, Value) else y for y in x.inputs]
+            n = 1 if known[0] is None else 0
+            number = known[n]
+            if (
+                number
+                and isinstance(number, int | float)
+                and isinstance(x.inputs[1 - n], Value)
+                and (n or x.name == "mul")
+            ):
+                found.append(Function("factor", abs(1 / number if x.name == "div" else number), x.dtype))
+                queue.append(x.inputs[1 - n])
+    return tuple(found)
+
+
+def _one_a_row(space: Space, other: float | Value, coords: Coords, along: Coord) -> bool:
+    if not isinstance(other, Value) or constant_of(other) is not None:
+        return True
+    return not space.atoms_of(aligned(coords, other)) & space.atoms_of([along])
+
+
+def _is_maximum(space: Space, shift: Value, x: Value, coords: Coords, along: Coord) -> bool:
+    """Whether it is the row's own maximum, or as good as that, of these scores, which stand at `coords`."""
     while (inner := through(shift)) is not None:
         shift = inner
-    if shift.kind != "reduce" or not is_of_the_scores_size(shift):
+    if shift.kind != "reduce" or not is_of_the_scores_size(shift) or len(shift.attrs["dims"]) != 1:
+        return False
+    (dim,) = shift.attrs["dims"]
+    if space.resolve(coords[dim]) != space.resolve(along) or not space.covers(along, x.shape[dim]):
         return False
     of = shift.inputs[0]
     while of is not x and (inner := through(of)) is not None:
         of = inner
-    return of is x
+    return of is x and bool(shift.attrs["keepdim"])

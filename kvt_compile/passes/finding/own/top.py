@@ -19,9 +19,11 @@ from kvt_compile.passes.canonical.coords import ZERO, Coord, Coords, Space
 from kvt_compile.passes.canonical.meaning import axis
 from kvt_compile.passes.canonical.meaning_layout import PULL
 from kvt_compile.passes.canonical.values import Dim, Value, same, same_shape
+from kvt_compile.passes.finding.own.alike import alike
 from kvt_compile.passes.finding.own.constants import constant_of
 from kvt_compile.passes.finding.own.gathers import gather_of
-from kvt_compile.passes.finding.own.positive import positive
+from kvt_compile.passes.finding.own.order import Function, factor_of, ordered_by
+from kvt_compile.passes.finding.own.positive import lasting
 from kvt_compile.passes.finding.own.ranking import Kept, Ranking, argument, counted_off, largest_at, ranked
 from kvt_compile.passes.finding.own.settle import settle
 from kvt_compile.passes.finding.own.steps import Step, followed, make_wide
@@ -43,6 +45,8 @@ def widen(graph: CanonicalGraph, anchor: Value, scores: Value | None = None) -> 
     below = _below(anchor)
     assert below is not None
     ranking, way = below
+    if not _keeps_order(ranking, way):
+        raise Unread("what the top scores are multiplied with leaves too little of them")
     ahead = steps_ahead(graph, anchor)
     last = ahead[-1]
     keys = ranking.of.shape[ranking.dim]
@@ -82,6 +86,33 @@ def _below(anchor: Value) -> tuple[Ranking, list[Step]] | None:
     return (ranking, way) if ranking.dim == dim and whole else None
 
 
+def _keeps_order(ranking: Ranking, way: list[Step]) -> bool:
+    """Whether what stands between the ranking and the softmax makes nothing equal."""
+    space = Space()
+    coords = tuple(space.fresh(f"y{d}", size) for d, size in enumerate(ranking.of.shape))
+    order = ordered_by(space, ranking.of, coords, coords[ranking.dim])
+    return alike((), factors_of(way), (*order.functions, *order.product))
+
+
+def factors_of(way: list[Step]) -> list[Function]:
+    """What is multiplied on a way of such steps."""
+    found = []
+    for step in way:
+        if step.value.name in ("mul", "div"):
+            (other,) = (x for n, x in enumerate(step.value.inputs) if n != _side(step.value))
+            found.append(factor_of(step.value, other))
+    return found
+
+
+def _side(value: Value) -> int:
+    """Which operand of a product has its size, and is scaled by the other."""
+    return 0 if value.name == "div" or value.inputs[0] in _whole(value) else 1
+
+
+def _whole(value: Value) -> list[Value]:
+    return [x for x in value.operands if x.shape == value.shape]
+
+
 def _counts(ranking: Ranking, value: Value) -> bool:
     return len(value.shape) == len(ranking.of.shape) and not ranking.all
 
@@ -93,13 +124,14 @@ def back(value: Value, dim: int) -> tuple[Value, int] | None:
         return None if at is None else (value.inputs[0], at)
     if value.kind != "pointwise" or value.name not in ("mul", "div", "identity"):
         return None
-    whole = [x for x in value.operands if x.shape == value.shape]
-    x = value.inputs[0] if value.name == "div" or value.inputs[0] in whole else value.inputs[-1]
+    whole = _whole(value)
+    x = value.inputs[0 if value.name == "identity" else _side(value)]
     if x not in whole or x.dtype is None or not x.dtype.is_floating_point:
         return None
     others = [y for y in value.inputs if y is not x]
     one_a_row = all(size_at(y, value, dim) == 1 for y in others if isinstance(y, Value))
-    return (x, dim) if len(others) < len(value.inputs) and one_a_row and all(map(positive, others)) else None
+    lasts = all(lasting(y, value.dtype) for y in others)
+    return (x, dim) if len(others) < len(value.inputs) and one_a_row and lasts else None
 
 
 def steps_ahead(graph: CanonicalGraph, anchor: Value) -> list[Step]:
