@@ -14,6 +14,7 @@ from kvt_compile.backend import asked_lowering, check_all_rewritten, report_refu
 from kvt_compile.capture.capture import capture
 from kvt_compile.capture.environment import LOCK
 from kvt_compile.capture.modes import allow_modes, mode_of
+from kvt_compile.capture.sizes import check_sizes
 from kvt_compile.config import OptionError, make_options
 from kvt_compile.explain import build_report
 from kvt_compile.kernels import lowerings
@@ -44,7 +45,8 @@ def rewrite(
 
     Args:
         model: an `nn.Module`, a graph of `torch.fx.symbolic_trace`, or an `ExportedProgram`.  It is not changed.
-        example_inputs: inputs to read shapes from; the first dimension of each may differ later.
+        example_inputs: inputs to read shapes from; the first dimension of each may differ later where it is at least 2
+            here.  A call with other sizes is an error (ValueError of a traced model, torch's own of an exported one).
         example_kwargs: keyword inputs.
         options: any of `kvt_compile.config.Options` (topk, include, exclude, force_rewrite, lowering, on_refusal, ...).
 
@@ -77,6 +79,9 @@ def rewrite(
         module = program.module(check_guards=False)
         assert isinstance(module, fx.GraphModule)
         allow_modes(module, mode)
+    elif result.changed:
+        rewritten = [decision.site.tier for decision in result.decisions if decision.topk is not None]
+        check_sizes(captured.graph, fused="fused" in rewritten)
     assert isinstance(module, fx.GraphModule)
     make_adjustable(module)
     return RewriteResult(module, report, program)
