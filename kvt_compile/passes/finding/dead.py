@@ -7,6 +7,7 @@ p.nan_to_num(1/n),  where(isnan(p), g, p)   are not: there is no NaN to be found
 from __future__ import annotations
 
 from kvt_compile.passes.canonical.algebra.dead_rows import is_zero
+from kvt_compile.passes.canonical.shifts import is_bare
 from kvt_compile.passes.canonical.values import Value
 
 _KEEP_NAN = ("pointwise", "layout", "border", "select_by")
@@ -14,7 +15,10 @@ _LOGIC = frozenset({"logical_not", "logical_and", "logical_or", "identity", "any
 
 
 def fills_dead_rows(anchor: Value, stop: Value) -> Value | None:
-    """What puts something else than zeros where the weights of a softmax are NaN; None where nothing does."""
+    """What puts something else than zeros where the weights of a softmax are NaN; None where nothing does, and for
+    bare scores, which leave no row without a valid key."""
+    if is_bare(anchor.inputs[0]):
+        return None
     weights, seen = [anchor], {anchor}
     while weights:
         here = weights.pop()
