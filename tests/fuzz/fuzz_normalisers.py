@@ -41,7 +41,7 @@ _OVER = (
     "{e} / ({t} @ torch.ones_like({t}[..., :1, :]).mT)",
 )  # fmt: skip
 _OTHERWISE = (
-    "{e} / (1 + {e}.sum(-1, True))", "{e} / ({e}.sum(-1, True) + 1e-3)", "{e} / {e}.sum(-1, True).clamp(min=2.0)",
+    "{e} / (1 + {e}.sum(-1, True))", "{e} / ({e}.sum(-1, True) + 1e-3)", "{e} / {e}.sum(-1, True).clamp(min=3.0)",
     "{e} / {e}.sum(-1, True).detach()", "{e} / {e}.sum(-2, True)", "{e} / {e}.square().sum(-1, True).sqrt()",
     "{e} / {e}.sum(-1, True).sqrt()", "{e} / ({e} * 0.5 + bias.exp()).sum(-1, True)", "{e} / {e}[..., :3].sum(-1, True)",
     "{e}", "{e} / {e}.amax(-1, True)", "{e} / {e}.sum((-1, -2), True)",
