@@ -7,10 +7,14 @@ As in Sparsifiner (CVPR 2023), scores of rank 2 stand in for those of q and k, a
 of them are kept: `given(predictor) & topk(4)`.  The kept keys have the model's own scores.  No gradient flows through a
 choice, so a predictor has a loss of its own: its scores, as weights, are to be the dense attention's.
 
+At the end the predictors go into the dense model, which knows nothing of them: `rewrite(model, images, select=...)`, a
+predictor for each block by its path.
+
 This shows how a selector is trained and judged, on 17 tokens.  It is no faster than dense attention: a map of all pairs
 is made, and decides after the scores are there.
 """
 
+import copy
 import sys
 
 import digits
@@ -81,7 +85,7 @@ def judge(
 
 def main(small: bool = False) -> None:
     model, data = digits.trained(epochs=3 if small else 15)
-    dense = digits.accuracy(model, *data.test)
+    dense, plain = digits.accuracy(model, *data.test), copy.deepcopy(model)
     blocks = [Selected(block) for block in model.blocks]
     model.blocks = nn.ModuleList(blocks)
     assert abs(digits.accuracy(model, *data.test) - dense) < 0.01  # topk(1.0) is dense attention
@@ -112,6 +116,13 @@ def main(small: bool = False) -> None:
     print(f"{trained:6.1%} {KEEP} keys by trained predictors, which hold {held_after:.1%}")
     assert held_after > held_before + 0.1
     assert trained > untrained
+
+    by_site = {f"blocks.{n}": select.given(block.predictor) & select.topk(KEEP) for n, block in enumerate(blocks)}
+    result = kvt_compile.rewrite(plain, data.test[0][:2], select=by_site)
+    print(result.report)
+    rewritten = digits.accuracy(result.module.eval(), *data.test)
+    print(f"{rewritten:6.1%} by trained predictors in the dense model, rewritten")
+    assert abs(rewritten - trained) < 0.01
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch import fx
 
 from kvt_compile import torch_versions
 from kvt_compile.capture.frames import guard_paths, note_paths
+from kvt_compile.capture.held import note_held, uncached
 from kvt_compile.capture.inputs import note_inputs
 from kvt_compile.capture.skipped import tell_if_disabled, tell_of_transforms
 from kvt_compile.config import OptionError, Options, split_options
@@ -63,8 +64,7 @@ def _backend(
     ours, inductor = split_options(options)
     if ours.then != "inductor" and mode is not None:
         raise OptionError(f"mode {mode!r} is Inductor's, and the graph goes to {ours.then!r}: leave one of them out")
-    apply_passes(gm, ours)
-    with autocast_in_cache_key():
+    with in_cache_keys(apply_passes(gm, ours)):
         if ours.then == "inductor":
             return by_inductor(gm, example_inputs, mode=mode, options=inductor)
         return backend_of(ours.then)(gm, example_inputs)
@@ -107,6 +107,7 @@ def apply_passes(gm: fx.GraphModule, options: Options) -> PassResult:
     if recorder is not None:
         graphs.log_changes(recorder.finish())
     guard_paths(options.policy, result.decisions)
+    note_held(gm)
     report_refusals(result, options)
     request_tuning(result, options)
     return result
@@ -201,10 +202,12 @@ def report_refusals(result: PassResult, options: Options) -> None:
 
 
 @contextmanager
-def autocast_in_cache_key() -> Iterator[None]:
-    """torch <= 2.12 forgets the autocast dtype in the key of its compile cache; the tag is part of that key."""
+def in_cache_keys(result: PassResult) -> Iterator[None]:
+    """While this is open, torch's compile caches serve nothing that was compiled of another graph.
+
+    torch <= 2.12 forgets the autocast dtype in the key; the tag is part of that key."""
     devices = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
     tag = ",".join(f"{d}:{torch.get_autocast_dtype(d)}" for d in devices)
     config: Any = torch.compiler.config
-    with config.patch(cache_key_tag=f"{config.cache_key_tag}|kvt-autocast={tag}"):
+    with config.patch(cache_key_tag=f"{config.cache_key_tag}|kvt-autocast={tag}"), uncached(result):
         yield

@@ -18,7 +18,7 @@ from typing import Any, overload
 
 from torch import fx
 
-from kvt_compile.backend import Backend, apply_passes, autocast_in_cache_key, backend_of
+from kvt_compile.backend import Backend, apply_passes, backend_of, in_cache_keys
 from kvt_compile.config import OptionError, make_options
 from kvt_compile.passes.canonical.modes import ambient
 
@@ -57,8 +57,7 @@ def passes_for(backend: str | Backend | None = None, /, **options: Any) -> Any:
 
     @functools.wraps(behind)
     def run(gm: fx.GraphModule, example_inputs: list[Any], **more: Any) -> Callable[..., Any]:
-        apply_passes(gm, chosen)
-        with autocast_in_cache_key():
+        with in_cache_keys(apply_passes(gm, chosen)):
             return behind(gm, example_inputs, **more)
 
     return run

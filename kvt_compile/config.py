@@ -40,7 +40,8 @@ class Options:
     pattern of a mapping matches it."""
     select: SelectRule = None
     """Which keys are kept, in place of topk: a value of `kvt_compile.select` or its text (`"(window(13) | prefix) &
-    topk(64)"`), a mapping from module-path pattern to one, or a callable that takes an `AttentionSite`."""
+    topk(64)"`), a mapping from module-path pattern to one, or a callable that takes an `AttentionSite`.  A value
+    may hold functions (`given`)."""
     grid: GridRule = None
     """How tokens are laid out, where the graph does not say it: sizes of 1 to 3 axes, one of them -1 for whatever is
     left, or a mapping from module-path pattern to such."""

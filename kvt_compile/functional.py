@@ -16,7 +16,7 @@ from torch import Tensor
 
 import kvt_compile.kernels.op.ops  # noqa: F401 - registers torch.ops.kvt
 from kvt_compile.kernels.op import lowerings
-from kvt_compile.select.function import GIVEN, outside
+from kvt_compile.select.function import GIVEN, Condition, conditioned, givens
 from kvt_compile.select.geometry import Geometry, needs_grid, needs_prefix, resolve_grid
 from kvt_compile.select.text import parse
 from kvt_compile.select.values import SelectionError, Selector, for_node
@@ -101,15 +101,16 @@ def attention(
         raise TypeError(
             f"select is {select!r} ({type(select).__name__}), expected a selection or its text: 'window(13)'"
         )
-    condition: tuple[str, list[Tensor]] | None = None
+    condition: tuple[Condition, list[Tensor]] | None = None
     said = str(select)  # of a text Dynamo makes a constant in every torch
     if isinstance(select, Selector) and GIVEN in said:
         if not q.dim() == k.dim() == 4:
             raise SelectionError(
                 f"{select} takes q and k of 4 dimensions, [B, H, N, D]; they have {q.dim()} and {k.dim()}"
             )
-        left, text, found = outside(select, q, k, Geometry(resolve_grid(grid, prefix, k.shape[2]), prefix))
-        condition, said = (text, found), "topk(1.0)" if left is None else str(left)
+        found = [x.function(q, k) for x in givens(select)]
+        condition = conditioned(select, found, q, k, Geometry(resolve_grid(grid, prefix, k.shape[2]), prefix))
+        said = "topk(1.0)" if condition[0].left is None else str(condition[0].left)
     text, best, by_grid, by_prefix = _read(said)
     keys = k.shape[-2]
     # a node says no more than it needs, so that the same node is the same text
@@ -146,7 +147,7 @@ def _attention(
     enable_gqa: bool,
     lowering: str,
     topk_tolerance: float,
-    condition: tuple[str, list[Tensor]] | None = None,
+    condition: tuple[Condition, list[Tensor]] | None = None,
 ) -> Tensor:
     """Checked arguments of the way in -> the operator.  `select`: its last arguments, none for the best of all keys;
     `condition`: what must hold for a key besides, over tensors that are captured."""
@@ -167,8 +168,7 @@ def _attention(
         q, k, v = _fold(q, batch, heads), _fold(k, batch, kv_heads), _fold(v, batch, kv_heads)
     before = plan.before
     if condition is not None:
-        holds = condition[0].format(*(f"c{len(captured) + n}" for n in range(len(condition[1]))))
-        before = (f"where({holds}, {before[0]}, -oo)", *before[1:])
+        before = (condition[0].around(str(before[0]), len(captured)), *before[1:])
         captured += condition[1]
     out = torch.ops.kvt.attention(q, k, v, captured, *before, seed, *plan.after, *select)[0]
     return out if plan.result is None else out.reshape(plan.result)  # type: ignore[no-any-return]

@@ -32,7 +32,8 @@ class RewriteResult:
     report: Report
     """What was found, rewritten, left dense and refused."""
     program: ExportedProgram | None = None
-    """The rewritten program, when the model came as one or had to be captured by torch.export."""
+    """The rewritten program, when the model came as one or had to be captured by torch.export; None where a function
+    decides which keys are kept (`given`), which a program cannot hold: `torch.export.export` takes the module."""
 
 
 def rewrite(
@@ -84,7 +85,7 @@ def rewrite(
         check_sizes(captured.graph, fused="fused" in rewritten)
     assert isinstance(module, fx.GraphModule)
     make_adjustable(module)
-    return RewriteResult(module, report, program)
+    return RewriteResult(module, report, None if result.has_functions else program)
 
 
 def _keep_output_names(program: ExportedProgram) -> None:

@@ -16,6 +16,7 @@ from kvt_compile.calibration.data import CalibrationError
 from kvt_compile.calibration.measure import Choices
 from kvt_compile.observe import AttentionCall, SiteCall
 from kvt_compile.passes.site import AttentionSite
+from kvt_compile.select.function import has_given
 from kvt_compile.select.geometry import Geometry, check_geometry
 from kvt_compile.select.text import parse
 from kvt_compile.select.values import LARGEST, Halo, Prefix, Regions, SelectionError, Selector, Sinks, Window, split
@@ -44,6 +45,8 @@ def offered(select: str | Selector | Sequence[str | Selector]) -> Choices:
         named = [parse(x) if isinstance(x, str) else x for x in given]
         if wrong := [x for x in named if not isinstance(x, Selector)]:
             raise CalibrationError(f"select holds {wrong[0]!r} ({type(wrong[0]).__name__}), which is no selection")
+        if held := [x for x in named if has_given(x)]:
+            raise CalibrationError(f"{held[0]} holds a function, which is no text, and a policy is made of texts")
 
         def make(call: AttentionCall, geometry: Geometry) -> Sequence[Selector]:
             return named

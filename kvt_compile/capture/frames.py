@@ -25,7 +25,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from kvt_compile.passes.decide import Decision, Policy, decide
+from kvt_compile.passes.decide import Decision, Policy, asked
 from kvt_compile.passes.finding.describe import captured_path, in_torch
 from kvt_compile.passes.pipeline import nested_graphs
 from kvt_compile.passes.site import AttentionSite, Names
@@ -154,10 +154,9 @@ def _resolve(path: str, scope: dict[str, Any]) -> nn.Module | None:
 def guard_paths(policy: Policy, decisions: Sequence[Decision]) -> None:
     """Adds the guard, where the policy goes by paths and there is something to decide."""
     first = _first_name()
-    by_path = policy.include or policy.exclude or not isinstance(policy.topk, int | float | None)
     owner = _owner(first_argument())
-    if by_path and decisions and owner is not None:
-        _add_guard(_same_decisions(policy, decisions, owner, first))
+    if policy.by_path and decisions and owner is not None:
+        add_guard(_same_decisions(policy, decisions, owner, first), _FOR_THIS_MODULE)
 
 
 def guard_module() -> None:
@@ -172,7 +171,10 @@ def guard_module() -> None:
             now = _owner(variables.get(first))
             return now is not None and now is wanted() and _calls(now) == calls
 
-        _add_guard(test)
+        add_guard(test, _FOR_THIS_MODULE)
+
+
+_FOR_THIS_MODULE = "kvt: as decided for this module"
 
 
 def _owner(first: Any) -> nn.Module | None:
@@ -247,16 +249,28 @@ def _first_name() -> str:
     return str(code.co_varnames[0]) if code is not None and code.co_argcount else ""
 
 
-def _add_guard(test: Callable[[Any], bool]) -> None:
+def add_guard(test: Callable[[Any], bool], what: str) -> None:
+    """Has Dynamo ask, before it runs what it compiles now, whether a test of the frame's variables holds."""
     # (no public name adds a guard from a backend; the names are the same in torch 2.11 to 2.14.)
     from torch._dynamo.source import GlobalStateSource
     from torch._guards import Guard, TracingContext
 
-    def same_module(builder: Any, guard: Any) -> None:
-        builder.guard_manager.root.add_lambda_guard(test, ["kvt: as decided for this module"], None)
+    def ask(builder: Any, guard: Any) -> None:
+        builder.guard_manager.root.add_lambda_guard(test, [what], None)
 
     if (context := TracingContext.try_get()) is not None:
-        context.guards_context.dynamo_guards.add(Guard(GlobalStateSource(), same_module))
+        context.guards_context.dynamo_guards.add(Guard(GlobalStateSource(), ask))
+
+
+def install_global(prefix: str, value: Any) -> Any:
+    """A global of the frame that Dynamo is compiling, for as long as what it compiles lives, as a source for guards;
+    None where there is no such frame."""
+    with contextlib.suppress(Exception):  # as for its variables
+        from torch._dynamo.source import GlobalSource
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        return GlobalSource(InstructionTranslator.current_tx().output.install_global(prefix, value))
+    return None
 
 
 def _same_decisions(
@@ -265,7 +279,7 @@ def _same_decisions(
     base = names_of(owner, list(running()))
     # without the graph, which the guard would keep alive
     sites: list[AttentionSite] = [replace(d.site, plan=None, softmax=None, anchor=None) for d in decisions]  # type: ignore[arg-type]
-    made = [decision.topk for decision in decisions]
+    said = [asked(site, policy) for site in sites]
     answers: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary({owner: True})
 
     def test(variables: Mapping[str, Any]) -> bool:
@@ -275,7 +289,7 @@ def _same_decisions(
         if module not in answers:
             names = names_of(module, list(running()))
             moved = [replace(site, where=site.where.moved(base, names)) for site in sites]
-            answers[module] = [decide(site, policy).topk for site in moved] == made
+            answers[module] = [asked(site, policy) for site in moved] == said
         return answers[module]
 
     return test

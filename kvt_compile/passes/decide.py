@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from kvt_compile.passes.batch import BatchDim, batch_of, why_batch
-from kvt_compile.passes.selecting import GridRule, PrefixRule, Selected, SelectRule, selected
+from kvt_compile.passes.selecting import GridRule, PrefixRule, Selected, SelectRule, rule_for, selected
 from kvt_compile.passes.site import AttentionSite, Axis, OwnK
 from kvt_compile.select.values import SelectionError
 from kvt_compile.topk import TopK, as_fraction, validate
@@ -49,6 +49,17 @@ class Policy:
     prefix: PrefixRule = None
     batch_dim: BatchDim = None
     """Which axis of the model's inputs is the batch."""
+
+    @property
+    def rule(self) -> Rule | SelectRule:
+        """What says which keys are kept."""
+        return self.topk if self.select is None else self.select
+
+    @property
+    def by_path(self) -> bool:
+        """Whether it may say something else of the same attention in another module."""
+        rules = (self.rule, self.grid, self.prefix)
+        return bool(self.include or self.exclude) or any(isinstance(x, Mapping) or callable(x) for x in rules)
 
 
 @dataclass(frozen=True)
@@ -88,15 +99,13 @@ def decide(site: AttentionSite, policy: Policy, ranks: int = 1) -> Decision:
 
     ranks: over how many the queries and keys are cut; then a site that would stay dense, over a part of the keys, is
     rewritten and keeps all."""
-    if policy.include and not any(_matches(site, pattern) for pattern in policy.include):
-        return Decision(site, None, "not in `include`")
-    if any(_matches(site, pattern) for pattern in policy.exclude):
-        return Decision(site, None, "in `exclude`")
+    if reason := _left_out(site, policy):
+        return Decision(site, None, reason)
     if (batch := batch_of(site, policy.batch_dim)) is not None:
         site = replace(site, axis="batch")
     if site.axis not in policy.axes:
         return Decision(site, None, _left_dense(site) if batch is None else why_batch(site, batch))
-    rule = policy.topk if policy.select is None else policy.select
+    rule = policy.rule
     if ranks > 1:
         return _over_ranks(site, policy, ranks, own=site.own is not None and not _names(rule, site))
     if site.own is not None and not _names(rule, site):
@@ -107,6 +116,19 @@ def decide(site: AttentionSite, policy: Policy, ranks: int = 1) -> Decision:
     if topk is None:
         return Decision(site, None, "topk is None for this site")
     return _by_topk(site, topk, policy)
+
+
+def asked(site: AttentionSite, policy: Policy) -> tuple[object, ...]:
+    """What a policy says of a site.  Of one attention in two modules it decides the same where it says the same."""
+    said = [rule_for(rule, site) for rule in (policy.rule, policy.grid, policy.prefix)]
+    return _left_out(site, policy), _names(policy.rule, site), *((type(x), x) for x in said)  # 1 == 1.0, another k
+
+
+def _left_out(site: AttentionSite, policy: Policy) -> str:
+    """Why it is not rewritten, whatever the rest says; empty where it may be."""
+    if policy.include and not any(_matches(site, pattern) for pattern in policy.include):
+        return "not in `include`"
+    return "in `exclude`" if any(_matches(site, pattern) for pattern in policy.exclude) else ""
 
 
 def _over_ranks(site: AttentionSite, policy: Policy, ranks: int, own: bool) -> Decision:

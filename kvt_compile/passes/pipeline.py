@@ -26,6 +26,7 @@ from kvt_compile.passes.finding.sums import find_sums
 from kvt_compile.passes.rewriting.apart import take_apart
 from kvt_compile.passes.rewriting.names import know_names
 from kvt_compile.passes.rewriting.rewrite import rewrite
+from kvt_compile.passes.rewriting.trial import with_functions_called
 from kvt_compile.passes.site import OwnK, Refusal
 
 log = logging.getLogger("kvt_compile.passes")
@@ -45,6 +46,11 @@ class PassResult:
     refusals: tuple[Refusal, ...]
     inputs: Mapping[str, int] = field(default_factory=dict)
     """The inputs of the model that the graph reads, and how many axes each has; the empty name for what is none."""
+
+    @property
+    def has_functions(self) -> bool:
+        """Whether a function of a selection is called in the rewritten graph."""
+        return any(x.topk is not None and x.select is not None and x.select.functions for x in self.decisions)
 
 
 def unmet(policy: Policy, results: Sequence[PassResult]) -> str | None:
@@ -93,13 +99,13 @@ def _run(
     decisions: list[Decision] = []
     refusals: list[Refusal] = []
     inputs: dict[str, int] = {}
-    for name, graph, mode in _named_graphs(gm, entry):
+    for name, graph, mode, body_of in _named_graphs(gm, entry):
         know_names(graph.graph)
         resolve_packets(graph)
         expand_composites(graph, mode)
         if name:
             _hide_inputs(graph)
-        found, decided, read = _decided(graph, policy, ranks, origins, mode)
+        found, decided, read = _decided(graph, policy, ranks, origins, mode, body_of)
         inputs = inputs if name else read
         if watch:
             watch("found", name, graph, decided, found.refusals)
@@ -122,14 +128,16 @@ def _hide_inputs(nested: fx.GraphModule) -> None:
 
 
 def _decided(
-    gm: fx.GraphModule, policy: Policy, ranks: int, origins: dict[str, str] | None, mode: Mode
+    gm: fx.GraphModule, policy: Policy, ranks: int, origins: dict[str, str] | None, mode: Mode, body_of: str
 ) -> tuple[Found, list[Decision], dict[str, int]]:
     """Sites, decisions, and the inputs that are read.  A product with a sum of maps is taken apart for good where that
     makes a kernel of a map."""
 
     def look(graph: CanonicalGraph) -> tuple[Found, list[Decision], dict[str, int]]:
         found = find(graph)
-        return found, [decide(site, policy, ranks) for site in found.sites], input_ranks(graph.values)
+        decisions = [decide(site, policy, ranks) for site in found.sites]
+        decisions = [with_functions_called(gm, decision, mode, body_of) for decision in decisions]
+        return found, decisions, input_ranks(graph.values)
 
     graph = canonicalise(gm, origins, mode)
     apart = take_apart(gm.graph, find_sums(graph, dict(gm.named_modules())), graph.modes)
@@ -170,19 +178,19 @@ def _tell(decided: Sequence[Decision], refusals: Sequence[Refusal]) -> None:
 
 def nested_graphs(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
     """The graph and every graph module one of its nodes refers to, outermost first."""
-    return (graph for _, graph, _ in _named_graphs(gm, Mode()))
+    return (graph for _, graph, *_ in _named_graphs(gm, Mode()))
 
 
-def _named_graphs(gm: fx.GraphModule, entry: Mode) -> Iterator[tuple[str, fx.GraphModule, Mode]]:
-    """Name, graph and the mode it starts in."""
+def _named_graphs(gm: fx.GraphModule, entry: Mode) -> Iterator[tuple[str, fx.GraphModule, Mode, str]]:
+    """Name, graph, the mode it starts in, and the operator it is the body of (empty for the outermost)."""
     seen: set[int] = set()
-    queue = [("", gm, entry)]
+    queue = [("", gm, entry, "")]
     while queue:
-        name, graph, mode = queue.pop(0)
+        name, graph, mode, body_of = queue.pop(0)
         if id(graph) in seen:
             continue
         seen.add(id(graph))
-        yield name, graph, mode
+        yield name, graph, mode, body_of
         modes = modes_of(graph.graph, mode)
         for node in graph.graph.nodes:
             if node.op == "get_attr":
@@ -190,4 +198,5 @@ def _named_graphs(gm: fx.GraphModule, entry: Mode) -> Iterator[tuple[str, fx.Gra
                 if isinstance(body, fx.GraphModule):
                     user = next(iter(node.users), node)
                     inside = mode_of_body(user, modes[user])
-                    queue.append((f"{name}.{node.target}".lstrip("."), body, inside))
+                    operator = str(getattr(user.target, "__name__", user.target))
+                    queue.append((f"{name}.{node.target}".lstrip("."), body, inside, operator))

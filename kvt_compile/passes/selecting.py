@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvt_compile.passes.reading.grid import Placed, grid_of
 from kvt_compile.passes.site import AttentionSite, Fused
-from kvt_compile.select.function import has_given
+from kvt_compile.select.function import Condition, has_given
 from kvt_compile.select.geometry import (
     Geometry,
     check_geometry,
@@ -38,6 +38,20 @@ PrefixRule = int | None | Mapping[str, int | None]
 
 
 @dataclass(frozen=True)
+class Functions:
+    """What functions decide of a site's selection."""
+
+    whole: Selector
+    """The selection that they are a part of."""
+    condition: Condition | None = None
+    """What came of a call with the site's q and k; None: none was called yet."""
+    returned: tuple[Any, ...] = field(default=(), compare=False, repr=False)
+    """What each of them returned there, as fakes."""
+    tensors: tuple[Any, ...] = field(default=(), compare=False, repr=False)
+    """Those that the condition reads, as fakes."""
+
+
+@dataclass(frozen=True)
 class Selected:
     """What a node is told besides k."""
 
@@ -48,10 +62,26 @@ class Selected:
     """The share of pairs it allows, before anything is ranked; None where that is not known beforehand."""
     placed: Placed | None = None
     """In place of a geometry: where its sizes are read from at run time."""
+    functions: Functions | None = None
+    """What is no text, and becomes a condition of the node's score."""
+
+    @property
+    def whole(self) -> str:
+        """The selection as it was asked for, what functions decide of it included."""
+        return self.text if self.functions is None else str(self.functions.whole)
+
+    @property
+    def arguments(self) -> tuple[str, list[int] | None, int]:
+        """The last arguments of the node, where no size is read from the graph."""
+        if self.geometry is None or not self.text:
+            return self.text, None, 0
+        said = parse(self.text)
+        grid = list(self.geometry.grid) if needs_grid(said) else None
+        return self.text, grid, self.geometry.prefix if needs_prefix(said) else 0
 
     def __str__(self) -> str:
         where = f" on {self.where}" if self.where else ""
-        return f"{self.text}{where}{'' if self.kept is None else f', {100 * self.kept:.3g} %'}"
+        return f"{self.whole}{where}{'' if self.kept is None else f', {100 * self.kept:.3g} %'}"
 
     @property
     def where(self) -> str:
@@ -77,11 +107,6 @@ def selected(site: AttentionSite, rule: SelectRule, grid: GridRule, prefix: Pref
     if value is None:
         raise SelectionError("select is None for this site")
     chosen = parse(value) if isinstance(value, str) else value
-    if has_given(chosen):
-        raise SelectionError(
-            f"{chosen} holds a function, and a graph takes what can be written as a text; call "
-            "kvt_compile.attention(q, k, v, select=...) in the model"
-        )
     text, best = for_node(chosen)
     topk: TopK = 1.0 if best is None else best
     if not text:
@@ -91,6 +116,8 @@ def selected(site: AttentionSite, rule: SelectRule, grid: GridRule, prefix: Pref
     for part in leaves(chosen):
         if isinstance(part, Regions) and isinstance(site.heads, int):
             groups_of_heads(part, site.heads)
+    if has_given(chosen):
+        return topk, _by_functions(site, chosen, grid, prefix)
     asked = needs_grid(chosen)
     if not isinstance(site.queries, int) or not isinstance(site.keys, int) or not isinstance(site.heads, int):
         return topk, Selected(text, None, None, _placed(site, chosen, grid, prefix) if needs_prefix(chosen) else None)
@@ -103,6 +130,20 @@ def selected(site: AttentionSite, rule: SelectRule, grid: GridRule, prefix: Pref
     check_geometry(allowed, geometry, site.queries, site.keys)
     share = kept_share(allowed, geometry, site.heads, site.queries, site.keys)
     return topk, Selected(text, geometry if needs_prefix(chosen) else None, share)
+
+
+def _by_functions(site: AttentionSite, chosen: Selector, grid: GridRule, prefix: PrefixRule) -> Selected:
+    """What is known before its functions are called (`rewriting/trial.py`)."""
+    if not needs_prefix(chosen):
+        return Selected("", None, None, functions=Functions(chosen))
+    if not isinstance(site.queries, int) or not isinstance(site.keys, int):
+        raise SelectionError(
+            f"{chosen} asks where tokens stand, and how many there are is known only at run time: a function beside it "
+            "takes numbers"
+        )
+    geometry = _geometry(site, site.keys, grid, prefix)
+    geometry = geometry if needs_grid(chosen) else Geometry((), geometry.prefix)
+    return Selected("", geometry, None, functions=Functions(chosen))
 
 
 def _placed(site: AttentionSite, chosen: Selector, grid: GridRule, prefix: PrefixRule) -> Placed:

@@ -71,7 +71,7 @@ class SiteReport:
     keeps_own: bool = False
     """Whether it stays."""
     select: str = ""
-    """Which keys may be kept: `window(13) | prefix`; empty where all may."""
+    """Which keys may be kept: `window(13) | prefix`, `given(Predictor) & topk(64)`; empty where all may."""
     grid: str = ""
     """Where the tokens stand, if the selection asks: `14x14 + 1`."""
     kept: float | None = None
@@ -149,7 +149,7 @@ class SiteReport:
             keys_axes=() if site.keys_from is None else site.keys_from.axes,
             own_k=str(site.own or ""),
             keeps_own=own,
-            select="" if select is None else select.text,
+            select="" if select is None else select.whole,
             grid="" if select is None else select.where,
             kept=None if select is None else select.kept,
             canonical="" if site.anchor is None else renamed_sources(seen_text(site.anchor)),

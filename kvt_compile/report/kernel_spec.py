@@ -13,6 +13,7 @@ from kvt_compile.passes.canonical.values import Value, meta_value
 from kvt_compile.passes.selecting import Selected
 from kvt_compile.passes.site import AttentionSite, Fused
 from kvt_compile.report.facts import SiteReport
+from kvt_compile.select.function import GIVEN
 from kvt_compile.select.geometry import Geometry
 from kvt_compile.select.values import by_content
 
@@ -30,14 +31,19 @@ def spec_of(site: AttentionSite, select: Selected | None = None) -> KernelSpec |
         return SoftmaxSpec.of(dtype, meta_value(plan.node).dtype)
     if not isinstance(site.head_dim, int) or not isinstance(site.value_dim, int):
         return None
+    score = plan.score
+    captured = tuple(CapturedSpec(dtype_name(x.dtype), len(x.shape)) for x in plan.captured if x.dtype is not None)
+    if select is not None and select.functions is not None and (given := select.functions.condition) is not None:
+        score = given.around(score, len(captured))
+        captured += tuple(CapturedSpec("bool", len(dims)) for dims in given.dims)
     return KernelSpec(
         dtype=dtype_name(plan.q.dtype),
         value_dtype=dtype_name(plan.v.dtype),
         head_dim=site.head_dim,
         value_dim=site.value_dim,
-        score=plan.score,
+        score=score,
         weight=plan.weight,
-        captured=tuple(CapturedSpec(dtype_name(x.dtype), len(x.shape)) for x in plan.captured if x.dtype is not None),
+        captured=captured,
         sizes=len(plan.sizes),
         dropout=plan.dropout > 0.0,
         select="" if select is None else select.text,
@@ -56,6 +62,8 @@ def computed_share(site: SiteReport) -> float | None:
     torch's operators multiply them all."""
     sizes = site.heads, site.queries, site.keys
     if not site.select or site.lowering in ("", "aten", "reference") or not all(isinstance(x, int) for x in sizes):
+        return None
+    if GIVEN in site.select:  # a condition of the score is read after the score is there
         return None
     heads, queries, keys = (int(x) for x in sizes)
     geometry = Geometry.read(site.grid)

@@ -84,7 +84,7 @@ def resolve_grid(grid: Sequence[int] | int | None, prefix: int, tokens: int) -> 
     if len(unknown) > 1:
         raise SelectionError(f"grid is {grid}, expected at most one axis of -1 (whatever is left)")
     if unknown:
-        rest = math.prod(size for size in grid if size != -1)
+        rest = math.prod([size for size in grid if size != -1])  # a list, which Dynamo traces
         left = tokens - prefix
         if rest < 1 or left < 1 or left % rest:
             raise SelectionError(f"grid is {grid}, but {tokens} tokens without a prefix of {prefix} do not divide so")
@@ -137,4 +137,4 @@ def keeps_prefix(x: Selector, prefix: int) -> bool:
         return all(keeps_prefix(part, prefix) for part in x.parts)
     if isinstance(x, Prefix | Sinks):
         return True
-    return not isinstance(x, ON_GRID)
+    return not isinstance(x, ON_GRID) and not _by_region(x)

@@ -77,7 +77,7 @@ def _build(node: ast.expr, text: str, depth: int) -> Selector:
 
 def _call(name: str, node: ast.Call, text: str) -> Selector:
     if name == "given":
-        _refuse(text, "given(...) holds a function, which is no text: give its value to kvt_compile.attention")
+        _refuse(text, "given(...) holds a function, which is no text: give its value in Python")
     if name not in KINDS:
         near = difflib.get_close_matches(name, KINDS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

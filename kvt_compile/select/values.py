@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
+from types import MethodType
 from typing import Any, Literal
 
 from kvt_compile.topk import validate
@@ -230,16 +231,23 @@ class Heads(Selector):
         validate(self.keep)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Given(Selector):
     """What a function (or module) of q `[B, Hq, Nq, D]` and k `[B, Hk, Nk, D]` returns, broadcastable to
     `[B, Hq, Nq, Nk]`: a bool map, or scores that `topk` ranks in place of the final ones.  With `size`, a bool map of
-    regions of the grid, `[B, Hq, regions, regions]`.  No gradient flows through it.  It has no text: only
-    `kvt_compile.attention` takes it."""
+    regions of the grid, `[B, Hq, regions, regions]`.  No gradient flows through it.  It has no text, so it is given as
+    a value."""
 
     function: Callable[..., Any]
     size: Axes | None = None
     name = "given"
+
+    # by which function it is, not by what that is equal to: it is called, and some have no hash
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Given) and self.size == other.size and _same(self.function, other.function)
+
+    def __hash__(self) -> int:
+        return hash((id(getattr(self.function, "__self__", self.function)), self.size))
 
     def __post_init__(self) -> None:
         if not callable(self.function):
@@ -252,6 +260,12 @@ class Given(Selector):
     def __str__(self) -> str:
         what = getattr(self.function, "__name__", type(self.function).__name__)
         return f"given({what}{'' if self.size is None else f', size={_shown(self.size)}'})"
+
+
+def _same(x: Any, y: Any) -> bool:
+    if isinstance(x, MethodType) and isinstance(y, MethodType):  # made anew at each look
+        return x.__self__ is y.__self__ and x.__func__ is y.__func__
+    return x is y
 
 
 # ---- joined ----------------------------------------------------------------------------------------------------------

@@ -76,6 +76,9 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
     "exclude": {"topk": 2, "exclude": ["blocks.0*", "*.2.attn"]},
     "mapping": {"topk": {"blocks.1.attn": 2, "*": None}},
     "callable": {"topk": topk},
+    "selections": {"select": {"blocks.1.attn": "topk(2)", "*": None}},
+    "a selection and include": {"select": "topk(2)", "include": ["blocks.1.*"]},
+    "a callable of selections": {"select": lambda site: None if topk(site) is None else "topk(2)"},
 }
 BROKEN = ["", "attention", "block", "attention and block"]
 

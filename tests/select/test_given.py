@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from vision import Transformer
 
 import kvt_compile
 from kvt_compile import SelectionError, select
@@ -181,6 +180,30 @@ def test_where_a_function_cannot_stand() -> None:
         select.given(3)  # type: ignore[arg-type]
     with pytest.raises(SelectionError, match="is no text"):
         select.parse("given(choose) | prefix")
-    reasons = [x.reason for x in kvt_compile.explain(Transformer(), torch.randn(1, 3, 20, 28), select=chosen).sites]
-    assert len(reasons) == 2
-    assert all("holds a function" in reason for reason in reasons)
+    alone = select.given(lambda q, k: torch.ones(2, 2, dtype=torch.bool), size=(5, 4))
+    with pytest.raises(SelectionError, match="keeps no key for the 2 tokens before the grid"):
+        kvt_compile.attention(q, k, v, select=alone, grid=GRID, prefix=PREFIX)
+
+
+def test_torch_compile_follows_a_call_with_a_function() -> None:
+    q, k, v = qkv()
+    chosen = select.given(Learned().double()) & select.topk(4)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return kvt_compile.attention(q, k, v, select=chosen)
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    same(compiled(q, k, v), run(q, k, v), (q, k, v))
+    one = tuple(x[:1] for x in (q, k, v))
+    torch.testing.assert_close(compiled(*one), run(*one))
+
+
+def test_a_function_is_equal_to_itself_alone() -> None:
+    one, other = Learned(), Learned()
+    assert select.given(one) == select.given(one)
+    assert select.given(one.forward) == select.given(one.forward)
+    assert hash(select.given(one.forward)) == hash(select.given(one.forward))
+    assert select.given(one) & select.topk(4) == select.given(one) & select.topk(4)
+    for different in (select.given(other), select.given(one, size=2), select.given(other.forward), select.sinks(1)):
+        assert select.given(one) != different
+        assert select.given(one.forward) != different

@@ -110,21 +110,27 @@ class Emitter:
         return self._create(node.op, node.target, args, kwargs)
 
     def _create(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
-        with self._graph.inserting_before(self._before):
-            new = self._graph.create_node(op, target, args, kwargs)
-        for key in ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "custom", "kvt_names"):
-            if key in self._like.meta:
-                new.meta[key] = self._like.meta[key]
+        new = self._placed(op, target, args, kwargs)
         with _fake_mode_of(args, self._like):
             (first, *rest), more = fx.map_arg((args, kwargs), meta_value)
             function = getattr(first, target) if op == "call_method" else target
             new.meta[self._key] = function(*rest, **more) if op == "call_method" else function(first, *rest, **more)
         return new
 
-    def module(self, target: str) -> fx.Node:
-        """A call_module node without arguments."""
+    def module(self, target: str, value: Any, *args: fx.Node) -> fx.Node:
+        """A call_module node, whose result is known: it is not called here."""
+        new = self._placed("call_module", target, args, {})
+        new.meta[self._key] = value
+        return new
+
+    def _placed(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        """A node with the origin of the node it stands for."""
         with self._graph.inserting_before(self._before):
-            return self._graph.call_module(target)
+            new = self._graph.create_node(op, target, args, kwargs)
+        for key in ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "custom", "kvt_names"):
+            if key in self._like.meta:
+                new.meta[key] = self._like.meta[key]
+        return new
 
     # ---- sizes -----------------------------------------------------------------------------------------------------
 

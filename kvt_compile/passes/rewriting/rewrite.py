@@ -13,13 +13,13 @@ import torch
 from torch import fx, nn
 
 from kvt_compile.kernels.op import ops as _ops  # noqa: F401 - registers torch.ops.kvt
-from kvt_compile.passes.canonical.made import held
 from kvt_compile.passes.canonical.modes import Mode
 from kvt_compile.passes.canonical.values import Value, meta_value
 from kvt_compile.passes.decide import Decision, share_of
 from kvt_compile.passes.reading.grid import Placed
 from kvt_compile.passes.rewriting.emit import Emitter
-from kvt_compile.passes.rewriting.flags import needs_as_much_as
+from kvt_compile.passes.rewriting.given import build_in
+from kvt_compile.passes.rewriting.operands import emitter_for, queries_and_keys
 from kvt_compile.passes.rewriting.writes import Writes
 from kvt_compile.passes.selecting import Selected
 from kvt_compile.passes.site import Fused, OwnK, ScoresKept, Thinned
@@ -91,27 +91,24 @@ def _fuse(
     entry: Mode,
     writes: Writes,
 ) -> fx.Node:
-    read = (plan.q.value, plan.k.value, plan.v.value, *plan.captured)
-    viewed = needs_as_much_as(plan.node, entry) if any(x.kind == "border" for x in read) else frozenset()
-    holders = {x.holder for value in read for x in held(value) if x.holder is not None}
-    copied = frozenset(x for x in holders if writes.overwrites(x, after=plan.node))
-    emit = Emitter(gm.graph, plan.node, plan.node, renamed, viewed, copied, writes.mode(plan.node).inference)
-    emit.know_sizes(plan.q, plan.k, plan.v)
+    emit = emitter_for(gm.graph, plan, entry, renamed, writes)
+    q, k = queries_and_keys(emit, plan)
     g = plan.groups
-    heads = (*g.kv_heads, *g.group)
-    q = emit.operand(plan.q, (g.batch, heads, g.queries, g.features))
-    k = emit.operand(plan.k, (g.batch, g.kv_heads, g.keys, g.features))
     v = emit.operand(plan.v, (g.batch, g.kv_heads, g.keys, g.value_features))
     captured = [emit.value(value) for value in plan.captured]
+    score = plan.score
+    if select is not None and select.functions is not None:
+        score, tensors = build_in(gm, emit, select, q, k, score, len(captured))
+        captured += tensors
     sizes = [emit.size(atoms) for atoms in plan.sizes]
     rate, seed = _dropout(gm, plan, emit, q)
     call = emit.call(
-        torch.ops.kvt.attention.default, q, k, v, captured, plan.score, plan.weight,
+        torch.ops.kvt.attention.default, q, k, v, captured, score, plan.weight,
         _keys_to_keep(emit, topk, _times(emit, emit.size(g.keys), ranks)), sizes, rate, seed,
         *how, *_selection(select, emit),
     )  # fmt: skip
     out = emit.call(operator.getitem, call, 0)
-    out = emit.arrange(out, (g.batch, heads, g.queries, g.value_features), plan.out)
+    out = emit.arrange(out, (g.batch, (*g.kv_heads, *g.group), g.queries, g.value_features), plan.out)
     out = emit.like(out, plan.node)
     if writes.hands_out(plan.node):
         out = emit.call(aten.mul.Scalar, out, 1)  # a copy that Inductor keeps: it drops a clone at a graph's end
@@ -124,13 +121,12 @@ def _fuse(
 
 def _selection(select: Selected | None, emit: Emitter) -> tuple[Any, ...]:
     """The last arguments of the node: it is no part of a larger call, then what it keeps and where its tokens stand."""
-    if select is None:
+    if select is None or not select.text:
         return ()
     if (placed := select.placed) is not None:
         grid = _grid(placed, emit) if needs_grid(parse(select.text)) else None
         return None, select.text, grid, placed.prefix
-    geometry = select.geometry
-    return None, select.text, list(geometry.grid) or None if geometry else None, geometry.prefix if geometry else 0
+    return None, *select.arguments
 
 
 def _grid(placed: Placed, emit: Emitter) -> list[Any]:
@@ -150,8 +146,7 @@ def _dropout(gm: fx.GraphModule, plan: Fused, emit: Emitter, q: fx.Node) -> tupl
         if not hasattr(gm, name):
             module = gm.get_submodule(plan.dropout_module)
             gm.add_submodule(name, DropoutRate(plan.dropout).train(module.training))
-        rate = emit.module(name)
-        rate.meta["val"] = plan.dropout
+        rate = emit.module(name, plan.dropout)
     # one int64 from torch's own generator, so that `torch.manual_seed` rules the dropout mask
     device = meta_value(q).device
     return rate, emit.call(aten.randint.low, 0, 1 << 62, [1], dtype=torch.int64, device=device)
