@@ -17,7 +17,7 @@ ATTENTION = torch.ops.kvt.attention.default
 def four_best(q: Tensor, t: Tensor) -> Tensor:
     """The model keeps four keys by itself; `t` is read by nothing but their order."""
     x = q @ q.mT
-    best = (x * t.exp()).topk(4, -1).indices
+    best = (x * t.exp().clamp(min=0.1)).topk(4, -1).indices
     kept = torch.zeros_like(x, dtype=torch.bool).scatter(-1, best, True)
     return x.masked_fill(~kept, -torch.inf).softmax(-1) @ q
 

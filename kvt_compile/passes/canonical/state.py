@@ -46,7 +46,8 @@ class State:
                 self.add(operand)
             operand.users.append(value)
         if not value.attached and (value.dtype is None or value.dtype.is_floating_point or value.dtype.is_complex):
-            recorded = self.mode.records and any(operand.attached for operand in value.operands)
+            anew = value.name.startswith("new_") or value.name.endswith("_like")  # of another's size alone
+            recorded = self.mode.records and not anew and any(operand.attached for operand in value.operands)
             value.attached = value.kind == "source" or (recorded and value.kind != "border")
         value.index = len(self.values)
         self.values.append(value)

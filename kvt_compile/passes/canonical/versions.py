@@ -87,9 +87,12 @@ def _is_there_already(target: fx.Node, items: Any, written: Any) -> bool:
     where = fx.map_arg(items, meta_value)
     if any(isinstance(item, torch.Tensor) for item in (where if isinstance(where, tuple) else (where,))):
         return False  # reading at positions known only at run time copies
-    view, source = meta_value(target)[where], meta_value(written)
-    same_place = view.untyped_storage()._cdata == source.untyped_storage()._cdata
-    return bool(same_place and _extent(view) == _extent(source))
+    return _same_place(meta_value(target)[where], meta_value(written))
+
+
+def _same_place(x: torch.Tensor, y: torch.Tensor) -> bool:
+    same = x.untyped_storage()._cdata == y.untyped_storage()._cdata
+    return bool(same and _extent(x) == _extent(y))
 
 
 def _extent(x: torch.Tensor) -> tuple[Any, ...]:
@@ -124,6 +127,8 @@ def _put(base: Value, steps: list[Value], written: Any, builder: Builder) -> Val
     inner = _put(step, rest, written, builder) if rest else written
     if inner is None:
         return None
+    if step.name == "slice" and base.attached and step.shape == base.shape:
+        return inner if isinstance(inner, Value) else None
     if step.name == "slice":
         attrs = {"dim": step.attrs["dim"], "start": step.attrs["start"], "size": step.shape[step.attrs["dim"]]}
         if step.attrs["step"] != 1:
@@ -155,10 +160,19 @@ def write(state: State, node: fx.Node, value: Value, call: Call | None) -> None:
     if not isinstance(target, fx.Node) or target not in state.env:
         bind(state, node, value)
         return
-    store(state, node, target, value)
+    if not _copies_itself(target, node, call):
+        store(state, node, target, value)
     if isinstance(meta_value(node), torch.Tensor):
         state.hold(node, state.env[target])
         state.storages.setdefault(storage_of(node) or -1, []).append(node)
+
+
+def _copies_itself(target: fx.Node, node: fx.Node, call: Call | None) -> bool:
+    """`x[i] += y` of a program ends with copying to x[i] what x[i] holds."""
+    source = node.args[1] if call is not None and call.name == "copy" and len(node.args) > 1 else None
+    if not isinstance(source, fx.Node) or storage_of(source) is None or storage_of(source) != storage_of(target):
+        return False
+    return _same_place(meta_value(target), meta_value(source))
 
 
 def _write_by_schema(state: State, node: fx.Node, value: Value) -> None:
@@ -181,6 +195,9 @@ def store(state: State, node: fx.Node, target: fx.Node, new: Value) -> None:
     if old.attached and not state.mode.records:
         # autograd goes on as if nothing had been written, which no expression says
         new = Value("opaque", "write without grad", node, old.shape, old.dtype, (state.seen(old),), attached=True)
+    elif old.attached and not _keeps(new, old):
+        # zero_, copy_: nothing is left of what was there, and yet it has a gradient, of zeros
+        new = Value("opaque", "written over", node, old.shape, old.dtype, (old, *new.operands), attached=True)
     new = state.add(new)
     versions: dict[Value, Value] = {old: new}
     builder = Builder(node, old.shape, old.dtype, state.modules)
@@ -201,6 +218,18 @@ def store(state: State, node: fx.Node, target: fx.Node, new: Value) -> None:
         if other.op in ("placeholder", "get_attr"):  # written memory of the caller: visible outside
             state.escaping.append(state.env[other])
     state.hold(target, new)
+
+
+def _keeps(new: Value, old: Value) -> bool:
+    """Whether what is written is made of what was there."""
+    queue = [new]
+    while queue:
+        here = queue.pop()
+        if here is old:
+            return True
+        if here.index < 0:  # of this write
+            queue += here.operands
+    return False
 
 
 def _renewed(state: State, value: Value, versions: dict[Value, Value], node: fx.Node) -> Value:
