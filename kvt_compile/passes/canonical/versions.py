@@ -58,7 +58,7 @@ def write_item(state: State, node: fx.Node) -> None:
     where, source = lookup(state, items), lookup(state, written)
     view = index(builder, target, where)
     new = _masked(target, where, source, builder) if view is None else _scatter(target, view, source, builder)
-    store(state, node, target_node, new or opaque_value(state, node, meta_value(target_node)))
+    store(state, node, target_node, new or opaque_value(state, node, meta_value(target_node)), over=True)
 
 
 def _masked(target: Value, items: Any, written: Any, builder: Builder) -> Value | None:
@@ -161,7 +161,7 @@ def write(state: State, node: fx.Node, value: Value, call: Call | None) -> None:
         bind(state, node, value)
         return
     if not _copies_itself(target, node, call):
-        store(state, node, target, value)
+        store(state, node, target, value, over=call is not None and call.name in ("zero", "fill", "copy"))
     if isinstance(meta_value(node), torch.Tensor):
         state.hold(node, state.env[target])
         state.storages.setdefault(storage_of(node) or -1, []).append(node)
@@ -186,8 +186,9 @@ def _write_by_schema(state: State, node: fx.Node, value: Value) -> None:
                 store(state, node, target, _written(node, state.env[target], value))
 
 
-def store(state: State, node: fx.Node, target: fx.Node, new: Value) -> None:
-    """Gives the written node, what it views and every other view of that their new versions."""
+def store(state: State, node: fx.Node, target: fx.Node, new: Value, over: bool = False) -> None:
+    """Gives the written node, what it views and every other view of that their new versions.  `over`: the operation
+    reads nothing of what was there."""
     old = state.env[target]
     storage = storage_of(target)
     group = [n for n in state.storages.get(storage, []) if n in state.env] if storage is not None else []
@@ -195,7 +196,7 @@ def store(state: State, node: fx.Node, target: fx.Node, new: Value) -> None:
     if old.attached and not state.mode.records:
         # autograd goes on as if nothing had been written, which no expression says
         new = Value("opaque", "write without grad", node, old.shape, old.dtype, (state.seen(old),), attached=True)
-    elif old.attached and not _keeps(new, old):
+    elif over and old.attached and not _stays(old) and not _keeps(new, old):
         # zero_, copy_: nothing is left of what was there, and yet it has a gradient, of zeros
         new = Value("opaque", "written over", node, old.shape, old.dtype, (old, *new.operands), attached=True)
     new = state.add(new)
@@ -222,14 +223,25 @@ def store(state: State, node: fx.Node, target: fx.Node, new: Value) -> None:
 
 def _keeps(new: Value, old: Value) -> bool:
     """Whether what is written is made of what was there."""
-    queue = [new]
+    queue, seen = [new], {new}
     while queue:
         here = queue.pop()
         if here is old:
             return True
-        if here.index < 0:  # of this write
-            queue += here.operands
+        if here.index < 0 or here.index > old.index:
+            queue += [x for x in here.operands if x not in seen]
+            seen.update(here.operands)
     return False
+
+
+def _stays(value: Value) -> bool:
+    """Whether something is there after it was written over: the rest of the tensor that it is part of; or the value
+    is an input or a view of one, which torch lets nobody write to that has a gradient."""
+    while value.kind == "layout":
+        if value.name in ("slice", "select") and value.shape != value.inputs[0].shape:
+            return True
+        value = value.inputs[0]
+    return value.kind == "source"
 
 
 def _renewed(state: State, value: Value, versions: dict[Value, Value], node: fx.Node) -> Value:
