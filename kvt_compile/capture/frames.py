@@ -14,6 +14,7 @@ module serves another only where the policy decides the same for both.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import sys
@@ -279,7 +280,11 @@ def _same_decisions(
     base = names_of(owner, list(running()))
     # without the graph, which the guard would keep alive
     sites: list[AttentionSite] = [replace(d.site, plan=None, softmax=None, anchor=None) for d in decisions]  # type: ignore[arg-type]
-    said = [asked(site, policy) for site in sites]
+
+    @functools.cache
+    def said() -> list[Any]:
+        return [asked(site, policy) for site in sites]  # later: a user's function is called once where one module runs
+
     answers: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary({owner: True})
 
     def test(variables: Mapping[str, Any]) -> bool:
@@ -289,7 +294,7 @@ def _same_decisions(
         if module not in answers:
             names = names_of(module, list(running()))
             moved = [replace(site, where=site.where.moved(base, names)) for site in sites]
-            answers[module] = [asked(site, policy) for site in moved] == said
+            answers[module] = [asked(site, policy) for site in moved] == said()
         return answers[module]
 
     return test
