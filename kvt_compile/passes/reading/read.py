@@ -71,7 +71,7 @@ class Reader:
         self._types = Types(self.real, self._dtype)
 
     def _dtype(self, symbol: sympy.Expr) -> str | None:
-        leaf = next((leaf for leaf in self.leaves if leaf.symbol is symbol), None)
+        leaf = next((leaf for leaf in self.leaves if leaf.symbol == symbol), None)
         return None if leaf is None else str(leaf.value.dtype).removeprefix("torch.")
 
     def read(self, value: Value, coords: Coords) -> sympy.Expr:
