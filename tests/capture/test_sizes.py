@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 import kvt_compile
 
+OF_ANY_SIZE = pytest.mark.skipif(
+    torch.__version__ < (2, 13), reason="torch 2.11 makes a dynamic size a number where a trace reshapes"
+)
+
 
 class Plain(nn.Module):
     def forward(self, q: Tensor) -> Tensor:
@@ -86,6 +90,7 @@ def test_a_mask_for_all_does_not_become_one_for_each() -> None:
         module(q_of(3, 6), each)
 
 
+@OF_ANY_SIZE
 @pytest.mark.parametrize("tokens", [3, 9])
 def test_a_share_of_tokens_that_come_first_is_that_of_the_call(tokens: int) -> None:
     model, x = TokensFirst(), torch.randn(tokens, 2, 4, dtype=torch.float64)
@@ -93,6 +98,7 @@ def test_a_share_of_tokens_that_come_first_is_that_of_the_call(tokens: int) -> N
     torch.testing.assert_close(module(x), model(x), rtol=1e-9, atol=1e-9)
 
 
+@OF_ANY_SIZE
 def test_a_number_of_keys_is_at_most_what_there_is() -> None:
     model, x = TokensFirst(), torch.randn(3, 2, 4, dtype=torch.float64)
     module = rewritten(model, torch.randn(6, 2, 4, dtype=torch.float64), topk=5)

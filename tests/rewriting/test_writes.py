@@ -241,6 +241,8 @@ def inference(q: Tensor) -> Tensor:
 @pytest.mark.parametrize("then", ["eager", "aot_eager"])
 @pytest.mark.parametrize("function", [grad_inside, weights_too, normalised_otherwise, inference])
 def test_in_inference_mode_nothing_is_detached(function: Callable[[Tensor], Tensor], then: str) -> None:
+    if then == "aot_eager" and torch.__version__ < (2, 13):
+        pytest.skip("torch 2.11 cannot trace it by AOTAutograd, whatever the backend")
     x = x_of(2).requires_grad_()
     result = through(then)(function, x)(x)
     torch.testing.assert_close(result, function(x), rtol=1e-9, atol=1e-9)
