@@ -72,7 +72,7 @@ class _Calls(TorchFunctionMode):
 
 def check_as_run(model: nn.Module, graph: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Raises NotAsRunError where the graph calls something else of torch than the model, or with other numbers."""
-    traced = _run_on_fakes(_Hookless(graph).run, _in_order(graph, args, kwargs), {})
+    traced = _run_on_fakes(Hookless(graph).run, in_order(graph, args, kwargs), {})
     with without_hooks(model):
         try:
             with undisturbed(), FakeCopyMode(FakeTensorMode()):
@@ -83,7 +83,9 @@ def check_as_run(model: nn.Module, graph: fx.GraphModule, args: Sequence[Any], k
     _compare(run, traced)
 
 
-class _Hookless(fx.Interpreter):
+class Hookless(fx.Interpreter):
+    """Runs a graph without the hooks of its modules."""
+
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.fetch_attr(target).forward(*args, **kwargs)  # a user's hook has no business with fake tensors
 
@@ -117,7 +119,7 @@ def _run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> li
     return made.calls
 
 
-def _in_order(graph: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+def in_order(graph: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """The values of a graph's placeholders."""
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     rest = placeholders[len(args) :]

@@ -26,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
-from kvt_compile.capture.as_run import check_as_run, honest_dtypes
+from kvt_compile.capture.as_run import Hookless, check_as_run, honest_dtypes, in_order
 from kvt_compile.capture.contexts import KEPT_BY_EXPORT, MADE_ANEW, Watch, hooked, lost_when_run
 from kvt_compile.capture.environment import LOCK, capturing
 from kvt_compile.capture.frames import guard_module, note_paths
@@ -221,16 +221,13 @@ def _traced(model: nn.Module, graph: fx.Graph, bound: inspect.BoundArguments, wa
 
 def _propagate(graph: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Fake values on every node, with the first dimension of every input dynamic (it is the batch, most often)."""
-    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    rest = [kwargs.get(str(p.target), p.args[0] if p.args else None) for p in placeholders[len(args) :]]
-    values = [*args, *rest]
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    fakes = pytree.tree_map_only(torch.Tensor, lambda x: _fake(mode, x), values)
+    fakes = pytree.tree_map_only(torch.Tensor, lambda x: _fake(mode, x), in_order(graph, args, kwargs))
     with undisturbed():
         Shapes(graph, mode).propagate_dont_convert_inputs(*fakes)
 
 
-class Shapes(FakeTensorProp):
+class Shapes(Hookless, FakeTensorProp):
     """Leaves on every node what it computes, as a fake."""
 
     def run_node(self, n: fx.Node) -> Any:
@@ -242,9 +239,6 @@ class Shapes(FakeTensorProp):
                 "val", result
             )  # torch before 2.13 forgets numbers; the size that scales the scores is one
         return result
-
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.fetch_attr(target).forward(*args, **kwargs)  # a user's hook has no business with fake tensors
 
 
 def _fake(mode: FakeTensorMode, x: torch.Tensor) -> torch.Tensor:

@@ -6,14 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from own_kept import K, own_ks
+from rewritten import FAR, MASK
 from torch import Tensor, nn
 
-import kvt_compile
-
-N, D, K = 16, 8, 4
-GENERATOR = torch.Generator().manual_seed(0)
-MASK = (torch.rand(N, N, generator=GENERATOR) < 0.4) & ~torch.eye(N).bool()
-FAR = torch.where(MASK, -1e30, 0.0)
 Function = Callable[[Tensor], Tensor]
 
 
@@ -59,15 +55,6 @@ class Threshold(Attention):
         return self.scores(s).masked_fill(s < self.order(s).topk(K, -1).values[..., -1:], -torch.inf)
 
 
-def with_own_k(module: nn.Module) -> int:
-    """How many sites were rewritten with the model's own k, which changed no number."""
-    tensors = [torch.randn(2, N, D, generator=torch.Generator().manual_seed(n)) for n in range(3)]
-    tensors[0] *= 5
-    rewritten = kvt_compile.rewrite(module, *tensors, topk=1.0, force_rewrite=True)
-    torch.testing.assert_close(rewritten.module(*tensors), module(*tensors), rtol=1e-4, atol=1e-5, equal_nan=True)
-    return sum(bool(site.own_k) for site in rewritten.report.sites)
-
-
 SAME: dict[str, tuple[Function, ...]] = {
     "scaled": (lambda s: s * 0.125,),
     "divided": (lambda s: s / 8,),
@@ -95,13 +82,13 @@ FORGOTTEN: dict[str, tuple[Function, ...]] = {
 @pytest.mark.parametrize("way", [Compared, Scattered])
 @pytest.mark.parametrize("name", SAME)
 def test_the_same_order(way: type[Attention], name: str) -> None:
-    assert with_own_k(way(*SAME[name])) == 1
+    assert own_ks(way(*SAME[name])) == ["4"]
 
 
 @pytest.mark.parametrize("way", [Compared, Scattered])
 @pytest.mark.parametrize("name", FORGOTTEN)
 def test_an_order_that_floats_forget(way: type[Attention], name: str) -> None:
-    assert with_own_k(way(*FORGOTTEN[name])) == 0
+    assert own_ks(way(*FORGOTTEN[name])) == []
 
 
 OTHERS: dict[str, Function] = {
@@ -113,8 +100,8 @@ OTHERS: dict[str, Function] = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_threshold_is_of_the_very_scores(name: str) -> None:
-    assert with_own_k(Threshold(OTHERS[name])) == 0
+    assert own_ks(Threshold(OTHERS[name])) == []
 
 
 def test_a_threshold_of_the_scores() -> None:
-    assert with_own_k(Threshold(lambda s: s.detach().clone())) == 1
+    assert own_ks(Threshold(lambda s: s.detach().clone())) == ["4"]

@@ -35,6 +35,11 @@ def is_own(space: Space, row: Coord, shift: Place, kept: Place) -> bool:
     return _is_of_bare(reduction, kept[0])
 
 
+def is_of_their_size(reduction: Value) -> bool:
+    """Whether what one row is reduced to is of the size of its scores that count."""
+    return reduction.name in _LARGEST or (reduction.name in _OF_BARE and is_bare(reduction.inputs[0]))
+
+
 def alike(x: Any, y: Any, depth: int = 8) -> bool:
     """Whether two values are the same, or computed alike of the same ones, as a scale that is written twice."""
     if x is y or not (isinstance(x, Value) and isinstance(y, Value)):

@@ -14,7 +14,7 @@ import sympy
 
 from kvt_compile.kernels.language import score as language
 from kvt_compile.passes.canonical.coords import Coord
-from kvt_compile.passes.canonical.shifts import is_bare, is_own
+from kvt_compile.passes.canonical.shifts import is_own
 from kvt_compile.passes.canonical.values import Value
 from kvt_compile.passes.reading.read import Leaf, Reader
 
@@ -37,18 +37,6 @@ def without_row_constants(scores: sympy.Expr, reader: Reader, keys: Coord) -> sy
         scores = _without(scores, leaf.symbol)
         reader.visited.update(way)
     return scores
-
-
-def is_of_the_scores_size(reduction: Value) -> bool:
-    """Whether what a row is reduced to, taken from its scores, leaves them what they are.
-
-    The row's own largest score, and the logarithm of its sum, are of the size of the scores that count.  The smallest
-    and the mean, and the largest of several rows, are so for bare scores, a product times numbers; a mask or a bias
-    makes them of any size, and a sum grows.
-    """
-    if reduction.name in ("amax", "logsumexp") and len(reduction.attrs["dims"]) == 1:
-        return True
-    return reduction.name in ("amax", "logsumexp", "amin", "mean") and is_bare(reduction.inputs[0])
 
 
 def _factors(x: sympy.Expr, symbol: sympy.Symbol) -> set[sympy.Symbol] | None:

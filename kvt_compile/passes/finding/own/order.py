@@ -12,11 +12,11 @@ import torch
 
 from kvt_compile.passes.canonical.coords import Coord, Coords, Space
 from kvt_compile.passes.canonical.meaning_layout import PULL
+from kvt_compile.passes.canonical.shifts import is_of_their_size
 from kvt_compile.passes.canonical.values import Value
 from kvt_compile.passes.finding.own.constants import constant_of
 from kvt_compile.passes.finding.own.positive import positive
 from kvt_compile.passes.finding.own.ranking import through
-from kvt_compile.passes.reading.invariance import is_of_the_scores_size
 from kvt_compile.passes.reading.read import aligned
 
 Place = tuple[Value, Coords]
@@ -155,7 +155,7 @@ def _is_maximum(space: Space, shift: Value, x: Value, coords: Coords, along: Coo
     """Whether it is the row's own maximum, or as good as that, of these scores, which stand at `coords`."""
     while (inner := through(shift)) is not None:
         shift = inner
-    if shift.kind != "reduce" or not is_of_the_scores_size(shift) or len(shift.attrs["dims"]) != 1:
+    if shift.kind != "reduce" or not is_of_their_size(shift) or len(shift.attrs["dims"]) != 1:
         return False
     (dim,) = shift.attrs["dims"]
     if space.resolve(coords[dim]) != space.resolve(along) or not space.covers(along, x.shape[dim]):
