@@ -16,12 +16,6 @@ from kvt_compile.passes.decide import Policy
 HERE = own_ranks.__name__
 
 
-@pytest.fixture(autouse=True)
-def _traced_at_all(request: pytest.FixtureRequest) -> None:
-    if "quantile" in request.node.name and torch.__version__ < (2, 13):
-        pytest.skip(f"Dynamo of torch {torch.__version__} traces no quantile, whatever the backend")
-
-
 @pytest.mark.parametrize("case", [x for x in OWN if x.forward.__module__ == HERE], ids=str)
 def test_fused_with_its_own_k(case: Selecting) -> None:
     check_fused(case)
