@@ -69,3 +69,46 @@ def test_the_same_gradients_are_there(name: str) -> None:
         assert (expected is None) == (got is None)
         if expected is not None:
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def written_rows(s: Tensor, t: Tensor, p: Tensor) -> Tensor:
+    s[:, :1] = p
+    return s[:, 1:2]
+
+
+PARTS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], str]] = {
+    "beside a row that was written": (written_rows, "scores-kept"),
+    "rows of a concatenation": (lambda s, t, p: torch.cat([p.expand(2, 1, N), s], 1)[:, 1:], "scores-kept"),
+    "one of a stack": (lambda s, t, p: torch.stack([s, t * p])[0], "scores-kept"),
+    "rows of what is read anyway": (lambda s, t, p: torch.cat([t, s * p[..., :1]], 1)[:, N:], "fused"),
+    "rows of numbers": (lambda s, t, p: torch.cat([torch.zeros(2, 1, N), s * p[..., :1]], 1)[:, 1:], "fused"),
+}
+
+
+class Part(nn.Module):
+    """Reads a part of scores, of which another part may have a parameter in it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.p = name, nn.Parameter(torch.ones(1, 1, N))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return PARTS[self.name][0]((q @ k.mT) * 0.5, q @ k.mT, self.p).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_what_is_not_read_has_gradients_of_zeros(name: str) -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, N, D) for _ in range(3)]
+    model = Part(name)
+    rewritten = kvt_compile.rewrite(model, *tensors, topk=1.0, force_rewrite=True)
+    assert [site.outcome for site in rewritten.report.sites] == [PARTS[name][1]]
+    found = []
+    for each in (model, rewritten.module):
+        model.zero_grad(set_to_none=True)
+        each(*tensors).square().sum().backward()
+        found.append(model.p.grad)
+    expected, got = found
+    assert expected is not None
+    assert got is not None
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

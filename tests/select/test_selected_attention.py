@@ -14,6 +14,7 @@ from kvt_compile import SelectionError, select
 from kvt_compile.kernels.op import lowerings
 from kvt_compile.kernels.op.spec import KernelSpec
 from kvt_compile.kernels.tiles import refusal
+from kvt_compile.select.values import for_node
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -73,6 +74,33 @@ def test_ties_at_the_border_go_to_the_smaller_index() -> None:
     out = kvt_compile.attention(q, k, v, select="topk(2, ties=lowest)")
     assert (out != 0).tolist() == [[[[True, True, False, False, False, False]] * 6]]
     assert (kvt_compile.attention(q, k, v, select="topk(2)") != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "score", "kept"),
+    [
+        ("window(3) & topk(2, ties=lowest)", "s", [[0, 1], [0, 1], [1, 2], [2, 3], [3, 4], [3, 4]]),
+        ("(sinks(1) | window(3)) & topk(3, ties=lowest)", "s",
+         [[0, 1, 2], [0, 1, 2], [0, 1, 2], [0, 2, 3], [0, 3, 4], [0, 3, 4]]),
+        ("topk(2, ties=lowest)", "where(le(j, i), s, -oo)", [[0], *[[0, 1]] * 5]),
+        ("topk(2, ties=lowest)", "where(le(i, j), s, -oo)", [[n, n + 1] for n in range(5)] + [[5]]),
+        ("topk(2, ties=lowest)", "where(lt(i, j), s, -oo)", [[n + 1, n + 2] for n in range(4)] + [[5], []]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("lowering", ["aten", "reference"])
+def test_ties_of_a_row_that_drops_nothing_else_but_masked_keys(
+    text: str, score: str, kept: list[list[int]], lowering: str
+) -> None:
+    q = k = torch.ones(1, 1, 6, 2)
+    v = torch.eye(6)[None, None].requires_grad_()
+    whole, rank = for_node(select.parse(text))
+    out = torch.ops.kvt.attention(q, k, v, [], score, "p", rank, [], 0.0, None, lowering, 0.0, None, whole, [6], 0)[0]
+    assert [row.nonzero().flatten().tolist() for row in out[0, 0]] == kept
+    weights = torch.zeros(6, 6)
+    for i, row in enumerate(kept):
+        weights[i, row] = 1 / max(len(row), 1)
+    grad = torch.arange(36.0).view(1, 1, 6, 6)
+    torch.testing.assert_close(torch.autograd.grad(out, v, grad)[0], weights.mT @ grad)
 
 
 @pytest.mark.parametrize(

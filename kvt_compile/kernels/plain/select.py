@@ -57,7 +57,7 @@ def kept_scores(t: Tensor, threshold: Tensor) -> Tensor:
 def without_late_ties(t: Tensor, threshold: Tensor, topk: int) -> Tensor:
     """Scores with -inf instead of all but topk of those that reach a row's threshold: of keys tied at the smallest kept
     score, those with the larger index go.  The same before and after a forward, whose threshold is that score then."""
-    kept = t >= threshold
+    kept = (t >= threshold) & (t > -torch.inf)  # -inf where only masked keys are dropped: all others may be tied
     smallest = torch.where(kept, t, torch.inf).amin(-1, keepdim=True)
     tied = kept & (t == smallest)
     room = topk - (kept & ~tied).sum(-1, keepdim=True)

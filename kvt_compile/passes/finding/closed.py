@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+
 import networkx as nx
 
 from kvt_compile.passes.canonical.canonicalise import CanonicalGraph
@@ -9,6 +12,7 @@ from kvt_compile.passes.canonical.made import held
 from kvt_compile.passes.canonical.values import Value
 from kvt_compile.passes.finding.miss import Miss
 from kvt_compile.passes.reading.axes import is_pointwise
+from kvt_compile.passes.reading.facts import Facts
 
 
 def closed_interior(
@@ -51,6 +55,13 @@ def closed_interior(
         if leaf.holder is not leaf.node and leaf.node in erased:  # held by what a write of the region wrote to
             raise Miss("closed", leaf, f"{leaf.node.name} writes to the scores what the scores are made of")
     return frozenset(interior | _left_over(graph, first, last))
+
+
+def unfed(graph: CanonicalGraph, facts: Facts, last: Value, leaves: list[Value]) -> Value | None:
+    """A source that a backward from `last` reaches, by a way that none of what is read takes: rows that were written
+    to, concatenated or stacked, of which the region reads others.  Its gradient is zeros in the model, not None."""
+    left = facts.feeds[last] & ~functools.reduce(operator.or_, (facts.feeds[x] for x in leaves), 0)
+    return next((x for x in graph.values if left >> x.index & 1), None) if left else None
 
 
 _PURE = ("detach", "any", "all")

@@ -11,6 +11,9 @@ ONE_KEY = "there is a single key, so there is nothing to select"
 OWN_SELECTION = "it selects keys by itself, and not as k-NN attention: {}"
 WIDE = "{} computes the scores in float64, of a product in {}: a kernel has them in the type of the product"
 DEAD_ROWS = "{} puts numbers where weights are NaN: rows without a valid key would be zeros"
+UNFED = (
+    "{} goes into scores of which nothing is read, and has a gradient of zeros for it, which a kernel would not give"
+)
 LEARNED = "the {} are a learned table that no layer was applied to, not tokens"
 CONSTANT = "the {} are a constant that the model makes of no input, not tokens"
 

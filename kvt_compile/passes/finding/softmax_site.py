@@ -17,10 +17,10 @@ from kvt_compile.passes.canonical.coords import Coord, Coords, Space
 from kvt_compile.passes.canonical.made import can_be_read, held
 from kvt_compile.passes.canonical.values import Value, same
 from kvt_compile.passes.finding.assemble import Assembled, Reading, assemble
-from kvt_compile.passes.finding.closed import closed_interior
+from kvt_compile.passes.finding.closed import closed_interior, unfed
 from kvt_compile.passes.finding.dead import fills_dead_rows
 from kvt_compile.passes.finding.describe import describe_fused, describe_kept
-from kvt_compile.passes.finding.miss import DEAD_ROWS, NEAR, ONE_KEY, OWN_SELECTION, WIDE, Miss, not_tokens
+from kvt_compile.passes.finding.miss import DEAD_ROWS, NEAR, ONE_KEY, OWN_SELECTION, UNFED, WIDE, Miss, not_tokens
 from kvt_compile.passes.finding.own.absorb import selection_between
 from kvt_compile.passes.reading.facts import Facts, may_ask
 from kvt_compile.passes.reading.invariance import without_row_constants
@@ -369,12 +369,15 @@ class _Attempt:
 
     def _interior(self, assembled: Assembled) -> frozenset[Value]:
         """What lies between the products; proved closed (nobody outside reads it) and fully read."""
-        return closed_interior(
+        leaves = [assembled.q.value, assembled.k.value, assembled.v.value, *(x.value for x in assembled.captured)]
+        interior = closed_interior(
             self.graph, self.leaf_of_product.value, self.product,
             self.weights_reader.visited | self.scores_reader.visited | {self.anchor, self.leaf_of_product.value},
-            [assembled.q.value, assembled.k.value, assembled.v.value, *(x.value for x in assembled.captured)],
-            self.beside,
+            leaves, self.beside,
         )  # fmt: skip
+        if (source := unfed(self.graph, self.facts, self.product, leaves)) is not None:
+            raise Miss("closed", self.product, UNFED.format(source.node.name))
+        return interior
 
     def kept(self, miss: Miss) -> AttentionSite | None:
         """The site as `topk_softmax`: the map stays, the selection and the softmax become one row kernel."""

@@ -6,10 +6,13 @@ widely        the same, also through operations that mix axes (a linear map over
 asked         a pointwise/layout way leads here from a product of a computed tensor with a raw one: learned queries, if
               what was computed are the keys
 cost          elements that must be kept to compute it again from what is kept, where that is cheap
+feeds         which sources a backward from here reaches, one bit for each
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 from dataclasses import dataclass, field
 
 from kvt_compile.passes.canonical.canonicalise import CanonicalGraph
@@ -31,6 +34,7 @@ class Facts:
     cost: dict[Value, float] = field(default_factory=dict)
     work: dict[Value, int] = field(default_factory=dict)
     """Pointwise operations per element that computing it again takes."""
+    feeds: dict[Value, int] = field(default_factory=dict)
 
 
 def gather_facts(graph: CanonicalGraph) -> Facts:
@@ -38,6 +42,7 @@ def gather_facts(graph: CanonicalGraph) -> Facts:
     for value in graph.values:
         operands = list(value.operands)
         size = numel(value)
+        facts.feeds[value] = _feeds(value, operands, facts)
         if value.kind == "source":
             if value.origin == "input":
                 facts.activation.add(value)
@@ -69,6 +74,13 @@ def gather_facts(graph: CanonicalGraph) -> Facts:
                 facts.widely.add(value)
         facts.cost[value] = _cost(value, operands, size, facts)
     return facts
+
+
+def _feeds(value: Value, operands: list[Value], facts: Facts) -> int:
+    if not value.attached:
+        return 0
+    own = 1 << value.index if value.kind == "source" else 0
+    return functools.reduce(operator.or_, (facts.feeds[x] for x in operands), own)
 
 
 def may_ask(value: Value) -> bool:
