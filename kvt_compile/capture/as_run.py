@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import FakeCopyMode
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from kvt_compile.capture.contexts import without_hooks
 from kvt_compile.capture.unchanged import unchanged
+from kvt_compile.capture.watching import Watching
 from kvt_compile.passes.canonical.modes import undisturbed
 
 
@@ -43,7 +43,7 @@ class _Call:
         return f"{self.name}({self.arguments})"
 
 
-class _Calls(TorchFunctionMode):
+class _Calls(Watching):
     """Notes what is called of torch, with every argument that is no tensor."""
 
     def __init__(self, inputs: Any) -> None:
@@ -51,10 +51,7 @@ class _Calls(TorchFunctionMode):
         self.calls: list[_Call] = []
         self._computed: dict[int, Tensor] = {id(x): x for x in _tensors(inputs)}
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)
         made = list(_tensors(result))
         if not made:

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvt_compile.capture.literals import Making
 from kvt_compile.capture.unchanged import unchanged
+from kvt_compile.capture.watching import Watching
 from kvt_compile.passes.canonical.spellings import HOOKS
 from kvt_compile.passes.finding.describe import in_torch
 
@@ -125,14 +126,14 @@ def _line(frame: FrameType | None) -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else "an unknown line"
 
 
-class _Noting(TorchFunctionMode):
+class _Noting(Watching):
     def __init__(self, watch: Watch) -> None:
         super().__init__()
         self._watch = watch
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def called(self, func: Any, args: Any, kwargs: Any) -> Any:
         self._watch.note()
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def lost_when_run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Watch:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import fx
 from torch.export import ExportedProgram
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from kvt_compile.capture.watching import Watching
 from kvt_compile.passes.canonical.literals import is_written
 from kvt_compile.passes.canonical.spellings import canonical_name
 from kvt_compile.passes.canonical.values import LITERAL
@@ -32,17 +32,15 @@ _LIFTED = re.compile(r"lifted_tensor_\d+")
 _COPIES = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default)
 
 
-class Making(TorchFunctionMode):
+class Making(Watching):
     """Notes tensors that are made of numbers while it is on, and of such tensors alone."""
 
     def __init__(self) -> None:
         super().__init__()
         self._made: dict[int, torch.Tensor] = {}
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
         if type(result) is torch.Tensor:
             given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
             like = canonical_name(func) in _MAKE

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from kvt_compile.capture.frames import OWN, method_of
 from kvt_compile.capture.unchanged import unchanged
+from kvt_compile.capture.watching import Watching
 from kvt_compile.passes.canonical.spellings import canonical_name
 from kvt_compile.passes.finding.describe import in_torch
 from kvt_compile.passes.pipeline import PassResult
@@ -83,7 +83,7 @@ def _same_module(call: Where, seen: Where) -> bool:
     return not (call.module and seen.module) or any(a.startswith(b) or b.startswith(a) for a, b in paths)
 
 
-class _Calls(TorchFunctionMode):
+class _Calls(Watching):
     """Notes what is called, from where; each line once."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -94,14 +94,12 @@ class _Calls(TorchFunctionMode):
         for name, module in model.named_modules(remove_duplicate=False):
             self._names.setdefault(module, []).append(name)
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = canonical_name(func)
         if name in _ATTENTION:
             where, line = self._caller(sys._getframe(1))
             self.made[name, where] = line
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
     def _caller(self, frame: FrameType | None) -> tuple[Where, Line]:
         """The model's own line and the module whose method it is in; the line again, or its caller's that is in a
@@ -109,8 +107,8 @@ class _Calls(TorchFunctionMode):
         file, line, module = "", 0, None
         in_file: Line | None = None
         while frame is not None and not (in_file and module is not None):
-            inner = in_torch(frame.f_code.co_filename)
-            if frame.f_code.co_filename.startswith(OWN) and frame.f_code is not _Calls.__torch_function__.__code__:
+            inner = in_torch(frame.f_code.co_filename) or frame.f_code in _WATCHING
+            if frame.f_code.co_filename.startswith(OWN) and not inner:
                 break  # whoever runs the model to look at it
             if not file and not inner:
                 file, line = frame.f_code.co_filename, frame.f_lineno
@@ -121,3 +119,6 @@ class _Calls(TorchFunctionMode):
             frame = frame.f_back
         first, *others = module or [""]
         return Where(first, file, line, tuple(others)), in_file or ("", 0)
+
+
+_WATCHING = (Watching.__torch_function__.__code__, _Calls.called.__code__)
