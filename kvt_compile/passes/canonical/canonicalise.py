@@ -22,6 +22,7 @@ from kvt_compile.passes.canonical import (  # noqa: F401 - they fill the table o
     meaning_softmax,
 )
 from kvt_compile.passes.canonical.algebra.recognise import Recogniser
+from kvt_compile.passes.canonical.handed import hands_on
 from kvt_compile.passes.canonical.literals import literal_number
 from kvt_compile.passes.canonical.meaning import MEANINGS, Builder, integer
 from kvt_compile.passes.canonical.meaning_layout import index, select_of, slice_of
@@ -58,6 +59,8 @@ def canonicalise(
     outputs: list[Value] = []
     for node in gm.graph.nodes:
         state.mode = modes[node]
+        if not state.mode.records and not mutates(node) and hands_on(node, state.modules):
+            state.mode = replace(state.mode, grad=True, inference=False)
         if node.op == "output":
             outputs = [state.env[n] for n in node.all_input_nodes if n in state.env]
         else:

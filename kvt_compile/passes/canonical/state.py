@@ -125,6 +125,11 @@ def memory_of(fake: torch.Tensor) -> int | None:
         return None
 
 
+def extent(fake: torch.Tensor) -> tuple[Any, ...]:
+    """What of its memory a tensor is."""
+    return (fake.dtype, fake.storage_offset(), tuple(fake.shape), tuple(fake.stride()))
+
+
 def bind(state: State, node: fx.Node, value: Value) -> None:
     state.hold(node, state.add(value))
     storage = storage_of(node)

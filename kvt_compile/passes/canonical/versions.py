@@ -18,7 +18,7 @@ from torch import fx
 from kvt_compile.passes.canonical.meaning import Builder
 from kvt_compile.passes.canonical.meaning_layout import index
 from kvt_compile.passes.canonical.spellings import Call
-from kvt_compile.passes.canonical.state import State, bind, lookup, opaque_value, storage_of
+from kvt_compile.passes.canonical.state import State, bind, extent, lookup, opaque_value, storage_of
 from kvt_compile.passes.canonical.values import Value, meta_value
 
 
@@ -92,11 +92,7 @@ def _is_there_already(target: fx.Node, items: Any, written: Any) -> bool:
 
 def _same_place(x: torch.Tensor, y: torch.Tensor) -> bool:
     same = x.untyped_storage()._cdata == y.untyped_storage()._cdata
-    return bool(same and _extent(x) == _extent(y))
-
-
-def _extent(x: torch.Tensor) -> tuple[Any, ...]:
-    return (x.dtype, x.storage_offset(), tuple(x.shape), tuple(x.stride()))
+    return bool(same and extent(x) == extent(y))
 
 
 def _scatter(target: Value, view: Value, written: Any, builder: Builder) -> Value | None:
