@@ -59,8 +59,6 @@ def canonicalise(
     outputs: list[Value] = []
     for node in gm.graph.nodes:
         state.mode = modes[node]
-        if not state.mode.records and not mutates(node) and hands_on(node, state.modules):
-            state.mode = replace(state.mode, grad=True, inference=False)
         if node.op == "output":
             outputs = [state.env[n] for n in node.all_input_nodes if n in state.env]
         else:
@@ -96,6 +94,9 @@ def _read_node(state: State, node: fx.Node, recogniser: Recogniser) -> None:
             bind(state, node, _literal(state, node, fake) or _source(state, node, fake))
         return
     call = builtin_call(node) or read_call(node, state.modules)
+    writes = mutates(node) or (call is not None and call.inplace)
+    if not state.mode.records and not writes and hands_on(node, state.modules):
+        state.mode = replace(state.mode, grad=True, inference=False)
     if state.mode.transforms:
         _transformed(state, node, fake, call)
         return
@@ -111,7 +112,7 @@ def _read_node(state: State, node: fx.Node, recogniser: Recogniser) -> None:
         return
     value = _meaning_of(state, node, call, fake) or opaque_value(state, node, fake)
     value = recogniser.look(Builder(node, shape_of(fake), fake.dtype, state.modules), value)
-    if (call is not None and call.inplace) or mutates(node):
+    if writes:
         write(state, node, value, call)
     else:
         bind(state, node, value)

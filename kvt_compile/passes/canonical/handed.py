@@ -3,8 +3,9 @@
     with torch.no_grad():  y = x.contiguous()      x itself, where it is contiguous; else a copy without gradient
                            y = x.view(x.shape)     another tensor in any case, without gradient
 
-Which calls do depends on dtype, strides, device and arguments: the call is made again, on what a capture left.
-Dynamo itself leaves copies behind dropout that drops nothing, where eager mode leaves the tensor.
+Which calls do depends on dtype, strides, device and arguments: the call is made again, on fakes like those a capture
+left.  (On those themselves it would decide about sizes that are dynamic.)  Dynamo itself leaves copies behind dropout
+that drops nothing, where eager mode leaves the tensor.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from kvt_compile.passes.canonical.state import extent, memory_of
@@ -30,12 +32,21 @@ def hands_on(node: fx.Node, modules: dict[str, torch.nn.Module]) -> bool:
         _same_extent(x, y) for x in _tensors(meta_value(node)) for y in given
     ):
         return False
-    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), meta_value)
     try:
-        returned = _call(node, modules)(*args, **kwargs)
+        with FakeTensorMode():
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: pytree.tree_map(_like, meta_value(n)))
+            returned = _call(node, modules)(*args, **kwargs)
     except Exception:  # what it needs is not at hand: it is read as a call that makes a tensor
         return False
-    return any(x is y for x in _tensors(returned) for y in given)
+    return any(x is y for x in _tensors(returned) for y in _tensors((args, kwargs)))
+
+
+def _like(x: Any) -> Any:
+    """A fake tensor of this size and these strides, or a number, that no dynamic size depends on."""
+    if isinstance(x, torch.Tensor):
+        sizes = [[_like(size) for size in of] for of in (x.shape, x.stride())]
+        return torch.empty_strided(*sizes, dtype=x.dtype, device=x.device)
+    return x.node.hint if isinstance(x, torch.SymInt | torch.SymFloat | torch.SymBool) else x
 
 
 def _name(node: fx.Node, modules: dict[str, torch.nn.Module]) -> str:

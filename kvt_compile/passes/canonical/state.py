@@ -126,8 +126,8 @@ def memory_of(fake: torch.Tensor) -> int | None:
 
 
 def extent(fake: torch.Tensor) -> tuple[Any, ...]:
-    """What of its memory a tensor is."""
-    return (fake.dtype, fake.storage_offset(), tuple(fake.shape), tuple(fake.stride()))
+    """What of its memory a tensor is.  (Dynamic sizes as expressions: to compare them themselves would decide them.)"""
+    return (fake.dtype, dim_of(fake.storage_offset()), shape_of(fake), tuple(dim_of(x) for x in fake.stride()))
 
 
 def bind(state: State, node: fx.Node, value: Value) -> None:
