@@ -17,7 +17,7 @@ from torch import fx
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from kvt_compile.passes.canonical.state import extent, memory_of
+from kvt_compile.passes.canonical.state import same_place
 from kvt_compile.passes.canonical.values import meta_value
 
 
@@ -29,7 +29,7 @@ def hands_on(node: fx.Node, modules: dict[str, torch.nn.Module]) -> bool:
         return False
     given = [x for n in node.all_input_nodes for x in _tensors(meta_value(n))]
     if "dropout" not in _name(node, modules) and not any(
-        _same_extent(x, y) for x in _tensors(meta_value(node)) for y in given
+        same_place(x, y) for x in _tensors(meta_value(node)) for y in given
     ):
         return False
     try:
@@ -62,7 +62,3 @@ def _call(node: fx.Node, modules: dict[str, torch.nn.Module]) -> Any:
 
 def _tensors(x: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, torch.Tensor)]
-
-
-def _same_extent(x: torch.Tensor, y: torch.Tensor) -> bool:
-    return x is y or (memory_of(x) is not None and memory_of(x) == memory_of(y) and extent(x) == extent(y))

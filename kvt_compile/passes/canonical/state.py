@@ -125,8 +125,13 @@ def memory_of(fake: torch.Tensor) -> int | None:
         return None
 
 
-def extent(fake: torch.Tensor) -> tuple[Any, ...]:
-    """What of its memory a tensor is.  (Dynamic sizes as expressions: to compare them themselves would decide them.)"""
+def same_place(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether two fake tensors are the same part of the same memory.  (Dynamic sizes as expressions: to compare them
+    themselves would decide them.)"""
+    return x is y or (memory_of(x) is not None and memory_of(x) == memory_of(y) and _extent(x) == _extent(y))
+
+
+def _extent(fake: torch.Tensor) -> tuple[Any, ...]:
     return (fake.dtype, dim_of(fake.storage_offset()), shape_of(fake), tuple(dim_of(x) for x in fake.stride()))
 
 

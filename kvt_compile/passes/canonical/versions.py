@@ -18,7 +18,7 @@ from torch import fx
 from kvt_compile.passes.canonical.meaning import Builder
 from kvt_compile.passes.canonical.meaning_layout import index
 from kvt_compile.passes.canonical.spellings import Call
-from kvt_compile.passes.canonical.state import State, bind, extent, lookup, opaque_value, storage_of
+from kvt_compile.passes.canonical.state import State, bind, lookup, opaque_value, same_place, storage_of
 from kvt_compile.passes.canonical.values import Value, meta_value
 
 
@@ -87,12 +87,7 @@ def _is_there_already(target: fx.Node, items: Any, written: Any) -> bool:
     where = fx.map_arg(items, meta_value)
     if any(isinstance(item, torch.Tensor) for item in (where if isinstance(where, tuple) else (where,))):
         return False  # reading at positions known only at run time copies
-    return _same_place(meta_value(target)[where], meta_value(written))
-
-
-def _same_place(x: torch.Tensor, y: torch.Tensor) -> bool:
-    same = x.untyped_storage()._cdata == y.untyped_storage()._cdata
-    return bool(same and extent(x) == extent(y))
+    return same_place(meta_value(target)[where], meta_value(written))
 
 
 def _scatter(target: Value, view: Value, written: Any, builder: Builder) -> Value | None:
@@ -168,7 +163,7 @@ def _copies_itself(target: fx.Node, node: fx.Node, call: Call | None) -> bool:
     source = node.args[1] if call is not None and call.name == "copy" and len(node.args) > 1 else None
     if not isinstance(source, fx.Node) or storage_of(source) is None or storage_of(source) != storage_of(target):
         return False
-    return _same_place(meta_value(target), meta_value(source))
+    return same_place(meta_value(target), meta_value(source))
 
 
 def _write_by_schema(state: State, node: fx.Node, value: Value) -> None:
