@@ -1,7 +1,10 @@
 """A lowering that runs another and the reference on the same inputs -> how far apart they are, forward and backward.
 
 With both on the same inputs, what rounding did further up cannot move a key across the threshold here: whatever differs
-is this site's doing.  The budget is that of the plain computation in float32: FACTOR times as far from float64.
+is this site's doing.  The budget is that of the plain computation in float32: FACTOR times as far from float64.  A sum
+that cancels (values of -1e4 for every key leave no gradient of q and k) is off by what rounding makes of its terms, and
+the plain computation may be right by chance: a gradient over that budget is held to what it is off by where the values
+and the gradient of the output are rounded otherwise.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ ROUNDINGS = 64
 """Roundings a sum over the keys of one row may have."""
 LANES = 8
 """Parts that the sum over the features of a score is added up in, at least: each rounds once for each of its terms."""
+Rounded = Callable[[Tensor], Tensor]
 
 
 class Beside:
@@ -60,20 +64,24 @@ class Beside:
         names = ["q", "k", "v", *(f"captured tensor {n}" for n in range(len(call.captured)))]
         wanted = [n for n, need in enumerate(call.spec.needs_grad) if need]
 
-        def gradients(dtype: torch.dtype) -> dict[str, Tensor]:
+        def gradients(dtype: torch.dtype, rounded: Rounded = _as_it_is) -> dict[str, Tensor]:
+            given = [x if n != 2 else rounded(x.to(dtype)) for n, x in enumerate(inputs)]
+
             def run(*leaves: Tensor) -> Tensor:
-                full = list(inputs)
+                full = list(given)
                 for n, leaf in zip(wanted, leaves, strict=True):
                     full[n] = leaf
                 return _attention(call, full, dtype)
 
             # torch.func, because ordinary autograd is off inside an operator's implementation
             pull: Callable[[Tensor], tuple[Tensor, ...]]
-            _, pull = torch.func.vjp(run, *(inputs[n].to(dtype) for n in wanted))  # type: ignore[misc]
-            return {f"gradient of {names[n]}": x for n, x in zip(wanted, pull(grad_out.to(dtype)), strict=True)}
+            _, pull = torch.func.vjp(run, *(given[n].to(dtype) for n in wanted))  # type: ignore[misc]
+            found = pull(rounded(grad_out.to(dtype)))
+            return {f"gradient of {names[n]}": x for n, x in zip(wanted, found, strict=True)}
 
         given = dict(zip((f"gradient of {name}" for name in names), (*found[:3], *found[3]), strict=True))
-        self._note({name: x for name, x in given.items() if x is not None}, gradients, call.spec)
+        present = {name: x for name, x in given.items() if x is not None}
+        self._note(present, gradients, call.spec, lambda: gradients(torch.float64, _rounded_otherwise))
         return found
 
     def softmax(self, scores: Tensor, dim: int, topk: int, dtype: torch.dtype, *more: Any) -> Tensor:
@@ -106,22 +114,39 @@ class Beside:
         found: dict[str, Tensor],
         by_reference: Callable[[torch.dtype], dict[str, Tensor]],
         spec: KernelSpec | None = None,
+        otherwise: Callable[[], dict[str, Tensor]] | None = None,
     ) -> None:
         self.calls += 1
         exact, small = by_reference(torch.float64), by_reference(torch.float32)
-        rows = []
-        for name, x in found.items():
-            wide = x.dtype == torch.float64
-            plain = small[name] if wide else small[name].to(x.dtype)
-            # nothing is cast on the way, so float64 is held to what float32 is off by on these inputs: with scores near
-            # 5e6 (HaloNet with random weights) that is 2e-3, and 1e-12 in float64
-            (check,) = compare_tensors([(name, x, plain, exact[name])], FLOAT64 if wide else 1.0, least=0.0)
-            # sums are float32 where the tensors are shorter
-            most = max(ROUNDINGS, spec.head_dim // LANES if spec else 0)
-            roundings = most * torch.finfo(x.dtype if wide else torch.float32).eps
-            budget = max(check.budget, roundings)
-            rows.append(replace(check, name=f"{name} of the attention itself", budget=budget))
+        checks = {name: _check(name, x, small[name], exact[name], spec) for name, x in found.items()}
+        if otherwise is not None and not all(x.ok for x in checks.values()):
+            shaken = otherwise()
+            looser = (_check(name, x, shaken[name], exact[name], spec) for name, x in found.items())
+            checks = {x.name: max(x, checks[x.name], key=lambda check: check.budget) for x in looser}
+        rows = [replace(check, name=f"{name} of the attention itself") for name, check in checks.items()]
         self.worst = worst([self.worst, *rows])
+
+
+def _check(name: str, found: Tensor, plain: Tensor, exact: Tensor, spec: KernelSpec | None) -> Difference:
+    wide = found.dtype == torch.float64
+    # nothing is cast on the way, so float64 is held to what float32 is off by on these inputs: with scores near 5e6
+    # (HaloNet with random weights) that is 2e-3, and 1e-12 in float64
+    beside = plain if wide else plain.to(found.dtype)
+    (check,) = compare_tensors([(name, found, beside, exact)], FLOAT64 if wide else 1.0, least=0.0)
+    # sums are float32 where the tensors are shorter
+    most = max(ROUNDINGS, spec.head_dim // LANES if spec else 0)
+    roundings = most * torch.finfo(found.dtype if wide else torch.float32).eps
+    return replace(check, budget=max(check.budget, roundings))
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _rounded_otherwise(x: Tensor) -> Tensor:
+    """Every number one rounding of float32 larger or smaller, the same ones each time."""
+    signs = torch.randint(0, 2, x.shape, generator=torch.Generator().manual_seed(0)).to(x) * 2 - 1
+    return x * (1 + torch.finfo(torch.float32).eps * signs)
 
 
 def _attention(call: AttentionCall, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:

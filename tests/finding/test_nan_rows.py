@@ -65,6 +65,42 @@ def test_a_row_of_nan_weights(model: Attention, bad: float) -> None:
     assert found[0][0].isnan().any() == (model is nothing_for_nan)
 
 
+# ---- what a mask shuts off in a row of NaN ---------------------------------------------------------------------------
+
+PADDING = torch.arange(6) > 3
+MASKED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "filled": lambda s, b: (s + b).masked_fill(PADDING, -torch.inf),
+    "filled, then scaled": lambda s, b: 0.5 * (s + b).masked_fill(PADDING, -1e30),
+    "chosen": lambda s, b: torch.where(PADDING, -1e9, s * 0.25 - b),
+    "chosen twice": lambda s, b: torch.where(PADDING, -1e9, torch.where(s > 0, s, 0.1 * s) + b),
+    "clamped": lambda s, b: torch.where(PADDING, -1e9, s + b).clamp(max=60.0) + b.nan_to_num(0.0, 0.0),
+    "soft-capped": lambda s, b: (9 * torch.tanh(s / 9) + b).masked_fill(PADDING, -torch.inf),
+    "a sum": lambda s, b: s + b + torch.where(PADDING, -torch.inf, 0.0),
+}
+
+
+@pytest.mark.parametrize("lowering", ["aten", "c"])
+@pytest.mark.parametrize("name", MASKED)
+def test_masked_keys_of_a_row_of_nan_have_the_model_s_gradients(name: str, lowering: str) -> None:
+    class Model(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+            return MASKED[name](q @ k.mT, b).softmax(-1) @ v
+
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 4), torch.randn(2, 2, 5, 6)
+    inputs[3][0, 0, 1] = torch.nan
+    result = kvt_compile.rewrite(Model(), *inputs, **FORCED, lowering=lowering)
+    assert result.report.counts["fused"] == 1
+    found = []
+    for run in (Model(), result.module):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        found.append(torch.autograd.grad(run(*leaves)[:, :, [0, 1, 3]].sin().sum(), leaves))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, equal_nan=True, rtol=1e-4, atol=1e-5)
+    assert found[0][3][0, 0, 1].isnan().any()
+    assert found[0][3][0, 0, 1, PADDING].isnan().any() == (name in ("a sum", "clamped"))
+
+
 def divided_by_zero(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q / 0.0) @ k.mT).softmax(-1).nan_to_num() @ v
 

@@ -146,6 +146,22 @@ def test_a_row_of_nan_has_gradients_of_nan_and_others_have_not(weight: str, stre
     assert dv[0, 0].isnan().all() if weight == "p" else dv.isfinite().all()
 
 
+def test_masked_keys_of_a_row_of_nan_have_no_gradient_of_nan(streaming: Recorder) -> None:
+    def mask(case: Case) -> list[Tensor]:
+        allowed = torch.ones(case.queries, case.keys, dtype=torch.bool)
+        allowed[1, 4:] = False
+        return [allowed, torch.zeros(case.queries)]
+
+    case = CASE.but(score="0.5*where(c0[i, j], s + c1[i], -1e9)", captured=mask, topk=CASE.keys)
+    q, k, v, (allowed, bias) = case.tensors()
+    bias = bias.detach().clone()
+    bias[1] = NAN
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    (dk,) = torch.autograd.grad(call(case, NAME, (*leaves, allowed, bias))[0].sum(), leaves[1])
+    assert dk[..., :4, :].isnan().all()
+    assert dk[..., 4:, :].isfinite().all()
+
+
 @pytest.mark.parametrize("kind", ["resident", "streaming"])
 def test_fully_masked_rows_are_zero_in_both_directions(kind: str) -> None:
     def mask(case: Case) -> list[Tensor]:

@@ -256,6 +256,29 @@ def test_an_attention_in_float64_is_held_to_float64(size: float, width: int) -> 
         assert beside.worst.ok == right, (size, factor, beside.worst)
 
 
+ALIKE: dict[str, Callable[[Tensor], Tensor]] = {
+    "one image": lambda v: torch.where(torch.arange(3)[:, None, None, None] != 1, v, -1e4),
+    "one channel": lambda v: torch.where(torch.arange(2) == 0, 3e3, v),
+    "all, nearly": lambda v: 5e3 + v,
+}
+"""What makes dq and dk sums that cancel: values that are large and the same for every key."""
+
+
+@pytest.mark.parametrize("lowering", ["aten", "c"])
+@pytest.mark.parametrize("case", ALIKE)
+def test_a_gradient_that_cancels_is_held_to_what_rounding_leaves_of_it(case: str, lowering: str) -> None:
+    for seed in range(20):
+        torch.manual_seed(seed)
+        q, k, v = (torch.randn(3, 2, n, 2) for n in (2, 3, 3))
+        v = ALIKE[case](v)
+        for factor in (1.0, 1.5):
+            leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+            with wrong("k", factor=factor), beside_the_reference(lowering if factor == 1.0 else "aten") as beside:
+                out = torch.ops.kvt.attention(*leaves, [], "0.3*s", "p", 3, [], 0.0, None, NAME)[0]
+                out.backward(torch.randn_like(out))
+            assert beside.worst.ok == (factor == 1.0), (seed, factor, beside.worst)
+
+
 def test_a_lowering_that_raises_is_named_too() -> None:
     with wrong("raises", where=lambda call: call.q.shape[-1] == 16):
         found = verify(TwoSizes(), images())

@@ -58,8 +58,8 @@ def source_inside(spec: KernelSpec, name: str) -> str:
 def _attention(spec: KernelSpec, name: str = "") -> str:
     check_conditioned(spec)
     scalar = ScalarPrinter(spec)
-    score = Builder(scalar, language.s).build([spec.score_expression])
-    weight = Builder(scalar, language.p).build([spec.weight_expression]) if spec.weight != "p" else None
+    score = Builder(scalar).build([spec.score_expression])
+    weight = Builder(scalar).build([spec.weight_expression]) if spec.weight != "p" else None
     score_back, score_scatter = score_gradient(spec, scalar)
     weight_back, weight_scatter = weight_gradient(spec, scalar)
     programs = [x for x in (score, weight, score_back, weight_back) if x is not None]
@@ -85,7 +85,7 @@ def _attention(spec: KernelSpec, name: str = "") -> str:
         scatters=(*score_scatter, *weight_scatter),
         score_scatter=score_scatter,
         weight_scatter=weight_scatter,
-        keep_raw=score_back.uses_symbol,
+        keep_raw="s" in score_back.symbols,
         float_slots=[n for n, c in enumerate(spec.captured) if c.is_float],
         backward=not name,
         listed=bool(spec.select),

@@ -2,6 +2,8 @@
 
 dt -> ds = dt * df/ds             dc_n[index] += dt * df/dc_n           f: score expression
 dw -> dp = dw * dg/dp             dc_n[index] += dw * dg/dc_n           g: weight expression
+
+Keys without weight get none where a slope may be infinite or NaN.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import sympy
 from kvt_compile.kernels.c.program import Builder, Program
 from kvt_compile.kernels.c.scalar import ScalarPrinter, depends_on
 from kvt_compile.kernels.language import score as language
-from kvt_compile.kernels.language.derivative import derivative
+from kvt_compile.kernels.language.derivative import derivative, is_multiple
 from kvt_compile.kernels.op.spec import KernelSpec
 
 
@@ -23,7 +25,7 @@ class Scatter:
 
     slot: int
     result: int
-    """Which result of the derivative program is its factor."""
+    """Which result of the derivative program it is."""
     offset: str
     """C: where the element stands in the contiguous gradient."""
     over: str
@@ -32,7 +34,7 @@ class Scatter:
 
 
 def score_gradient(spec: KernelSpec, scalar: ScalarPrinter) -> tuple[Program, tuple[Scatter, ...]]:
-    """The program with results (df/ds, df/dc, ...) and the captured loads they belong to."""
+    """The program with results (ds, dc, ...) and the captured loads they belong to."""
     return _gradient(spec, scalar, spec.score_expression, language.s, spec.score_loads)
 
 
@@ -52,9 +54,13 @@ def _gradient(
 ) -> tuple[Program, tuple[Scatter, ...]]:
     wanted = [x for x in loads if spec.captured[x.slot].is_float]
     derivatives = [derivative(expression, x) for x in (symbol, *wanted)]
-    program = Builder(scalar, symbol).build(derivatives, extra=wanted)
+    program = Builder(scalar).build([_of_weighty(x) for x in derivatives], extra=wanted)
     scatters = tuple(_scatter(x, number, scalar) for number, x in enumerate(wanted, start=1))
     return program, scatters
+
+
+def _of_weighty(slope: sympy.Expr) -> sympy.Expr:
+    return slope if is_multiple(slope) else language.where(language.eq(language.p, language.zero), language.zero, slope)
 
 
 def _scatter(x: language.load, result: int, scalar: ScalarPrinter) -> Scatter:

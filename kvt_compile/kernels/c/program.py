@@ -68,7 +68,8 @@ class Program:
     """Change with i and j."""
     slots: tuple[Slot, ...]
     functions: frozenset[str]
-    uses_symbol: bool
+    symbols: frozenset[str]
+    """Which of s, p and gradient it reads."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,9 @@ class Value:
 
 @dataclass
 class Builder:
-    """Builds one Program; `symbol` is s or p."""
+    """Builds one Program."""
 
     scalar: ScalarPrinter
-    symbol: sympy.Symbol
     parts: dict[str, list[Part]] = field(default_factory=lambda: {x: [] for x in ("uniform", "key", "lane", "tile")})
     statements: list[str] = field(default_factory=list)
     known: dict[sympy.Expr, Value] = field(default_factory=dict)
@@ -107,7 +107,7 @@ class Builder:
             tiles=tuple(self.parts["tile"]),
             slots=tuple(Slot(n, captured[n].dtype, captured[n].ndim) for n in sorted(self.slots)),
             functions=frozenset(self.functions),
-            uses_symbol=any(self.symbol in x.free_symbols for x in results),
+            symbols=frozenset(str(y) for x in results for y in x.free_symbols & language.VALUES),
         )
 
     # --- parts without the tile's variable ----------------------------------------------------------------------------
@@ -151,14 +151,14 @@ class Builder:
     # --- parts with it ------------------------------------------------------------------------------------------------
 
     def value(self, x: sympy.Expr) -> Value:
-        if x == self.symbol:
-            return Value(str(self.symbol))
-        if self.symbol not in x.free_symbols:
+        if x in language.VALUES:
+            return Value(str(x))
+        if not language.holds(x):
             return self.part(x)
         if x in self.known:
             return self.known[x]
         if not isinstance(x, language.Operation):
-            raise NotGenerated(f"{x} ({type(x).__name__}) cannot hold {self.symbol}")
+            raise NotGenerated(f"{x} ({type(x).__name__}) cannot hold a score")
         name = type(x).__name__
         if name in ("add", "sub", "mul", "div"):
             return self.infix(language.ARITHMETIC[type(x)], *(self.real(self.value(y)) for y in x.args))
@@ -199,7 +199,7 @@ class Builder:
             self.functions |= {"maximum", "minimum"}
             return Value(f"vminimum(vmaximum({vectors[0]}, {vectors[1]}), {vectors[2]})")
         if name in language.CASTS:
-            raise NotGenerated(f"{name}(...) of a value made of {self.symbol} is not generated")
+            raise NotGenerated(f"{name}(...) of a value made of scores is not generated")
         if name in ("floordiv", "mod"):
             self.functions.add("floor")
             quotient = f"vfloor({vectors[0]} / {vectors[1]})"

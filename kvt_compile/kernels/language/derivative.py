@@ -1,8 +1,11 @@
 """Derivatives of score expressions: torch's own rule for every operation, kinks included, and the chain rule.
 
-    d(50.0*tanh(0.02*s))/ds   ->   50.0*(1.0 - tanh(0.02*s)**2)*0.02
+    50.0*tanh(0.02*s) by s    ->   50.0*gradient*(1.0 - tanh(0.02*s)**2)*0.02
+    where(c0[i, j], -oo, s)   ->   where(c0[i, j], 0.0, gradient)
 
-A rule of 1 or 0 is left out of products and sums; nothing else is simplified.
+`gradient` is that of the expression: it is carried through the operations instead of multiplied with a slope at the
+end, so that what a `where` shuts off is 0 though the gradient is NaN.  A rule of 1 or 0 is left out of products and
+sums; nothing else is simplified.
 """
 
 from __future__ import annotations
@@ -48,11 +51,11 @@ def _chosen(condition: sympy.Expr) -> sympy.Expr:
     return where(condition, one, zero)
 
 
-def _extremum(wins: Callable[[sympy.Expr, sympy.Expr], sympy.Expr]) -> tuple[Rule, Rule]:
-    """A tie is split in half."""
+def _extremum(loses: Callable[[sympy.Expr, sympy.Expr], sympy.Expr]) -> tuple[Rule, Rule]:
+    """A tie is split in half; beside NaN both have all of it."""
     return (
-        lambda x, y: where(wins(x, y), one, where(eq(x, y), _half, zero)),
-        lambda x, y: where(wins(y, x), one, where(eq(x, y), _half, zero)),
+        lambda x, y: where(loses(x, y), zero, where(eq(x, y), _half, one)),
+        lambda x, y: where(loses(y, x), zero, where(eq(x, y), _half, one)),
     )
 
 
@@ -89,9 +92,9 @@ RULES: dict[str, tuple[Rule | None, ...]] = {
     "sigmoid": (lambda x: mul(sigmoid(x), sub(one, sigmoid(x))),),
     "erf": (lambda x: mul(sympy.Float(1.1283791670955126), exp(neg(power(x, _two)))),),
     "abs": (lambda x: where(gt(x, zero), one, where(lt(x, zero), _minus, zero)),),
-    "relu": (lambda x: _chosen(gt(x, zero)),),
-    "maximum": _extremum(gt),
-    "minimum": _extremum(lt),
+    "relu": (lambda x: where(le(x, zero), zero, one),),
+    "maximum": _extremum(lt),
+    "minimum": _extremum(gt),
     "clamp": (
         lambda x, low, high: _chosen(logical_and(ge(x, low), le(x, high))),
         lambda x, low, high: _chosen(logical_and(lt(low, high), lt(x, low))),
@@ -110,11 +113,12 @@ of 0 shuts off is 0, whatever comes from further down."""
 
 
 def derivative(expression: sympy.Expr, by: sympy.Expr) -> sympy.Expr:
-    """d expression / d by, where `by` is a symbol (s, p) or one captured load; other loads count as constants.
+    """The gradient of `by`, a symbol (s, p) or one captured load, made of `language.gradient`, the expression's; other
+    loads count as constants.
 
     From the result back to `by`, as torch's backward goes: the order decides what is infinite, NaN or shut off.
     """
-    gradients = {expression: one}
+    gradients: dict[sympy.Expr, sympy.Expr] = {expression: language.gradient}
     order = _from_the_result(expression, by)
     for x in order:
         name = type(x).__name__
@@ -142,10 +146,15 @@ def _from_the_result(expression: sympy.Expr, by: sympy.Expr) -> dict[sympy.Expr,
 
 def _passed(gradient: sympy.Expr, rule: sympy.Expr, multiplies: bool) -> sympy.Expr:
     """What an operation passes on of the gradient it gets."""
-    if isinstance(rule, where) and not multiplies and gradient != one:
+    if isinstance(rule, where) and not multiplies:
         condition, yes, no = rule.args
         return where(condition, _passed(gradient, yes, False), _passed(gradient, no, False))
     return _product(gradient, rule)
+
+
+def is_multiple(slope: sympy.Expr) -> bool:
+    """Whether a derivative is the gradient times numbers."""
+    return slope.free_symbols <= {language.gradient} and not language.loads(slope)
 
 
 def reaches(x: sympy.Expr, by: sympy.Expr) -> bool:

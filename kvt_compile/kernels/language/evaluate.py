@@ -65,6 +65,8 @@ def _symbol(name: str) -> Program:
         return lambda env: cast(Tensor, env.s)
     if name == "p":
         return lambda env: cast(Tensor, env.p)
+    if name == "gradient":
+        return lambda env: cast(Tensor, env.gradient)
     return _whole(_coordinate(name))
 
 

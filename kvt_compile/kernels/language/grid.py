@@ -58,6 +58,7 @@ class Environment:
     sizes: Sequence[int]
     s: Tensor | None = None
     p: Tensor | None = None
+    gradient: Tensor | None = None
 
 
 Program = Callable[[Environment], Value]

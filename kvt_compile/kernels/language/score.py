@@ -33,6 +33,10 @@ from kvt_compile.kernels.language import limits
 from kvt_compile.kernels.language.limits import ScoreSyntaxError as ScoreSyntaxError
 
 s, p = sympy.symbols("s p")
+gradient = sympy.Symbol("gradient")
+"""What a derivative starts from: the gradient of the expression itself.  Not part of a text."""
+VALUES = frozenset({s, p, gradient})
+"""What a value is made of that is computed anew at every score, in the accumulation type."""
 b, h, i, j = sympy.symbols("b h i j", integer=True, nonnegative=True)
 _NAMES: dict[str, sympy.Expr] = {str(x): x for x in (s, p, b, h, i, j)} | {"oo": sympy.oo}
 one, zero = sympy.Float(1.0), sympy.Float(0.0)
@@ -110,7 +114,7 @@ def is_index(x: sympy.Basic) -> bool:
     if isinstance(x, sympy.Integer):
         return True
     if isinstance(x, sympy.Symbol):
-        return x is not s and x is not p and bool(x.is_integer)
+        return bool(x.is_integer)
     return isinstance(x, sympy.Add | sympy.Mul | floordiv | mod) and all(is_index(y) for y in x.args)
 
 
@@ -157,8 +161,8 @@ def is_number(x: sympy.Basic) -> bool:
 
 
 def holds(x: sympy.Expr) -> bool:
-    """Whether a value is made of s or p: it is then computed in the accumulation type."""
-    return bool(x.free_symbols & {s, p})
+    """Whether a value is made of s or p, or of a gradient: it is then computed in the accumulation type."""
+    return bool(x.free_symbols & VALUES)
 
 
 # ---- printing --------------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ class Types:
         leaf = self._of_leaf(x)
         if leaf is not None:
             return self.real if leaf in _HALVES else leaf
-        if x in (language.s, language.p):
+        if x in language.VALUES:
             return self.real
         if isinstance(x, sympy.Integer):
             return INT

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from kvt_compile.kernels import dropout
 from kvt_compile.kernels.language import score as language
-from kvt_compile.kernels.language.derivative import derivative
+from kvt_compile.kernels.language.derivative import derivative, is_multiple
 from kvt_compile.kernels.language.evaluate import compile_expression, compile_text, scatter, tile
 from kvt_compile.kernels.language.grid import Environment, Grid
 from kvt_compile.kernels.op.call import AttentionCall
@@ -154,12 +154,12 @@ class AtenLowering:
                     continue
                 dw = run.dropped(env, part.ungroup(grad @ values.transpose(-1, -2)).to(spec.accumulate))
                 for load, slope, into in weight_slopes:
-                    scatter(load, times(dw, slope, env, p), env, into)
-                dp = times(dw, by_p, env, p)
+                    scatter(load, through(slope, dw, env, p), env, into)
+                dp = through(by_p, dw, env, p)
                 dt = p * (dp - (p * dp).sum(-1, keepdim=True))
                 for load, slope, into in score_slopes:
-                    scatter(load, times(dt, slope, env, p), env, into)
-                ds = part.group(times(dt, by_s, env, p))
+                    scatter(load, through(slope, dt, env, p), env, into)
+                ds = part.group(through(by_s, dt, env, p))
                 if dq is not None:
                     part.rows(dq).copy_(part.ungroup(ds @ keys))
                 if dk is not None:
@@ -194,16 +194,16 @@ LOWERING = AtenLowering()
 
 
 def slopes(loads: Sequence[language.load], expression: sympy.Expr, sums: Sequence[Tensor | None]) -> Slopes:
-    """(load, d expression / d load, where its gradient goes) for every load whose tensor needs one."""
+    """(load, derivative by it, where its gradient goes) for every load whose tensor needs one."""
     wanted = ((load, sums[load.slot]) for load in loads)
     return [(load, derivative(expression, load), into) for load, into in wanted if into is not None]
 
 
-def times(x: Tensor, slope: sympy.Expr, env: Environment, p: Tensor) -> Tensor:
-    """x times the slope, over keys that have weight: a slope may be infinite or NaN where there is none."""
-    if isinstance(slope, sympy.Number):
-        return x if slope == language.one else x * float(slope)
-    return torch.where(p == 0.0, 0.0, x * tile(compile_expression(slope), env))
+def through(slope: sympy.Expr, gradient: Tensor, env: Environment, p: Tensor) -> Tensor:
+    """The derivative of a gradient, over keys that have weight: a slope may be infinite or NaN where there is none."""
+    env.gradient = gradient
+    x = tile(compile_expression(slope), env)
+    return x if is_multiple(slope) else torch.where(p == 0.0, 0.0, x)
 
 
 def _last(x: Tensor, dim: int, back: bool = False) -> Tensor:

@@ -111,7 +111,7 @@ class TilePrinter:
         match x:
             case sympy.Integer():
                 return Text(str(int(x)) if x >= 0 else f"({int(x)})", "int", True)
-            case language.s | language.p:
+            case language.s | language.p | language.gradient:
                 return Text(str(x), "real")
             case sympy.Symbol():
                 return Text(str(x), "int")
@@ -389,7 +389,7 @@ def _magnitude(x: sympy.Expr) -> float:
     if isinstance(x, sympy.Integer):
         return abs(int(x))
     if isinstance(x, sympy.Symbol):
-        return 0.0 if x in (language.s, language.p) else 2.0**24
+        return 0.0 if x in language.VALUES else 2.0**24
     if isinstance(x, sympy.Add):
         return sum(_magnitude(y) for y in x.args)
     if isinstance(x, sympy.Mul):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import sympy
 
 from kvt_compile.kernels.language import score as language
-from kvt_compile.kernels.language.derivative import derivative
+from kvt_compile.kernels.language.derivative import derivative, is_multiple
 from kvt_compile.kernels.op.spec import KernelSpec
 from kvt_compile.kernels.triton.scalar import Program, TilePrinter, axes_of
 
@@ -23,7 +23,8 @@ class Slope:
     name: str
     meaning: str
     program: Program
-    constant: bool
+    multiple: bool
+    """Whether it is the gradient times numbers."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,11 @@ class Scatter:
     text: str
 
 
-def slope(name: str, meaning: str, expression: sympy.Expr, printer: TilePrinter) -> Slope:
-    """The function that multiplies a gradient with `expression`."""
-    constant = isinstance(expression, sympy.Number)
-    if constant:
-        factor = printer.real(printer(expression)).text
-        program = Program((), "gradient" if expression == language.one else f"gradient * {factor}")
-    else:
-        program = printer.program(expression)
-    return Slope(name, f"{meaning} = gradient * ({language.to_text(expression)})", program, constant)
+def slope(name: str, of: str, expression: sympy.Expr, printer: TilePrinter) -> Slope:
+    """The function that answers a derivative of its gradient."""
+    holds = language.holds(expression)  # a number alone would not have the shape of a tile
+    program = printer.program(expression) if holds else Program((), "tl.zeros_like(gradient)")
+    return Slope(name, f"{of} = {language.to_text(expression)}", program, is_multiple(expression))
 
 
 def slopes(spec: KernelSpec, printer: TilePrinter) -> tuple[list[Slope], list[Scatter]]:

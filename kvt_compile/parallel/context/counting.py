@@ -26,7 +26,7 @@ from kvt_compile.kernels.language.grid import Environment
 from kvt_compile.kernels.op.call import AttentionCall
 from kvt_compile.kernels.op.lowerings import Gradients
 from kvt_compile.kernels.plain import select
-from kvt_compile.kernels.plain.aten import Algorithm, slopes, times
+from kvt_compile.kernels.plain.aten import Algorithm, slopes, through
 from kvt_compile.kernels.plain.tiling import Heads, Tile
 from kvt_compile.parallel import coordinates
 from kvt_compile.parallel.context.captured import Cut
@@ -186,7 +186,7 @@ class Counting:
         x.env.p = p
         grad = x.part.group(x.part.rows(grad_out).to(x.values.dtype))
         dw = x.run.dropped(x.env, x.part.ungroup(grad @ x.values.transpose(-1, -2)).to(self.accumulate))
-        return p, dw, times(dw, derivative(x.run.call.spec.weight_expression, language.p), x.env, p)
+        return p, dw, through(derivative(x.run.call.spec.weight_expression, language.p), dw, x.env, p)
 
     def _accumulate(
         self,
@@ -203,11 +203,11 @@ class Counting:
             w = x.part.group(x.run.weights(x.env, p).to(x.values.dtype))
             x.piece.of(dv).add_(w.transpose(-1, -2) @ x.part.group(x.part.rows(grad_out).to(x.values.dtype)))
         for load, slope, place in slopes(spec.weight_loads, spec.weight_expression, into):
-            scatter(load, times(dw, slope, x.env, p), x.env, place)
+            scatter(load, through(slope, dw, x.env, p), x.env, place)
         dt = p * (dp - x.rows(delta))
         for load, slope, place in slopes(spec.score_loads, spec.score_expression, into):
-            scatter(load, times(dt, slope, x.env, p), x.env, place)
-        ds = x.part.group(times(dt, derivative(spec.score_expression, language.s), x.env, p))
+            scatter(load, through(slope, dt, x.env, p), x.env, place)
+        ds = x.part.group(through(derivative(spec.score_expression, language.s), dt, x.env, p))
         if dq is not None:
             x.part.rows(dq).add_(x.part.ungroup(ds @ x.keys))
         if dk is not None:

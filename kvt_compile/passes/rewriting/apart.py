@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from kvt_compile.passes.canonical.modes import Mode, running_as
-from kvt_compile.passes.canonical.values import Value, meta_value
+from kvt_compile.passes.canonical.values import Value, dim_of, meta_value, same_shape
 from kvt_compile.passes.finding.sums import Normalised, Rearranged, Scaled, Step, SumOfMaps, Term
 from kvt_compile.passes.rewriting.emit import Emitter
 
@@ -75,7 +75,7 @@ def _written(graph: fx.Graph, one: SumOfMaps) -> Apart | None:
 
 def _alike(out: fx.Node, node: fx.Node) -> bool:
     mine, theirs = meta_value(out), meta_value(node)
-    return bool(mine.dtype == theirs.dtype and mine.shape == theirs.shape)
+    return bool(mine.dtype == theirs.dtype and same_shape(*(tuple(map(dim_of, x.shape)) for x in (mine, theirs))))
 
 
 def _sum_of_products(emit: Emitter, one: SumOfMaps, apart: Apart) -> fx.Node:

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from kvt_compile.passes.canonical.coords import Atom, Coord
 from kvt_compile.passes.canonical.made import is_made, log_of_weight
-from kvt_compile.passes.canonical.values import Value, meta_value, product
+from kvt_compile.passes.canonical.values import Value, dim_of, meta_value, product, same_shape
 from kvt_compile.passes.finding.sizes import SizeSource, is_part, size_sources
 from kvt_compile.passes.site import Operand
 
@@ -213,7 +213,7 @@ class Emitter:
     def like(self, x: fx.Node, original: fx.Node) -> fx.Node:
         """x in the memory order of the original's result, so that a later `view` still finds what it expects."""
         mine, theirs = meta_value(x), meta_value(original)
-        if not isinstance(theirs, torch.Tensor) or mine.stride() == theirs.stride():
+        if not isinstance(theirs, torch.Tensor) or same_shape(*(tuple(map(dim_of, y.stride())) for y in (mine, theirs))):
             return x
         order = sorted(range(theirs.dim()), key=lambda d: _hint(theirs.stride(d)), reverse=True)
         if any(_hint(s) == 0 for s in theirs.stride()):
