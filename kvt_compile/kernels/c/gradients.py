@@ -3,19 +3,19 @@
 dt -> ds = dt * df/ds             dc_n[index] += dt * df/dc_n           f: score expression
 dw -> dp = dw * dg/dp             dc_n[index] += dw * dg/dc_n           g: weight expression
 
-Keys without weight get none where a slope may be infinite or NaN.
+Keys that were dropped get none where a slope may be infinite or NaN.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 
 from kvt_compile.kernels.c.program import Builder, Program
 from kvt_compile.kernels.c.scalar import ScalarPrinter, depends_on
 from kvt_compile.kernels.language import score as language
-from kvt_compile.kernels.language.derivative import derivative, is_multiple
+from kvt_compile.kernels.language.derivative import derivative, is_bounded
 from kvt_compile.kernels.op.spec import KernelSpec
 
 
@@ -54,13 +54,12 @@ def _gradient(
 ) -> tuple[Program, tuple[Scatter, ...]]:
     wanted = [x for x in loads if spec.captured[x.slot].is_float]
     derivatives = [derivative(expression, x) for x in (symbol, *wanted)]
-    program = Builder(scalar).build([_of_weighty(x) for x in derivatives], extra=wanted)
+    program = Builder(scalar).build(derivatives, extra=wanted)
+    results = (x if is_bounded(d) else f"choose(dropped, (vec){{0}}, {x})"
+               for x, d in zip(program.results, derivatives, strict=True))  # fmt: skip
+    program = replace(program, results=tuple(results))
     scatters = tuple(_scatter(x, number, scalar) for number, x in enumerate(wanted, start=1))
     return program, scatters
-
-
-def _of_weighty(slope: sympy.Expr) -> sympy.Expr:
-    return slope if is_multiple(slope) else language.where(language.eq(language.p, language.zero), language.zero, slope)
 
 
 def _scatter(x: language.load, result: int, scalar: ScalarPrinter) -> Scatter:

@@ -57,6 +57,7 @@ class Program:
     """What `templates/program.c.jinja` prints."""
 
     results: tuple[str, ...]
+    """Vectors of reals."""
     statements: tuple[str, ...]
     uniforms: tuple[Part, ...]
     """Change with b and h."""

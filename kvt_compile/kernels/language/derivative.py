@@ -152,9 +152,14 @@ def _passed(gradient: sympy.Expr, rule: sympy.Expr, multiplies: bool) -> sympy.E
     return _product(gradient, rule)
 
 
-def is_multiple(slope: sympy.Expr) -> bool:
-    """Whether a derivative is the gradient times numbers."""
-    return slope.free_symbols <= {language.gradient} and not language.loads(slope)
+def is_bounded(slope: sympy.Expr) -> bool:
+    """Whether a derivative is the gradient times numbers, wherever its conditions let it through: it is then 0 where
+    the gradient is, while a slope made of scores or captured tensors may be infinite there."""
+    if isinstance(slope, where):
+        return all(map(is_bounded, slope.args[1:]))
+    if isinstance(slope, language.Add | language.Mul | language.Neg):
+        return all(map(is_bounded, slope.args))
+    return slope == language.gradient or (language.is_number(slope) and bool(slope.is_finite))
 
 
 def reaches(x: sympy.Expr, by: sympy.Expr) -> bool:

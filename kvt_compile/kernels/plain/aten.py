@@ -28,7 +28,7 @@ from torch import Tensor
 
 from kvt_compile.kernels import dropout
 from kvt_compile.kernels.language import score as language
-from kvt_compile.kernels.language.derivative import derivative, is_multiple
+from kvt_compile.kernels.language.derivative import derivative, is_bounded
 from kvt_compile.kernels.language.evaluate import compile_expression, compile_text, scatter, tile
 from kvt_compile.kernels.language.grid import Environment, Grid
 from kvt_compile.kernels.op.call import AttentionCall
@@ -83,6 +83,11 @@ class Algorithm:
         if self.lowest:
             t = select.without_late_ties(t, threshold, self.call.topk)
         return select.weights_again(t, logsumexp, threshold)
+
+    def without_slope(self, p: Tensor, threshold: Tensor) -> Tensor:
+        """Keys of a tile that get no gradient though a slope may be infinite there: those that the selection dropped.
+        Where it drops none, an infinite slope of a key without weight is NaN, as it is in the model."""
+        return (p == 0.0) if self.selection is not None else (p == 0.0) & (threshold > -torch.inf)
 
     def weights(self, env: Environment, p: Tensor) -> Tensor:
         """What multiplies V: the weight expression of p, then dropout."""
@@ -145,7 +150,8 @@ class AtenLowering:
         for piece, keys, values in run.pieces():
             for part in piece.tiles():
                 env, t = run.scores(part, keys)
-                p = run.weights_again(t, part.rows(logsumexp).unsqueeze(-1), part.rows(threshold).unsqueeze(-1))
+                row_logsumexp, row_threshold = (part.rows(x).unsqueeze(-1) for x in (logsumexp, threshold))
+                p = run.weights_again(t, row_logsumexp, row_threshold)
                 grad = part.group(part.rows(grad_out).to(values.dtype))
                 w = run.weights(env, p)
                 if dv is not None:
@@ -153,13 +159,14 @@ class AtenLowering:
                 if only_values:
                     continue
                 dw = run.dropped(env, part.ungroup(grad @ values.transpose(-1, -2)).to(spec.accumulate))
+                dropped = run.without_slope(p, row_threshold)
                 for load, slope, into in weight_slopes:
-                    scatter(load, through(slope, dw, env, p), env, into)
-                dp = through(by_p, dw, env, p)
+                    scatter(load, through(slope, dw, env, dropped), env, into)
+                dp = through(by_p, dw, env, dropped)
                 dt = p * (dp - (p * dp).sum(-1, keepdim=True))
                 for load, slope, into in score_slopes:
-                    scatter(load, through(slope, dt, env, p), env, into)
-                ds = part.group(through(by_s, dt, env, p))
+                    scatter(load, through(slope, dt, env, dropped), env, into)
+                ds = part.group(through(by_s, dt, env, dropped))
                 if dq is not None:
                     part.rows(dq).copy_(part.ungroup(ds @ keys))
                 if dk is not None:
@@ -199,11 +206,11 @@ def slopes(loads: Sequence[language.load], expression: sympy.Expr, sums: Sequenc
     return [(load, derivative(expression, load), into) for load, into in wanted if into is not None]
 
 
-def through(slope: sympy.Expr, gradient: Tensor, env: Environment, p: Tensor) -> Tensor:
-    """The derivative of a gradient, over keys that have weight: a slope may be infinite or NaN where there is none."""
+def through(slope: sympy.Expr, gradient: Tensor, env: Environment, dropped: Tensor) -> Tensor:
+    """The derivative of a gradient; 0 where keys were dropped, whose slope may be infinite or NaN."""
     env.gradient = gradient
     x = tile(compile_expression(slope), env)
-    return x if is_multiple(slope) else torch.where(p == 0.0, 0.0, x)
+    return x if is_bounded(slope) else torch.where(dropped, 0.0, x)
 
 
 def _last(x: Tensor, dim: int, back: bool = False) -> Tensor:

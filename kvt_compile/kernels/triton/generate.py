@@ -69,6 +69,7 @@ def _attention(spec: KernelSpec, contracting: bool) -> str:
     row_source = ["rows", *_names("q", head_parts), "k_ptr", "k_stride2", "k_stride3", "nk", "tile"]
     row_source += ["places"] if listed else []
     functions, scatters = slopes(spec, printer) if backward else ([], [])
+    guarded = any(x.guarded for x in functions)
     g, v = _names("g", value_parts), _names("v", value_parts)
     places = ["rows.to(INDEX)[:, None]", "cols.to(INDEX)[None, :]"]
     partly = layout.listing(spec) == "tokens"
@@ -104,13 +105,17 @@ def _attention(spec: KernelSpec, contracting: bool) -> str:
         "backward": backward,
         "slopes": functions,
         "scatters": scatters,
-        "weight_slope": spec.weight != "p",
         "plain_delta": spec.weight == "p" and (not wide or spec.value_dtype == "float64"),
-        "through_score": "through_score(dt, p, s, i, j, tile, INDEX)",
-        "gradient_args": ", ".join(["p", *g, *v, *places, "tile", "draw", "INDEX", "PRECISION"]),
+        "guarded": guarded,
+        "gradient_args": ", ".join(
+            [*(["dropped"] if guarded else []), "p", *g, *v, *places, "tile", "draw", "INDEX", "PRECISION"]
+        ),
         "exact_logsumexp": EXACT_LOGSUMEXP,
     }
     if backward:
+        through = {x.name: x for x in functions}
+        values["through_score"] = through["through_score"].call("dt", "s")
+        values["through_weight"] = "dw" if spec.weight == "p" else through["through_weight"].call("dw", "p")
         values |= dict(zip(("need_q", "need_k", "need_v"), spec.needs_grad, strict=False))
     values |= _selection(wide) | _listing(spec, listed, partly)
     values |= {"functions": printer.functions, "tanh_series": _tanh_series(14 if wide else 9)}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import sympy
 
 from kvt_compile.kernels.language import score as language
-from kvt_compile.kernels.language.derivative import derivative, is_multiple
+from kvt_compile.kernels.language.derivative import derivative, is_bounded
 from kvt_compile.kernels.op.spec import KernelSpec
 from kvt_compile.kernels.triton.scalar import Program, TilePrinter, axes_of
 
@@ -23,8 +23,14 @@ class Slope:
     name: str
     meaning: str
     program: Program
-    multiple: bool
-    """Whether it is the gradient times numbers."""
+    reads_tile: bool
+    """Whether it is made of more than the gradient and numbers."""
+    guarded: bool
+    """Whether it may be infinite where the gradient is 0, and so is told which keys were dropped."""
+
+    def call(self, gradient: str, symbol: str) -> str:
+        """Triton: its value for a tile; `symbol`, s or p, is what the derivative's expression is made of."""
+        return f"{self.name}({gradient}, {'dropped, ' if self.guarded else ''}p, {symbol}, i, j, tile, INDEX)"
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,8 @@ def slope(name: str, of: str, expression: sympy.Expr, printer: TilePrinter) -> S
     """The function that answers a derivative of its gradient."""
     holds = language.holds(expression)  # a number alone would not have the shape of a tile
     program = printer.program(expression) if holds else Program((), "tl.zeros_like(gradient)")
-    return Slope(name, f"{of} = {language.to_text(expression)}", program, is_multiple(expression))
+    reads_tile = bool(expression.free_symbols - {language.gradient} or program.loads)
+    return Slope(name, f"{of} = {language.to_text(expression)}", program, reads_tile, not is_bounded(expression))
 
 
 def slopes(spec: KernelSpec, printer: TilePrinter) -> tuple[list[Slope], list[Scatter]]:
@@ -70,7 +77,7 @@ def slopes(spec: KernelSpec, printer: TilePrinter) -> tuple[list[Slope], list[Sc
             name = f"through_{role}_to_{len(scatters)}"
             text = language.to_text(load)
             functions.append(slope(name, f"d{text}", derivative(expression, load), printer))
-            value = f"{name}({gradient}, p, {symbol}, i, j, tile, INDEX)"
+            value = functions[-1].call(gradient, symbol)
             axes: frozenset[str] = frozenset().union(*(axes_of(index) for index in load.index))
             printer.loaded = {}
             offset = printer.offset(load, "size") if load.index else "0"

@@ -161,7 +161,7 @@ class Counting:
             x.rows(total).add_(_exponentials(x, logsumexp, threshold).sum(-1, keepdim=True))
         ring.sum(total).masked_fill_(total == 0.0, 1.0)
         for x in self.tiles():
-            p, _, dp = self._softmax_again(x, logsumexp, threshold, total, grad_out)
+            p, _, dp, _ = self._softmax_again(x, logsumexp, threshold, total, grad_out)
             x.rows(delta).add_((p * dp).sum(-1, keepdim=True))
         ring.sum(delta)
         inputs = (call.q, call.k, call.v, *call.captured)
@@ -180,34 +180,35 @@ class Counting:
 
     def _softmax_again(
         self, x: _Scores, logsumexp: Tensor, threshold: Tensor, total: Tensor, grad_out: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(p, gradient of w, gradient of p) of a tile."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(p, gradient of w, gradient of p, keys that were dropped) of a tile."""
         p = _exponentials(x, logsumexp, threshold) / x.rows(total)
         x.env.p = p
         grad = x.part.group(x.part.rows(grad_out).to(x.values.dtype))
         dw = x.run.dropped(x.env, x.part.ungroup(grad @ x.values.transpose(-1, -2)).to(self.accumulate))
-        return p, dw, through(derivative(x.run.call.spec.weight_expression, language.p), dw, x.env, p)
+        dropped = x.run.without_slope(p, x.rows(threshold))
+        return p, dw, through(derivative(x.run.call.spec.weight_expression, language.p), dw, x.env, dropped), dropped
 
     def _accumulate(
         self,
         x: _Scores,
-        softmax: tuple[Tensor, Tensor, Tensor],
+        softmax: tuple[Tensor, Tensor, Tensor, Tensor],
         delta: Tensor,
         grad_out: Tensor,
         sums: list[Tensor | None],
     ) -> None:
-        (p, dw, dp), spec = softmax, x.run.call.spec
+        (p, dw, dp, dropped), spec = softmax, x.run.call.spec
         dq, dk, dv = (s if s is None or n == 0 else narrowed(s, 2, x.own) for n, s in enumerate(sums[:3]))
         into = [None if s is None else narrowed(s, self.cut.keys.get(n), x.own) for n, s in enumerate(sums[3:])]
         if dv is not None:
             w = x.part.group(x.run.weights(x.env, p).to(x.values.dtype))
             x.piece.of(dv).add_(w.transpose(-1, -2) @ x.part.group(x.part.rows(grad_out).to(x.values.dtype)))
         for load, slope, place in slopes(spec.weight_loads, spec.weight_expression, into):
-            scatter(load, through(slope, dw, x.env, p), x.env, place)
+            scatter(load, through(slope, dw, x.env, dropped), x.env, place)
         dt = p * (dp - x.rows(delta))
         for load, slope, place in slopes(spec.score_loads, spec.score_expression, into):
-            scatter(load, through(slope, dt, x.env, p), x.env, place)
-        ds = x.part.group(through(derivative(spec.score_expression, language.s), dt, x.env, p))
+            scatter(load, through(slope, dt, x.env, dropped), x.env, place)
+        ds = x.part.group(through(derivative(spec.score_expression, language.s), dt, x.env, dropped))
         if dq is not None:
             x.part.rows(dq).add_(x.part.ungroup(ds @ x.keys))
         if dk is not None:

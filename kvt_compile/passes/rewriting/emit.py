@@ -213,7 +213,9 @@ class Emitter:
     def like(self, x: fx.Node, original: fx.Node) -> fx.Node:
         """x in the memory order of the original's result, so that a later `view` still finds what it expects."""
         mine, theirs = meta_value(x), meta_value(original)
-        if not isinstance(theirs, torch.Tensor) or same_shape(*(tuple(map(dim_of, y.stride())) for y in (mine, theirs))):
+        if not isinstance(theirs, torch.Tensor):
+            return x
+        if same_shape(*(tuple(map(dim_of, y.stride())) for y in (mine, theirs))):
             return x
         order = sorted(range(theirs.dim()), key=lambda d: _hint(theirs.stride(d)), reverse=True)
         if any(_hint(s) == 0 for s in theirs.stride()):
