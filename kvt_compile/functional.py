@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import kvt_compile.kernels.op.ops  # noqa: F401 - registers torch.ops.kvt
-from kvt_compile.kernels.op import lowerings
+from kvt_compile.kernels.op import lowerings, ready
 from kvt_compile.select.function import GIVEN, Condition, conditioned, givens
 from kvt_compile.select.geometry import Geometry, needs_grid, needs_prefix, resolve_grid
 from kvt_compile.select.text import parse
@@ -160,7 +160,8 @@ def _attention(
         q.shape, k.shape, v.shape, topk, mask, dropout_p, is_causal, scale,
         enable_gqa, lowering, topk_tolerance, lowerings.inside(),
     )  # fmt: skip
-    plan = _plan(*asked) if torch.compiler.is_compiling() else _remembered(asked)
+    compiling = torch.compiler.is_compiling()
+    plan = _plan(*asked) if compiling else _remembered(asked)
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device) if dropout_p > 0.0 else None
     captured = [] if attn_mask is None else [attn_mask.reshape(plan.mask)]
     if plan.folded is not None:
@@ -170,7 +171,9 @@ def _attention(
     if condition is not None:
         before = (condition[0].around(str(before[0]), len(captured)), *before[1:])
         captured += condition[1]
-    out = torch.ops.kvt.attention(q, k, v, captured, *before, seed, *plan.after, *select)[0]
+    rest = (*before, seed, *plan.after, *select)
+    found = None if compiling else ready.at_once(lowerings.check_inside, q, k, v, captured, rest)
+    out = (torch.ops.kvt.attention(q, k, v, captured, *rest) if found is None else found)[0]
     return out if plan.result is None else out.reshape(plan.result)  # type: ignore[no-any-return]
 
 

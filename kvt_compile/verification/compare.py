@@ -74,8 +74,8 @@ def compare_tensors(rows: Sequence[Row], unit: float = 1.0, least: float = SMALL
         if scale <= max(rounding, lost):  # zero in truth (the gradient of a bias that a norm cancels): all rounding
             scale, rounding = largest, largest_rounding
         budget = unit * (FACTOR * rounding + torch.finfo(dense.dtype).eps * scale)
-        if unit < 1:
-            budget = max(budget, least * scale)
+        if unit < 1:  # a saturated softmax leaves gradients that are differences of terms of the largest size
+            budget = max(budget, least * scale, FACTOR * lost)
         yield _difference(name, found, exact, scale, budget)
 
 

@@ -33,8 +33,8 @@ from torch.utils.checkpoint import checkpoint
 
 import kvt_compile
 from kvt_compile.passes.canonical.modes import ambient
-from kvt_compile.passes.decide import Decision, Policy
-from kvt_compile.passes.pipeline import run_passes
+from kvt_compile.passes.decide import Policy
+from kvt_compile.passes.pipeline import PassResult, run_passes
 from kvt_compile.verification.outcome import Outcome, Run
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
@@ -229,11 +229,10 @@ def _selects(program: Program, topk: int) -> bool:
     model, inputs = built(program, wide=True)
     selection = Selection(topk, 10 * ROUNDED)
     by_hand = built(program, selection, wide=True)[0]
-    decisions: list[Decision] = []
+    results: list[PassResult] = []
 
     def backend(gm: Any, example_inputs: Any) -> Any:
-        policy = Policy(topk, force_rewrite=True)
-        decisions.extend(run_passes(gm, policy, lowering="aten", entry=ambient()).decisions)
+        results.append(run_passes(gm, Policy(topk, force_rewrite=True), lowering="aten", entry=ambient()))
         return gm.forward
 
     def run(model: nn.Module, call: Callable[..., Any]) -> Outcome:
@@ -241,7 +240,10 @@ def _selects(program: Program, topk: int) -> bool:
 
     torch._dynamo.reset()
     found = run(model, torch.compile(model, backend=backend))
+    decisions = [x for result in results for x in result.decisions]
     if len(decisions) != program.anchors or any(x.topk is None for x in decisions):
+        return False
+    if any(result.refusals for result in results):  # a softmax in a function that is called again, under torch.func
         return False
     try:
         expected = run(by_hand, by_hand)

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kvt_compile import topk_attention
 from kvt_compile.kernels.op import lowerings, ops, ready
 from kvt_compile.kernels.plain.aten import AtenLowering
 
@@ -185,3 +187,81 @@ def test_undoing_a_registration_leaves_those_that_came_after() -> None:
     also()
     with pytest.raises(lowerings.LoweringError, match="unknown lowering 'came later'"):
         lowerings.get("came later")
+
+
+# ---- before the dispatcher ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ways(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each call of `topk_attention` was answered at once."""
+    taken: list[bool] = []
+    real = ready.at_once
+
+    def noted(*args: Any) -> Any:
+        found = real(*args)
+        taken.append(found is not None)
+        return found
+
+    monkeypatch.setattr(ready, "at_once", noted)
+    return taken
+
+
+def test_a_plain_call_is_answered_at_once(ways: list[bool]) -> None:
+    q, k, v = tensors()
+    bias = torch.randn(5, 9)
+    first = [topk_attention(q, k, v, topk=3, attn_mask=mask) for mask in (None, bias)]
+    again = [topk_attention(q, k, v, topk=3, attn_mask=mask) for mask in (None, bias)]
+    assert same(first, again)
+    assert torch.equal(topk_attention(*map(nn.Parameter, (q, k, v)), topk=3).detach(), first[0])
+    with torch.no_grad():
+        assert torch.equal(topk_attention(*map(nn.Parameter, (q, k, v)), topk=3), first[0])
+    with torch.inference_mode():
+        assert torch.equal(topk_attention(q, k.clone(), v, topk=3), first[0])
+    assert ways == [False, False, True, True, False, True, True]
+
+
+class Function(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(Tensor):
+    """Nothing but a name."""
+
+
+def test_whatever_has_to_see_the_operator_does(ways: list[bool]) -> None:
+    q, k, v = tensors()
+
+    def run(*x: Tensor) -> Tensor:
+        return topk_attention(*x, topk=3)
+
+    first = run(q, k, v)
+    with Seen() as seen:
+        run(q, k, v)
+    assert seen.names[0] == "kvt::attention"
+    with Function() as function:
+        run(q, k, v)
+    assert any("kvt" in x for x in function.seen)
+    with torch.profiler.profile() as profile:
+        run(q, k, v)
+    assert any(x.name == "kvt::attention" for x in profile.events())
+    assert torch.equal(torch.func.vmap(run)(*(x[None] for x in (q, k, v)))[0], first)
+    assert torch.func.grad(lambda q: run(q, k, v).sum())(q).any()
+    assert type(run(*(x.as_subclass(Subclass) for x in (q, k, v)))) is Subclass
+    with FakeTensorMode() as mode:
+        assert isinstance(run(*(mode.from_tensor(x) for x in (q, k, v))), FakeTensor)
+    with FakeTensorMode(), pytest.raises(AssertionError, match="fake"):
+        run(q, k, v)
+    assert torch.equal(torch.jit.trace(run, (q, k, v), check_trace=False)(q, k, v), first)
+    assert run(q.clone().requires_grad_(), k, v).requires_grad
+    with torch.autocast("cpu"):
+        assert run(q, k, v).dtype == torch.bfloat16
+    assert not any(ways)
+    assert torch.equal(run(q, k, v), first)
+    assert ways.pop()
