@@ -122,13 +122,15 @@ def by_inductor(
 ) -> Callable[..., Any]:
     """Inductor, with a mode and options as `torch.compile` takes them."""
     from torch._inductor import config, list_mode_options
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    from kvt_compile.kernels.direct import written  # it registers the operators, which Inductor is about to meet
+    from kvt_compile.kernels.direct import writing, written  # it registers the operators, which Inductor will meet
 
     patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
-    with _cpp() if patches.get("cpp_wrapper", config.cpp_wrapper) else written():
-        compiled: Any = compile_fx(gm, example_inputs, config_patches=patches or None)
+    cpp = patches.get("cpp_wrapper", config.cpp_wrapper)
+    with _cpp() if cpp else written():
+        inner = compile_fx_inner if cpp else writing(compile_fx_inner)
+        compiled: Any = compile_fx(gm, example_inputs, inner, config_patches=patches or None)
     run: Callable[..., Any] = compiled
     return run
 

@@ -174,7 +174,7 @@ def _attention(
     rest = (*before, seed, *plan.after, *select)
     found = None if compiling else ready.at_once(lowerings.check_inside, q, k, v, captured, rest)
     out = (torch.ops.kvt.attention(q, k, v, captured, *rest) if found is None else found)[0]
-    return out if plan.result is None else out.reshape(plan.result)  # type: ignore[no-any-return]
+    return out if plan.result is None else out.reshape(plan.result)
 
 
 @dataclass(frozen=True, slots=True)

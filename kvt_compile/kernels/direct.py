@@ -5,9 +5,9 @@
     kvt_attention_buf0 = KvtSite()                                                  once
     buf0 = kvt_attention_buf0(arg0, arg1, arg2, [], '0.125*s', ...)
 
-Written where every size and stride is a number: all calls of such a node are laid out alike, so a site looks its runner
-up (`op/ready.py`) by the key of its first call.  What Inductor's own loops rely on, this does: shapes, strides and
-dtypes are those of the graph.
+and the same of a backward.  Written where every size and stride is a number: all calls of such a node are laid out
+alike, so a site looks its runner up (`op/ready.py`) by the key of its first call.  What Inductor's own loops rely on,
+this does: shapes, strides and dtypes are those of the graph.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import fields
+from functools import wraps
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 from kvt_compile.kernels.op import lowerings, ops, ready
 from kvt_compile.kernels.op.arguments import AttentionArguments
 
-_OPERATOR = torch.ops.kvt.attention.default
+_OPERATOR, _BACKWARD = torch.ops.kvt.attention.default, torch.ops.kvt.attention_backward.default
 _LOWERING = [x.name for x in fields(AttentionArguments)].index("lowering") - 4
 _writing: ContextVar[bool] = ContextVar("kvt_writing_direct_calls", default=False)
 
@@ -49,20 +50,58 @@ class Site:
         return _OPERATOR(q, k, v, captured, *rest)
 
 
+class BackwardSite:
+    """The backward of one attention node, likewise."""
+
+    __slots__ = ("_asked", "_key")
+
+    def __init__(self) -> None:
+        self._key: Hashable = None
+        self._asked = False
+
+    def __call__(self, *args: Any) -> Any:
+        run = ready.runner(self._key)
+        if run is not None and not torch._C._len_torch_dispatch_stack():
+            return run(*args[:_SAVED])
+        if not self._asked:
+            self._key, self._asked = ready.backward_key(ops.backward_arguments(*args)), True
+        return _BACKWARD(*args)
+
+
+_SAVED = [x.name for x in _BACKWARD._schema.arguments].index("threshold") + 1
+"""How many arguments a backward begins with that are tensors, or a list of them."""
+_SITES = {_OPERATOR: Site, _BACKWARD: BackwardSite}
+
+
 @contextmanager
 def written() -> Iterator[None]:
     """What Inductor writes in here calls attention directly; with a tag in the keys of its caches, as it imports this
     module by name."""
     from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN, CustomCodegen
 
+    if _writing.get():
+        yield
+        return
     config: Any = torch.compiler.config
-    CUSTOM_EXTERN_KERNEL_CODEGEN.setdefault(f"torch.ops.{_OPERATOR}", CustomCodegen(python=_write))
+    for operator in _SITES:
+        CUSTOM_EXTERN_KERNEL_CODEGEN.setdefault(f"torch.ops.{operator}", CustomCodegen(python=_write))
     token = _writing.set(True)
     try:
         with config.patch(cache_key_tag=f"{config.cache_key_tag}|kvt-direct=1"):
             yield
     finally:
         _writing.reset(token)
+
+
+def writing(inner_compile: Callable[..., Any]) -> Callable[..., Any]:
+    """Inductor's compiler of one graph, with `written` around it: a backward is compiled when it is first needed."""
+
+    @wraps(inner_compile)
+    def compile_one(*args: Any, **kwargs: Any) -> Any:
+        with written():
+            return inner_compile(*args, **kwargs)
+
+    return compile_one
 
 
 def _write(node: Any, writeline: Callable[[Any], None]) -> None:
@@ -73,9 +112,11 @@ def _write(node: Any, writeline: Callable[[Any], None]) -> None:
     wrapper = V.graph.wrapper_code
     # a wrapper of another kind, of a part of a graph for one, has no place for what is written once
     if _writing.get() and type(wrapper) is PythonWrapperCodegen and _is_settled(node):
-        node.python_kernel_name = f"kvt_attention_{node.get_name()}"
-        wrapper.add_import_once(f"from {__name__} import {Site.__name__} as KvtSite")
-        wrapper.header.writeline(f"{node.python_kernel_name} = KvtSite()")
+        site = _SITES[node.op_overload]
+        kind = "attention" if site is Site else "attention_backward"
+        node.python_kernel_name = f"kvt_{kind}_{node.get_name()}"
+        wrapper.add_import_once(f"from {__name__} import {site.__name__} as Kvt{site.__name__}")
+        wrapper.header.writeline(f"{node.python_kernel_name} = Kvt{site.__name__}()")
     writeline(ExternKernelAllocLine(wrapper, node))
 
 

@@ -148,3 +148,77 @@ def test_a_lowering_of_another_making_takes_over() -> None:
     site(*tensors(), *rest)
     assert counted.calls == 3
     assert len(ready._runners) == 1
+
+
+# ---- backward --------------------------------------------------------------------------------------------------------
+
+
+def codes_of_training(run: Callable[..., Any], *inputs: Tensor) -> str:
+    with fresh_cache():
+        return "\n".join(run_and_get_code(lambda: run(*inputs).square().sum().backward())[1])
+
+
+def test_a_backward_is_called_directly_too() -> None:
+    run, bias = compiled(biased), torch.randn(5, 9, requires_grad=True)
+    code = codes_of_training(run, *tensors(grad=True), bias)
+    assert "kvt_attention_backward_buf" in code
+    assert "torch.ops.kvt.attention_backward.default(" not in code
+    for seed in range(4):
+        found, expected = ([*tensors(seed, grad=True), bias.detach().clone().requires_grad_()] for _ in range(2))
+        run(*found).square().sum().backward()
+        q, k, v, b = expected
+        out = torch.ops.kvt.attention(q, k, v, [b * 2], "0.3*s + c0[i, j]", "p", 4, [], 0.0, None, "auto")[0] * 2
+        out.square().sum().backward()
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("wanted", ["q", "kv", "v", "qb"])
+def test_only_the_gradients_that_are_wanted(wanted: str) -> None:
+    run = compiled(biased)
+    for seed in range(3):
+        found, expected = (
+            [
+                x.requires_grad_(name in wanted)
+                for name, x in zip("qkvb", [*tensors(seed), torch.ones(5, 9)], strict=True)
+            ]
+            for _ in range(2)
+        )
+        run(*found).square().sum().backward()
+        q, k, v, b = expected
+        out = torch.ops.kvt.attention(q, k, v, [b * 2], "0.3*s + c0[i, j]", "p", 4, [], 0.0, None, "auto")[0] * 2
+        out.square().sum().backward()
+        for x, y in zip(found, expected, strict=True):
+            assert (x.grad is None) == (y.grad is None)
+            if y.grad is not None:
+                torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_gradients_laid_out_otherwise_are_read_as_they_are() -> None:
+    """The gradient of the output comes as autograd has it: expanded, transposed, and once more as it was."""
+    q, k, v = tensors(grad=True)
+    factors = [torch.ones(()).expand(2, 3, 5, 8), torch.randn(3, 2, 8, 5).permute(1, 0, 3, 2), torch.randn(2, 3, 5, 8)]
+    for factor in [*factors, *factors]:
+        found, expected = (
+            torch.autograd.grad(
+                torch.ops.kvt.attention(q, k, v, [], "0.3*s", "p", 4, [], 0.0, None, x)[0], (q, k, v), factor
+            )
+            for x in ("c", "aten")
+        )
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y)
+    assert sum(isinstance(key, tuple) and key[0] == "backward" for key in ready._runners) >= 3
+
+
+def test_a_mode_sees_a_backward() -> None:
+    q, k, v = tensors()
+    out, logsumexp, threshold = torch.ops.kvt.attention(q, k, v, [], "s", "p", 4, [], 0.0, None, "c")
+    site = direct.BackwardSite()
+    rest = (out, q, k, v, [], out, logsumexp, threshold, "s", "p", 4, [], 0.0, None, [True, False, True], "c")
+    first = [site(*rest) for _ in range(3)][-1]
+    with Watch() as watch:
+        again = site(*rest)
+    assert watch.seen == ["kvt.attention_backward.default"]
+    assert [x.shape for x in first[:3]] == [q.shape, (0,), v.shape]
+    for x, y in zip(first[:3], again[:3], strict=True):
+        assert torch.equal(x, y)

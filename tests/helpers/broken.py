@@ -19,7 +19,7 @@ Where = Callable[[AttentionCall], bool]
 class Wrong:
     """Another lowering, times `factor` in one of its results where `where` says so."""
 
-    runner = None
+    runner = backward_runner = None
     """Calls that were seen before are not to go past this."""
 
     def __init__(self, other: Any, part: str, factor: float, where: Where) -> None:

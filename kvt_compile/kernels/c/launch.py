@@ -118,6 +118,54 @@ def runner(call: AttentionCall, settings: Settings) -> Runner | None:
     return run
 
 
+def backward_runner(call: AttentionCall, settings: Settings, grad_out: Tensor) -> Runner | None:
+    """What runs a backward laid out as `call`, which has no dropout, and `grad_out`, with logsumexp and threshold
+    contiguous; None where there is nothing to compute.  A gradient that is not wanted is an empty tensor."""
+    if 0 in (*call.rows, call.keys):
+        return None
+    spec, wanted = call.spec, call.spec.needs_grad
+    shapes = _shapes(
+        spec, _layouts(call.q, call.k, call.v, grad_out), _layouts(*call.captured), call.topk, tuple(call.sizes)
+    )
+    entry = kernel(spec, settings).library.kvt_backward
+    copies = _copies(spec, call)
+    inputs = ["q", "k", "v", *(f"c{n}" for n in range(len(call.captured)))]
+    results = [name for name, need in zip(inputs, wanted, strict=True) if need]
+    given = {*inputs, *(f"d{name}" for name in results), "grad_out", "lse", "threshold", "threads"}
+    names = [name for _, name in call_fields(spec) if name in given]
+    pack = struct.Struct("=" + "".join("q" if name in given else "8x" for _, name in call_fields(spec))).pack
+
+    def run(
+        grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor],
+        out: Tensor, logsumexp: Tensor, threshold: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+        tensors = dict(zip(inputs, (q, k, v, *captured), strict=True))
+        made = {
+            f"d{name}": q.new_zeros((copies, *tensors[name].shape), dtype=spec.accumulate)
+            if name[0] == "c"
+            else torch.empty(tensors[name].shape, dtype=tensors[name].dtype)
+            for name in results
+        }
+        tensors |= {"grad_out": grad_out, "lse": logsumexp, "threshold": threshold} | made
+        places: dict[str, int] = {name: x.data_ptr() or _pointer(name, x) for name, x in tensors.items()}
+        places["threads"] = torch.get_num_threads()
+        if entry(pack(*(places[name] for name in names)) + shapes):
+            raise MemoryError(NO_MEMORY)
+        gradients = [
+            x.new_empty(0) if not need else made[f"d{name}"] if name[0] != "c" else made[f"d{name}"].sum(0).to(x.dtype)
+            for name, x, need in zip(inputs, (q, k, v, *captured), wanted, strict=True)
+        ]
+        return gradients[0], gradients[1], gradients[2], gradients[3:]
+
+    return run
+
+
+def _copies(spec: KernelSpec, call: AttentionCall) -> int:
+    """How many partial sums of a captured tensor's gradient a backward makes."""
+    plan = backward_plan(spec, call.q.shape, call.k.shape, tuple(c.numel() for c in call.captured))
+    return plan["tasks"] if plan["copies"] else 1
+
+
 def backward(
     call: AttentionCall, settings: Settings, grad_out: Tensor, logsumexp: Tensor, threshold: Tensor
 ) -> Gradients:
@@ -133,8 +181,7 @@ def backward(
             if x is not None:
                 x.zero_()
         return dq, dk, dv, [torch.zeros(c.shape, dtype=c.dtype) if need else None for c, need in captured]
-    plan = backward_plan(call.spec, call.q.shape, call.k.shape, tuple(c.numel() for c in call.captured))
-    copies = plan["tasks"] if plan["copies"] else 1
+    copies = _copies(call.spec, call)
     sums = [torch.zeros((copies, *c.shape), dtype=call.spec.accumulate) if need else None for c, need in captured]
     # the kernel reads rows one after the other; vmap saves them with a stride of 0
     logsumexp, threshold = logsumexp.contiguous(), threshold.contiguous()
@@ -261,4 +308,4 @@ def _shapes(
     return _struct(named).pack(*(values.get(name, 0) for _, name in named))
 
 
-__all__ = ["Kernel", "backward", "backward_plan", "forward", "kernel", "runner"]
+__all__ = ["Kernel", "backward", "backward_plan", "backward_runner", "forward", "kernel", "runner"]

@@ -60,6 +60,9 @@ class CLowering:
     def runner(self, call: AttentionCall) -> Runner | None:
         return launch.runner(call, self.settings) if self.built(call.spec) else None
 
+    def backward_runner(self, call: AttentionCall, grad_out: Tensor) -> Runner | None:
+        return launch.backward_runner(call, self.settings, grad_out) if self.built(call.spec) else None
+
     def backward(
         self, call: AttentionCall, grad_out: Tensor, out: Tensor, logsumexp: Tensor, threshold: Tensor
     ) -> Gradients:

@@ -87,7 +87,7 @@ def _attention(a: AttentionArguments) -> tuple[Tensor, Tensor, Tensor]:
     lowerings.check_inside(a.lowering)
     key = ready.key(a)
     if (run := ready.runner(key)) is not None:
-        return run(a.q, a.k, a.v, a.captured or ())
+        return run(a.q, a.k, a.v, a.captured or ())  # type: ignore[no-any-return]
     check_attention(a)
     call = AttentionCall.of(a, topk=min(a.topk, a.k.shape[2]))
     chosen = lowerings.choose(a.lowering, call.spec, a.q.device.type)
@@ -144,12 +144,17 @@ def _attention_autograd(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple[
 
 
 def _attention_backward(a: BackwardArguments) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    key = ready.backward_key(a)
+    if (run := ready.runner(key)) is not None:
+        saved = a.out, a.logsumexp, a.threshold
+        return run(a.grad_out, a.q, a.k, a.v, a.captured or (), *saved)  # type: ignore[no-any-return]
     check_attention(a)
     check_backward(a)
     call = AttentionCall.of(a, topk=min(a.topk, a.k.shape[2]), needs_grad=a.needs_grad)
     with _without_autocast(a.q.device.type):
         chosen = lowerings.choose(a.lowering, call.spec, a.q.device.type)
         dq, dk, dv, dcaptured = chosen.backward(call, a.grad_out, a.out, a.logsumexp, a.threshold)
+    ready.remember(key, chosen, call, a.grad_out)
     inputs, gradients = (a.q, a.k, a.v, *call.captured), (dq, dk, dv, *dcaptured)
     full = [x.new_empty(0) if dx is None else dx for x, dx in zip(inputs, gradients, strict=True)]
     return full[0], full[1], full[2], full[3:]

@@ -1,6 +1,7 @@
 """A call like one that was checked before -> what runs it at once.
 
     shapes, strides, dtypes, texts and numbers of a call  --runner-->  (q, k, v, captured) -> out, logsumexp, threshold
+    the same of its backward                              --runner-->  (grad_out, q, ...) -> dq, dk, dv, dcaptured
 
 A model calls its sites with the same layouts again and again; checking one, describing it and choosing its lowering
 takes thirty microseconds of Python, more than a small attention itself.  All of that depends on what stands in the key
@@ -20,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvt_compile.kernels.op.arguments import AttentionArguments
+from kvt_compile.kernels.op.arguments import AttentionArguments, BackwardArguments
 from kvt_compile.kernels.op.call import AttentionCall
 
-Runner = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor]], tuple[Tensor, Tensor, Tensor]]
+Runner = Callable[..., Any]
+"""Takes the tensors that an operator's arguments begin with, and returns what it does."""
 MOST = 1024
 """Calls that are remembered; then all are forgotten, and the next ones remembered anew."""
 _runners: dict[Hashable, Runner] = {}
@@ -72,16 +74,30 @@ def _key(
     )  # fmt: skip
 
 
+def backward_key(a: BackwardArguments) -> Hashable:
+    """`key` of a backward."""
+    forward = key(a)
+    if forward is None:
+        return None
+    for x in (a.grad_out, a.out, a.logsumexp, a.threshold):
+        if not x.is_cpu or x.layout is not torch.strided or x.is_neg():
+            return None
+    if not (a.logsumexp.is_contiguous() and a.threshold.is_contiguous()):  # vmap saves them with a stride of 0
+        return None
+    saved = tuple((x.shape, x.dtype) for x in (a.grad_out, a.out, a.logsumexp, a.threshold))
+    return "backward", forward, saved, a.grad_out.stride(), tuple(a.needs_grad)
+
+
 def runner(key: Hashable) -> Runner | None:
     """What ran such a call before; None where nothing did, or where `key` is None."""
     return _runners.get(key)
 
 
-def remember(key: Hashable, lowering: object, call: AttentionCall) -> None:
+def remember(key: Hashable, lowering: object, call: AttentionCall, grad_out: Tensor | None = None) -> None:
     """What ran a call runs every one of that key from now on, where its lowering knows a short way: a lowering may have
-    `runner(call) -> Runner | None`, asked for a call that has just run."""
-    short = None if key is None else getattr(lowering, "runner", None)
-    if short is None or (run := short(call)) is None:
+    `runner(call)` and `backward_runner(call, grad_out)`, both `-> Runner | None`, asked for a call that just ran."""
+    short = None if key is None else getattr(lowering, "runner" if grad_out is None else "backward_runner", None)
+    if short is None or (run := short(call) if grad_out is None else short(call, grad_out)) is None:
         return
     if len(_runners) >= MOST:
         _runners.clear()
@@ -122,7 +138,7 @@ def at_once(
     for x in (q, k, v, *captured):
         if type(x) not in _TYPES or ((keys := here._dispatch_keys(x)) != _OF_TENSOR and keys != _OF_INFERENCE_TENSOR):
             return None
-    if here._is_torch_function_mode_enabled() or torch.autograd._profiler_enabled():
+    if here._is_torch_function_mode_enabled() or here._autograd._profiler_enabled():
         return None
     if torch.is_grad_enabled() and any_requires_grad(q, k, v, captured):
         return None
