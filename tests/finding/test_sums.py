@@ -153,3 +153,33 @@ def test_half_precision() -> None:
         mine, theirs = compiled(x), module(x)
     assert mine.dtype == theirs.dtype == torch.bfloat16
     torch.testing.assert_close(mine, theirs, rtol=0.03, atol=0.03)
+
+
+def squared(m: TwoMaps, first: Tensor, second: Tensor, v: Tensor) -> Tensor:
+    weights = first + first @ first
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+def from_outputs(m: TwoMaps, first: Tensor, second: Tensor, v: Tensor) -> Tensor:
+    weights = first + (first @ v @ v.mT).exp()
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+def through_another(m: TwoMaps, first: Tensor, second: Tensor, v: Tensor) -> Tensor:
+    weights = first - 0.5 * (second @ first).mT.sigmoid()
+    return weights / (weights.sum(-1, keepdim=True) + 1e-6) @ v
+
+
+def of_two_softmaxes(m: TwoMaps, first: Tensor, second: Tensor, v: Tensor) -> Tensor:
+    weights = first + 0.5 * second
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+@pytest.mark.parametrize("combine", [squared, from_outputs, through_another, of_two_softmaxes])
+def test_a_map_that_a_product_makes_sums_to_nothing_known(combine: Combine) -> None:
+    torch.manual_seed(0)
+    module = TwoMaps(combine).double()
+    result = kvt_compile.rewrite(module, tokens(), topk=1.0, force_rewrite=True)
+    outcomes = {site.outcome for site in result.report.sites}
+    assert ("scores-kept" in outcomes) == (combine is not of_two_softmaxes)
+    torch.testing.assert_close(result.module(tokens()), module(tokens()))

@@ -240,7 +240,7 @@ class _Walk:
         """Whether each element is divided by the sum of its own row."""
         space = Space()
         frame = tuple(space.fresh(f"o{d}", size) for d, size in enumerate(value.shape))
-        reader = Reader(space, lambda v: True, {}, stops=frozenset({total}))
+        reader = Reader(space, _is_no_product, {}, stops=frozenset({total}))
         reader.read(by, aligned(frame, by))
         if len(reader.leaves) != 1 or reader.leaves[0].value is not total:
             return False
@@ -277,7 +277,7 @@ class _Walk:
         space = Space()
         frame = tuple(space.fresh(f"o{d}", size) for d, size in enumerate(whole.shape))
         softmaxes = frozenset(x for x in self.graph.values if x.kind == "softmax")
-        reader = Reader(space, lambda v: True, {}, stops=softmaxes)
+        reader = Reader(space, _is_no_product, {}, stops=softmaxes)
         expression = reader.read(map_, aligned(frame, map_))
         if [leaf.symbol for leaf in reader.leaves] != [expression]:
             return False  # more than a rearrangement stands between
@@ -294,6 +294,12 @@ class _Walk:
             and along == space.resolve(frame[dim])
             and not rest & set(along.digits)
         )
+
+
+def _is_no_product(value: Value) -> bool:
+    """What a reading may pass on the way to a softmax: which products mix tokens is not known yet, and a map that comes
+    out of one is none that sums to one."""
+    return value.kind != "contraction"
 
 
 def _size(x: Value, whole: Value, dim: int) -> object:
