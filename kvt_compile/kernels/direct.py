@@ -41,8 +41,7 @@ class Site:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], *rest: Any) -> Any:
         run = ready.runner(self._key)
-        # a mode wants to see operators, as it sees those that Inductor leaves to torch
-        if run is not None and not torch._C._len_torch_dispatch_stack():
+        if run is not None and not _is_watched():
             lowerings.check_inside(rest[_LOWERING])
             return run(q, k, v, captured)
         if not self._asked:
@@ -61,11 +60,16 @@ class BackwardSite:
 
     def __call__(self, *args: Any) -> Any:
         run = ready.runner(self._key)
-        if run is not None and not torch._C._len_torch_dispatch_stack():
+        if run is not None and not _is_watched():
             return run(*args[:_SAVED])
         if not self._asked:
             self._key, self._asked = ready.backward_key(ops.backward_arguments(*args)), True
         return _BACKWARD(*args)
+
+
+def _is_watched() -> bool:
+    """Whether a mode or the profiler wants to see operators, as it sees those that Inductor leaves to torch."""
+    return bool(torch._C._len_torch_dispatch_stack()) or torch._C._autograd._profiler_enabled()
 
 
 _SAVED = [x.name for x in _BACKWARD._schema.arguments].index("threshold") + 1

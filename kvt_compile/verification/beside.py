@@ -3,8 +3,8 @@
 With both on the same inputs, what rounding did further up cannot move a key across the threshold here: whatever differs
 is this site's doing.  The budget is that of the plain computation in float32: FACTOR times as far from float64.  A sum
 that cancels (values of -1e4 for every key leave no gradient of q and k) is off by what rounding makes of its terms, and
-the plain computation may be right by chance: a gradient over that budget is held to what it is off by where the values
-and the gradient of the output are rounded otherwise.
+the plain computation may be right by chance: a gradient over that budget is held to what it is off by where the
+tensors and the gradient of the output are rounded otherwise (q and k only where every key is kept).
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class Beside:
         wanted = [n for n, need in enumerate(call.spec.needs_grad) if need]
 
         def gradients(dtype: torch.dtype, rounded: Rounded = _as_it_is) -> dict[str, Tensor]:
-            given = [x if n != 2 else rounded(x.to(dtype)) for n, x in enumerate(inputs)]
+            first = 0 if call.topk >= call.keys else 2  # other scores may keep other keys
+            given = [rounded(x.to(dtype)) if first <= n < 3 else x for n, x in enumerate(inputs)]
 
             def run(*leaves: Tensor) -> Tensor:
                 full = list(given)

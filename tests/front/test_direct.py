@@ -222,3 +222,12 @@ def test_a_mode_sees_a_backward() -> None:
     assert [x.shape for x in first[:3]] == [q.shape, (0,), v.shape]
     for x, y in zip(first[:3], again[:3], strict=True):
         assert torch.equal(x, y)
+
+
+def test_the_profiler_sees_both() -> None:
+    run, inputs = compiled(), tensors(grad=True)
+    for _ in range(3):
+        run(*inputs).sum().backward()
+    with torch.profiler.profile() as profile:
+        run(*inputs).sum().backward()
+    assert {"kvt::attention", "kvt::attention_backward"} <= {x.name for x in profile.events()}

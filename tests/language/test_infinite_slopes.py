@@ -12,6 +12,7 @@ from interpreted import NAME, triton_on_cpu
 from torch import Tensor
 
 import kvt_compile.kernels.op.ops  # noqa: F401 - registers the ops
+from kvt_compile.kernels.op.lowerings import LoweringError
 
 KEYS = 11
 LOWERINGS = ("aten", "c", "resident", "streaming")
@@ -80,3 +81,52 @@ def test_queries_and_keys_past_the_last_one(lowering: str) -> None:
     expected = torch.autograd.grad(((q @ k.mT).abs().sqrt().softmax(-1) @ v).sin().sum(), leaves)
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_triton_refuses_a_weight_that_is_not_0_where_p_is() -> None:
+    """Its kernels skip keys without weight."""
+    for weight in ("p + c0[j]", "exp(p)", "1.0 - p", "where(c0[j], p, 1.0)", "p/p"):
+        with pytest.raises(LoweringError, match="not 0 where p is"), triton_on_cpu("resident"):
+            gradients("s", weight, 4, [torch.rand(KEYS)], NAME)
+
+
+@pytest.mark.parametrize("weight", ["p + c0[j]*c0[j]", "p*c0[j] + exp(c0[j])", "p*c0[j]**2", "p + 2.0*c0[j]"])
+def test_what_a_weight_captures_has_gradients_of_dropped_keys(weight: str, lowering: str) -> None:
+    """A weight need not be 0 where p is."""
+    if lowering == NAME and "*c0[j]**2" not in weight:
+        pytest.skip("refused")
+    found = gradients("s", weight, 4, [torch.rand(KEYS, generator=torch.Generator().manual_seed(3))], lowering)
+    expected = gradients("s", weight, 4, [torch.rand(KEYS, generator=torch.Generator().manual_seed(3))], "reference")
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    assert (expected[3][3] != 0) == ("*c0[j]**2" not in weight)
+
+
+@pytest.mark.parametrize("score", ["relu(s)", "where(c0[j], s, -oo)"])
+def test_dropped_keys_of_a_row_of_nan(score: str, lowering: str) -> None:
+    leaves = [x.clone().requires_grad_() for x in tensors()]
+    bad = leaves[2].detach().clone()
+    bad[:, :, 5] = torch.nan
+    leaves[2] = bad
+    mask = [torch.ones(KEYS, dtype=torch.bool)] if "c0" in score else []
+    q = leaves[0].detach()[:, :, :1].requires_grad_()
+    found, expected = (
+        torch.autograd.grad(
+            torch.ops.kvt.attention(q, *leaves[1:], mask, score, "p", 4, [], 0.0, None, x)[0].sum(), leaves[1]
+        )[0].isnan()
+        for x in (lowering, "reference")
+    )
+    assert torch.equal(found, expected)
+    assert not expected.all()
+
+
+def test_a_quotient_is_no_product_with_a_reciprocal(lowering: str) -> None:
+    """1 / 1e-39 is infinite in float32, and the gradient of its logarithm is not."""
+    small = torch.full((KEYS,), 0.5)
+    small[3] = 1e-39
+    found = gradients("s + log(c0[j])", "p", KEYS, [small], lowering)[3]
+    expected = gradients("s + log(c0[j])", "p", KEYS, [small.double()], "reference")[3]
+    if lowering == "c":  # a weight below 1e-38 is 0 there, and so is what comes through it
+        assert found[3] == 0
+        found[3] = expected[3]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-5)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -265,3 +266,21 @@ def test_whatever_has_to_see_the_operator_does(ways: list[bool]) -> None:
     assert not any(ways)
     assert torch.equal(run(q, k, v), first)
     assert ways.pop()
+
+
+@pytest.mark.parametrize("calls", [0, 2])
+def test_a_tangent_is_not_lost(calls: int) -> None:
+    q, k, v = tensors()
+    functions = (
+        lambda x: topk_attention(x, k, v, topk=3),
+        lambda x: topk_attention(q, k, v, topk=3, attn_mask=x[0, 0, :, :1].expand(5, 9)),
+        lambda x: call(x, k, v)[0],
+        lambda x: torch.ops.kvt.topk_softmax(x, -1, 2, torch.float32, "auto"),
+    )
+    for function in functions:
+        for _ in range(calls):
+            function(q)
+        with forward_ad.dual_level():
+            function(q)
+            with pytest.raises(NotImplementedError, match="forward-mode"):
+                function(forward_ad.make_dual(q, torch.ones_like(q)))

@@ -3,7 +3,8 @@
 dt -> ds = dt * df/ds             dc_n[index] += dt * df/dc_n           f: score expression
 dw -> dp = dw * dg/dp             dc_n[index] += dw * dg/dc_n           g: weight expression
 
-Keys that were dropped get none where a slope may be infinite or NaN.
+Scores of keys that were dropped get none where a slope may be infinite or NaN.  What a weight expression captures gets
+its own of every key: a weight need not be 0 where p is.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sympy
 from kvt_compile.kernels.c.program import Builder, Program
 from kvt_compile.kernels.c.scalar import ScalarPrinter, depends_on
 from kvt_compile.kernels.language import score as language
-from kvt_compile.kernels.language.derivative import derivative, is_bounded
+from kvt_compile.kernels.language.derivative import derivative, is_multiple
 from kvt_compile.kernels.op.spec import KernelSpec
 
 
@@ -55,8 +56,9 @@ def _gradient(
     wanted = [x for x in loads if spec.captured[x.slot].is_float]
     derivatives = [derivative(expression, x) for x in (symbol, *wanted)]
     program = Builder(scalar).build(derivatives, extra=wanted)
-    results = (x if is_bounded(d) else f"choose(dropped, (vec){{0}}, {x})"
-               for x, d in zip(program.results, derivatives, strict=True))  # fmt: skip
+    # of p and s, and of what the scores capture
+    guarded = [n for n, d in enumerate(derivatives) if not is_multiple(d) and (n == 0 or symbol == language.s)]
+    results = (f"choose(dropped, (vec){{0}}, {x})" if n in guarded else x for n, x in enumerate(program.results))
     program = replace(program, results=tuple(results))
     scatters = tuple(_scatter(x, number, scalar) for number, x in enumerate(wanted, start=1))
     return program, scatters

@@ -152,14 +152,45 @@ def _passed(gradient: sympy.Expr, rule: sympy.Expr, multiplies: bool) -> sympy.E
     return _product(gradient, rule)
 
 
-def is_bounded(slope: sympy.Expr) -> bool:
-    """Whether a derivative is the gradient times numbers, wherever its conditions let it through: it is then 0 where
-    the gradient is, while a slope made of scores or captured tensors may be infinite there."""
-    if isinstance(slope, where):
-        return all(map(is_bounded, slope.args[1:]))
-    if isinstance(slope, language.Add | language.Mul | language.Neg):
-        return all(map(is_bounded, slope.args))
-    return slope == language.gradient or (language.is_number(slope) and bool(slope.is_finite))
+def is_multiple(slope: sympy.Expr) -> bool:
+    """Whether a derivative is the gradient times numbers."""
+    return slope.free_symbols <= {language.gradient} and not language.loads(slope)
+
+
+def is_proportional(x: sympy.Expr, to: sympy.Symbol) -> bool:
+    """Whether an expression is the symbol times what does not depend on it: a sum of such may be divided at its end."""
+    if x in (to, zero):
+        return True
+    if isinstance(x, language.Neg | language.Add | language.Sub):
+        return all(is_proportional(y, to) for y in x.args)
+    if isinstance(x, language.Mul):
+        return any(is_proportional(y, to) and to not in z.free_symbols for y, z in (x.args, x.args[::-1]))
+    if isinstance(x, language.Div):
+        return is_proportional(x.args[0], to) and to not in x.args[1].free_symbols
+    if isinstance(x, where):
+        return to not in x.args[0].free_symbols and all(is_proportional(y, to) for y in x.args[1:])
+    return False
+
+
+_ZERO_AT_ZERO = frozenset({"neg", "sqrt", "sin", "tanh", "erf", "abs", "relu", "float32", "float64"})
+
+
+def is_zero_at_zero(x: sympy.Expr, at: sympy.Symbol) -> bool:
+    """Whether an expression is certainly 0 where the symbol is; what it is multiplied with counts as finite."""
+    if x in (at, zero):
+        return True
+    name = type(x).__name__
+    if name in _ZERO_AT_ZERO or name in ("add", "sub"):
+        return all(is_zero_at_zero(y, at) for y in x.args)
+    if name == "mul":
+        return any(is_zero_at_zero(y, at) for y in x.args)
+    if name == "where":
+        return all(is_zero_at_zero(y, at) for y in x.args[1:])
+    if name == "div":
+        return is_zero_at_zero(x.args[0], at) and at not in x.args[1].free_symbols
+    if name == "power":
+        return is_zero_at_zero(x.args[0], at) and language.is_number(x.args[1]) and bool(x.args[1] > 0)
+    return False
 
 
 def reaches(x: sympy.Expr, by: sympy.Expr) -> bool:
@@ -171,6 +202,8 @@ def reaches(x: sympy.Expr, by: sympy.Expr) -> bool:
 
 
 def _product(x: sympy.Expr, y: sympy.Expr) -> sympy.Expr:
+    if isinstance(y, language.Div) and y.args[0] == one:  # a reciprocal may be infinite where the quotient is not
+        return div(x, y.args[1])
     for factor, other in ((x, y), (y, x)):
         if factor == one:
             return other

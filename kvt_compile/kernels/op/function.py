@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
 from kvt_compile.kernels.op import vmap
 from kvt_compile.kernels.op.arguments import (
@@ -156,6 +158,19 @@ def no_second_derivative(ctx: Any, *_: Any) -> None:
         "k-NN attention has no second derivative: its backward was itself differentiated (create_graph=True, a "
         "gradient penalty, a Hessian). Leave the site dense (topk=None, or exclude) for second derivatives"
     )
+
+
+def without_tangents(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Autograd's kernel of an operator, with an error for dual tensors before it, whose tangent it would lose."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            for x in tree_leaves((args, kwargs)):
+                if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+                    no_forward_mode(None)
+        return kernel(*args, **kwargs)
+
+    return run
 
 
 def no_forward_mode(ctx: Any) -> None:

@@ -240,20 +240,23 @@ for _name, _bind, _implementation, _fake in (
 
 
 class _Ahead:
-    """The library as `register_autograd` uses it; attention is looked up among checked calls ahead of its kernel."""
+    """The library as `register_autograd` uses it: no dual tensor comes to autograd's kernels, and attention is looked
+    up among checked calls ahead of its one."""
 
     def impl(self, name: str, kernel: Callable[..., Any], key: str, *, with_keyset: bool) -> None:
-        LIBRARY.impl(name, ready.before_autograd(lowerings.check_inside, kernel), key, with_keyset=with_keyset)
+        kernel = function.without_tangents(kernel)
+        if name == "attention":
+            kernel = ready.before_autograd(lowerings.check_inside, kernel)
+        LIBRARY.impl(name, kernel, key, with_keyset=with_keyset)
 
 
-torch.library.register_autograd(
-    "kvt::attention", _attention_autograd, setup_context=_attention_setup, lib=cast(torch.library.Library, _Ahead())
-)
 for _name, _backward, _setup in (
+    ("attention", _attention_autograd, _attention_setup),
     ("topk_softmax", _topk_softmax_autograd, _topk_softmax_setup),
     ("attention_backward", no_second_derivative, None),
     ("topk_softmax_backward", no_second_derivative, None),
 ):
-    torch.library.register_autograd(f"kvt::{_name}", _backward, setup_context=_setup, lib=LIBRARY)
+    _library = cast(torch.library.Library, _Ahead())
+    torch.library.register_autograd(f"kvt::{_name}", _backward, setup_context=_setup, lib=_library)
 vmap.register(LIBRARY)
 flops.register()

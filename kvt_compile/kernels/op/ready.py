@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from kvt_compile.kernels.op.arguments import AttentionArguments, BackwardArguments
 from kvt_compile.kernels.op.call import AttentionCall
@@ -112,7 +113,7 @@ def before_autograd(check: Callable[[str], None], general: Callable[..., Any]) -
     """
 
     def kernel(keys: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
-        if keys == _PLAIN and not kwargs:
+        if keys == _PLAIN and not kwargs and forward_ad._current_level < 0:
             q, k, v, captured = args[:4]
             if not torch.is_grad_enabled() or not any_requires_grad(q, k, v, captured):
                 check(args[_LOWERING])
@@ -138,7 +139,7 @@ def at_once(
     for x in (q, k, v, *captured):
         if type(x) not in _TYPES or ((keys := here._dispatch_keys(x)) != _OF_TENSOR and keys != _OF_INFERENCE_TENSOR):
             return None
-    if here._is_torch_function_mode_enabled() or here._autograd._profiler_enabled():
+    if here._is_torch_function_mode_enabled() or here._autograd._profiler_enabled() or forward_ad._current_level >= 0:
         return None
     if torch.is_grad_enabled() and any_requires_grad(q, k, v, captured):
         return None

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from kvt_compile.kernels import dropout
 from kvt_compile.kernels.language import score as language
-from kvt_compile.kernels.language.derivative import derivative, is_bounded
+from kvt_compile.kernels.language.derivative import derivative, is_multiple
 from kvt_compile.kernels.language.evaluate import compile_expression, compile_text, scatter, tile
 from kvt_compile.kernels.language.grid import Environment, Grid
 from kvt_compile.kernels.op.call import AttentionCall
@@ -161,7 +161,7 @@ class AtenLowering:
                 dw = run.dropped(env, part.ungroup(grad @ values.transpose(-1, -2)).to(spec.accumulate))
                 dropped = run.without_slope(p, row_threshold)
                 for load, slope, into in weight_slopes:
-                    scatter(load, through(slope, dw, env, dropped), env, into)
+                    scatter(load, through(slope, dw, env), env, into)
                 dp = through(by_p, dw, env, dropped)
                 dt = p * (dp - (p * dp).sum(-1, keepdim=True))
                 for load, slope, into in score_slopes:
@@ -206,11 +206,11 @@ def slopes(loads: Sequence[language.load], expression: sympy.Expr, sums: Sequenc
     return [(load, derivative(expression, load), into) for load, into in wanted if into is not None]
 
 
-def through(slope: sympy.Expr, gradient: Tensor, env: Environment, dropped: Tensor) -> Tensor:
+def through(slope: sympy.Expr, gradient: Tensor, env: Environment, dropped: Tensor | None = None) -> Tensor:
     """The derivative of a gradient; 0 where keys were dropped, whose slope may be infinite or NaN."""
     env.gradient = gradient
     x = tile(compile_expression(slope), env)
-    return x if is_bounded(slope) else torch.where(dropped, 0.0, x)
+    return x if dropped is None or is_multiple(slope) else torch.where(dropped, 0.0, x)
 
 
 def _last(x: Tensor, dim: int, back: bool = False) -> Tensor:

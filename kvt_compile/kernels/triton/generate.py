@@ -19,6 +19,8 @@ import jinja2
 import sympy
 
 from kvt_compile.kernels import tiles
+from kvt_compile.kernels.language import score as language
+from kvt_compile.kernels.language.derivative import is_zero_at_zero
 from kvt_compile.kernels.op.spec import KernelSpec, SoftmaxSpec
 from kvt_compile.kernels.triton import bounds, layout
 from kvt_compile.kernels.triton.scalar import NotGenerated, TilePrinter, unsure_functions
@@ -56,6 +58,8 @@ def _attention(spec: KernelSpec, contracting: bool) -> str:
     if spec.select and (reason := tiles.refusal(spec.select)):
         raise NotGenerated(reason)
     tiles.check_conditioned(spec)
+    if not is_zero_at_zero(spec.weight_of_numbers, language.p):
+        raise NotGenerated("a weight that is not 0 where p is 0 is not generated for a GPU")
     if contracting and (unsure := unsure_functions(spec.score_expression)):
         raise NotGenerated(
             f"{', '.join(unsure)} of a score, whose library code may round otherwise from place to place,"

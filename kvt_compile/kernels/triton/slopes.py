@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import sympy
 
 from kvt_compile.kernels.language import score as language
-from kvt_compile.kernels.language.derivative import derivative, is_bounded
+from kvt_compile.kernels.language.derivative import derivative, is_multiple
 from kvt_compile.kernels.op.spec import KernelSpec
 from kvt_compile.kernels.triton.scalar import Program, TilePrinter, axes_of
 
@@ -55,7 +55,7 @@ def slope(name: str, of: str, expression: sympy.Expr, printer: TilePrinter) -> S
     holds = language.holds(expression)  # a number alone would not have the shape of a tile
     program = printer.program(expression) if holds else Program((), "tl.zeros_like(gradient)")
     reads_tile = bool(expression.free_symbols - {language.gradient} or program.loads)
-    return Slope(name, f"{of} = {language.to_text(expression)}", program, reads_tile, not is_bounded(expression))
+    return Slope(name, f"{of} = {language.to_text(expression)}", program, reads_tile, not is_multiple(expression))
 
 
 def slopes(spec: KernelSpec, printer: TilePrinter) -> tuple[list[Slope], list[Scatter]]:

@@ -204,7 +204,7 @@ class Counting:
             w = x.part.group(x.run.weights(x.env, p).to(x.values.dtype))
             x.piece.of(dv).add_(w.transpose(-1, -2) @ x.part.group(x.part.rows(grad_out).to(x.values.dtype)))
         for load, slope, place in slopes(spec.weight_loads, spec.weight_expression, into):
-            scatter(load, through(slope, dw, x.env, dropped), x.env, place)
+            scatter(load, through(slope, dw, x.env), x.env, place)
         dt = p * (dp - x.rows(delta))
         for load, slope, place in slopes(spec.score_loads, spec.score_expression, into):
             scatter(load, through(slope, dt, x.env, dropped), x.env, place)
