@@ -130,7 +130,7 @@ def by_inductor(
     cpp = patches.get("cpp_wrapper", config.cpp_wrapper)
     with _cpp() if cpp else written():
         inner = compile_fx_inner if cpp else writing(compile_fx_inner)
-        compiled: Any = compile_fx(gm, example_inputs, inner, config_patches=patches or None)
+        compiled: Any = compile_fx(gm, example_inputs, inner_compile=inner, config_patches=patches or None)
     run: Callable[..., Any] = compiled
     return run
 

@@ -147,7 +147,7 @@ class TestDiagnosis:
     def test_a_torch_that_nobody_tried_warns_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         warn_once.cache_clear()
         monkeypatch.setattr(torch_versions, "NEWEST", (2, 10))
-        monkeypatch.setattr(compile_fx, "compile_fx", lambda graph, inputs, config_patches: graph)
+        monkeypatch.setattr(compile_fx, "compile_fx", lambda graph, inputs, **_: graph)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             for width in (2, 3):
@@ -156,7 +156,7 @@ class TestDiagnosis:
 
     def test_neighbour_one_that_was_tried_is_silent(self, monkeypatch: pytest.MonkeyPatch) -> None:
         warn_once.cache_clear()
-        monkeypatch.setattr(compile_fx, "compile_fx", lambda graph, inputs, config_patches: graph)
+        monkeypatch.setattr(compile_fx, "compile_fx", lambda graph, inputs, **_: graph)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*has been tried on torch.*")
             torch.compile(torch.nn.Linear(4, 1), backend="kvt")(torch.zeros(1, 4))
