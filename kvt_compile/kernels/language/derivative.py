@@ -157,21 +157,6 @@ def is_multiple(slope: sympy.Expr) -> bool:
     return slope.free_symbols <= {language.gradient} and not language.loads(slope)
 
 
-def is_proportional(x: sympy.Expr, to: sympy.Symbol) -> bool:
-    """Whether an expression is the symbol times what does not depend on it: a sum of such may be divided at its end."""
-    if x in (to, zero):
-        return True
-    if isinstance(x, language.Neg | language.Add | language.Sub):
-        return all(is_proportional(y, to) for y in x.args)
-    if isinstance(x, language.Mul):
-        return any(is_proportional(y, to) and to not in z.free_symbols for y, z in (x.args, x.args[::-1]))
-    if isinstance(x, language.Div):
-        return is_proportional(x.args[0], to) and to not in x.args[1].free_symbols
-    if isinstance(x, where):
-        return to not in x.args[0].free_symbols and all(is_proportional(y, to) for y in x.args[1:])
-    return False
-
-
 _ZERO_AT_ZERO = frozenset({"neg", "sqrt", "sin", "tanh", "erf", "abs", "relu", "float32", "float64"})
 
 

@@ -149,7 +149,6 @@ def at_once(
 
 
 _LOWERING = [x.name for x in fields(AttentionArguments)].index("lowering")
-_PLAIN = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCPU)
 
 
 def _keys(*names: str) -> torch._C.DispatchKeySet:
@@ -158,6 +157,7 @@ def _keys(*names: str) -> torch._C.DispatchKeySet:
 
 
 _TYPES = (Tensor, torch.nn.Parameter)
+_PLAIN = _keys("CPU", "AutogradCPU")
 _OF_TENSOR = _keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
 _OF_INFERENCE_TENSOR = _keys("CPU", "AutocastCPU")
 _USUAL, _IN_INFERENCE_MODE = _keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect")

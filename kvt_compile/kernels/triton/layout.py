@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Literal
 
 from kvt_compile.kernels.language import score as language
-from kvt_compile.kernels.language.derivative import is_proportional
+from kvt_compile.kernels.language.derivative import derivative
 from kvt_compile.kernels.op.spec import KernelSpec
 from kvt_compile.select.text import parse
 from kvt_compile.select.values import by_content, split
@@ -91,7 +91,7 @@ def online(spec: KernelSpec) -> bool:
 
 def curved(spec: KernelSpec) -> bool:
     """Whether the weight expression is more than p times something, so that p has to be normalised before it."""
-    return not is_proportional(spec.weight_of_numbers, language.p)
+    return language.p in derivative(spec.weight_of_numbers, language.p).free_symbols
 
 
 def listing_names(spec: KernelSpec) -> tuple[str, ...]:
