@@ -2,6 +2,7 @@
 
     if isinstance(mask, torch.Tensor): ...      a proxy is none       if x.dtype is torch.float16: ...    never
     if hasattr(x, "lengths"): ...               a proxy has all       try: ... except TypeError: ...      a proxy raises
+    if type(mask) is torch.Tensor: ...          nor is a fake         if is_fx_tracing(): ...           in an export
 
 A model that asks what its inputs are goes another way when it is given proxies, and the trace says nothing of it.
 What does not depend on the inputs is computed once, while the model is traced, and is no part of the graph.
@@ -67,17 +68,45 @@ class _Calls(Watching):
         return result
 
 
-def check_as_run(model: nn.Module, graph: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raises NotAsRunError where the graph calls something else of torch than the model, or with other numbers."""
+def check_as_run(
+    model: nn.Module, graph: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any], asks: bool
+) -> None:
+    """Raises NotAsRunError where the graph calls something else of torch than the model, or with other numbers.
+
+    asks: whether the model asks what a fake answers otherwise than a tensor: it runs as it is then.
+    """
     traced = _run_on_fakes(Hookless(graph).run, in_order(graph, args, kwargs), {})
-    with without_hooks(model):
-        try:
+    run = _run if asks else _run_of
+    _compare(*run(model, args, kwargs), *traced)
+
+
+def check_again(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raises NotAsRunError for a model whose second call does something else than its first: it counts its calls, or
+    keeps what it saw last."""
+    first, second = _run_of(model, args, kwargs, 2)
+    _compare(first, second)
+
+
+def fools(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether torch.export, which runs the model on fakes of its own, sees it go another way than it does."""
+    with patch.object(torch.fx._symbolic_trace, "_is_fx_tracing_flag", True):
+        seen = _run_of(model, args, kwargs)
+    try:
+        _compare(*_run(model, args, kwargs), *seen)
+    except NotAsRunError:
+        return True
+    return False
+
+
+def _run_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], times: int = 1) -> list[list[_Call]]:
+    """The calls of so many runs: on fakes; as it is where it has no copy, or looks at what is in a tensor."""
+    try:
+        with without_hooks(model):
             with undisturbed(), FakeCopyMode(FakeTensorMode()):
                 fake = copy.deepcopy(model)
-            run = _run_on_fakes(fake, args, kwargs)
-        except Exception:  # it holds what has no copy, or looks at what is in a tensor
-            run = _run(model, args, kwargs)
-    _compare(run, traced)
+            return _run_on_fakes(fake, args, kwargs, times)
+    except Exception:
+        return _run(model, args, kwargs, times)
 
 
 class Hookless(fx.Interpreter):
@@ -99,21 +128,30 @@ def _compare(run: list[_Call], traced: list[_Call]) -> None:
         raise NotAsRunError(f"its trace has {expected}, which the model does not call")
 
 
-def _run_on_fakes(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[_Call]:
+def _run_on_fakes(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], times: int = 1
+) -> list[list[_Call]]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     args, kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (tuple(args), dict(kwargs)))
+    with undisturbed(), mode:
+        return [_called(function, args, kwargs) for _ in range(times)]
+
+
+def _run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], times: int = 1) -> list[list[_Call]]:
+    args, kwargs = pytree.tree_map_only(Tensor, _cloned, (tuple(args), dict(kwargs)))
+    with unchanged(model), without_hooks(model):
+        return [_called(model, args, kwargs) for _ in range(times)]
+
+
+def _called(function: Callable[..., Any], args: Any, kwargs: Any) -> list[_Call]:
     made = _Calls((args, kwargs))
-    with undisturbed(), mode, made:
+    with made:
         function(*args, **kwargs)
     return made.calls
 
 
-def _run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[_Call]:
-    args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), (tuple(args), dict(kwargs)))
-    made = _Calls((args, kwargs))
-    with unchanged(model), torch.no_grad(), made:
-        model(*args, **kwargs)
-    return made.calls
+def _cloned(x: Tensor) -> Tensor:
+    return x.detach().clone().requires_grad_(x.requires_grad)
 
 
 def in_order(graph: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

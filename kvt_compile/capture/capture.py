@@ -26,8 +26,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
-from kvt_compile.capture.as_run import Hookless, check_as_run, honest_dtypes, in_order
-from kvt_compile.capture.contexts import KEPT_BY_EXPORT, MADE_ANEW, Watch, hooked, lost_when_run
+from kvt_compile.capture.as_run import Hookless, check_again, check_as_run, fools, honest_dtypes, in_order
+from kvt_compile.capture.contexts import KEPT_BY_EXPORT, MADE_ANEW, UNRECORDED, Watch, hooked, lost_when_run
 from kvt_compile.capture.environment import LOCK, capturing
 from kvt_compile.capture.frames import guard_module, note_paths
 from kvt_compile.capture.inputs import note_inputs
@@ -62,11 +62,21 @@ class Captured:
     origins: dict[str, str] = field(default_factory=dict)
 
 
+class _Proxy(fx.Proxy):
+    """A proxy that tells what it cannot record: `x.data = y`, `x.grad = None`."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("node", "tracer"):
+            self.tracer.watch.lost.setdefault("what is assigned to an attribute of a tensor", name)  # type: ignore[attr-defined]
+        super().__setattr__(name, value)
+
+
 class _Tracer(fx.Tracer):
     """symbolic_trace that remembers the model's own file and line for every node, notes what it cannot record, and
     leaves alone what other threads run: fx patches every module of the process while it traces."""
 
     record_stack_traces = True
+    proxy_buffer_attributes = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,6 +89,9 @@ class _Tracer(fx.Tracer):
         frames = (node.stack_trace or "").split(_FRAME)
         node.stack_trace = _FRAME.join(frame for frame in frames if not frame.startswith(_HERE)) or None
         return node
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if threading.get_ident() != self._thread:
@@ -131,6 +144,11 @@ def _capture(
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, an fx.GraphModule or an ExportedProgram, got {type(model).__name__}")
     _refuse_hooks(model, _Tracer().is_leaf_module)
+    with unchanged(model):
+        return _capture_module(model, args, kwargs)
+
+
+def _capture_module(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
     try:
         return _by_symbolic_trace(model, args, kwargs)
     except Exception as traced:  # any Python in the model may fail under a tracer
@@ -139,7 +157,9 @@ def _capture(
             watch = traced.watch if isinstance(traced, LostError) else lost_when_run(model, args, kwargs)
             if set(watch.lost) - KEPT_BY_EXPORT:
                 raise LostError(watch)
-            program = _export(model, tuple(args), dict(kwargs))
+            if watch.remembers:
+                check_again(model, args, kwargs)
+            program = _export(model, tuple(args), dict(kwargs), strict=watch.asks and fools(model, args, kwargs))
             for name, value in program.constants.items():
                 _no_history(name, value, watch)
         except Exception as exported:
@@ -156,16 +176,19 @@ def _refuse_hooks(model: nn.Module, stays: Callable[[nn.Module, str], bool]) -> 
         raise CaptureError(f"{name} has hooks, which would run while it is traced and never again.  {_ADVICE}")
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    """With the first dimension of every input dynamic where the model lets it, as `_propagate` has it."""
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], strict: bool) -> ExportedProgram:
+    """With the first dimension of every input dynamic where the model lets it, as `_propagate` has it.
+
+    strict: through Dynamo, which reads the model's code and answers for tensors, but reads less.
+    """
     shapes: Any = torch.export.ShapesCollection()
     for x in pytree.tree_leaves((args, kwargs)):
         if isinstance(x, torch.Tensor) and x.dim() and x.shape[0] > 1:
             shapes[x] = {0: torch.export.Dim.AUTO}
     try:
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
     except Exception:  # whatever the model does with a size that is not a number
-        return torch.export.export(model, args, kwargs, strict=False)
+        return torch.export.export(model, args, kwargs, strict=strict)
 
 
 def _first_line(error: BaseException) -> str:
@@ -178,22 +201,31 @@ def _by_symbolic_trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[st
     bound.apply_defaults()
     # what is no tensor decides the model's control flow, so it is fixed (and checked at run time) rather than traced
     fixed = {name: value for name, value in bound.arguments.items() if isinstance(value, _SCALARS)}
-    before = set(vars(model))
     tracer, making = _Tracer(), Making()
-    try:
+    with unchanged(model) as held:
+        random = torch.get_rng_state()
         with making, honest_dtypes(), tracer.watch.of_calls():
             graph = tracer.trace(model, concrete_args=fixed)
+        tracer.watch.note_held(held)
+        if not torch.equal(torch.get_rng_state(), random):
+            tracer.watch.lost.setdefault(UNRECORDED, type(model).__name__)
         if tracer.watch.lost:
             raise LostError(tracer.watch)
-        module = _traced(model, graph, bound, tracer.watch)
-    finally:
-        for name in set(vars(model)) - before:  # the tracer left constants of the graph on the model
-            delattr(model, name)
+        replaced = [id(x) for x in held.replaced().values() if isinstance(x, torch.Tensor)]
+        constants = held.constants()
+    vars(model).update(constants)  # for the graph to take; who called this takes them off again
+    module = _traced(model, graph, bound, tracer.watch)
+    for node in graph.find_nodes(op="get_attr"):
+        if id(getattr(module, str(node.target), None)) in replaced:
+            tracer.watch.lost["what it kept of its last call"] = str(node.target)
+            raise LostError(tracer.watch)
     _propagate(module, args, kwargs)
     if name := note_made(module, making):
         tracer.watch.lost[MADE_ANEW] = name
         raise LostError(tracer.watch)
-    check_as_run(model, module, args, kwargs)
+    check_as_run(model, module, args, kwargs, tracer.watch.asks)
+    if tracer.watch.remembers:
+        check_again(model, args, kwargs)
     return Captured(module, "torch.fx.symbolic_trace")
 
 

@@ -10,6 +10,7 @@ a model enters them: a `with`, a decorator, a call.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
 import sys
@@ -25,13 +26,15 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvt_compile.capture.literals import Making
-from kvt_compile.capture.unchanged import unchanged
+from kvt_compile.capture.unchanged import Held, unchanged
 from kvt_compile.capture.watching import Watching
 from kvt_compile.passes.canonical.spellings import HOOKS
 from kvt_compile.passes.finding.describe import in_torch
 
 MADE_ANEW = "a tensor that is made anew in every call"
-KEPT_BY_EXPORT = frozenset({"grad mode", "autocast", MADE_ANEW})
+NEW_BUFFER = "a buffer that is another tensor after the call"
+UNRECORDED = "random numbers that depend on no input"
+KEPT_BY_EXPORT = frozenset({"grad mode", "autocast", MADE_ANEW, NEW_BUFFER, UNRECORDED})
 _BOTH = "grad mode and autocast, one within the other"
 
 
@@ -75,6 +78,16 @@ def _told_by_calls() -> dict[CodeType, str]:
     return {inspect.unwrap(function).__code__: name for function, name in calls.items()}
 
 
+def _asks(code: CodeType, module: str) -> bool:
+    """Python's own library asks for the classes of much, and of what it is given in singledispatch."""
+    if in_torch(code.co_filename) or code.co_filename.startswith(_INNER) or module.partition(".")[0] in _LIBRARY:
+        return False
+    return not {"type", "__class__", "is_fx_tracing"}.isdisjoint(code.co_names)
+
+
+_LIBRARY = sys.stdlib_module_names - {functools.__name__}
+
+
 def _applies_a_function(called: Any) -> bool:
     of = getattr(called, "__self__", None)
     return called.__name__ == "apply" and isinstance(of, type) and issubclass(of, torch.autograd.Function)
@@ -86,6 +99,10 @@ class Watch:
     def __init__(self) -> None:
         self.lost: dict[str, str] = {}
         """What differs -> the model's line where it did first."""
+        self.remembers = False
+        """Whether a call leaves something on the model that is no buffer: a counter, a table, what it saw last."""
+        self.asks = False
+        """Whether code of the model's asks what proxies and fakes answer otherwise than tensors."""
         self._start = _state()
 
     def note(self) -> None:
@@ -98,10 +115,13 @@ class Watch:
     @contextmanager
     def of_calls(self) -> Iterator[None]:
         """Notes the calls that no operation shows."""
-        told, before = _told_by_calls(), sys.getprofile()
+        told, before, seen = _told_by_calls(), sys.getprofile(), set[CodeType]()
 
         def profile(frame: FrameType, event: Any, argument: Any) -> None:
             name = told.get(frame.f_code, "") if event == "call" else ""
+            if not self.asks and frame.f_code not in seen:
+                seen.add(frame.f_code)
+                self.asks = _asks(frame.f_code, frame.f_globals.get("__name__", ""))
             if event == "c_call" and _applies_a_function(argument):
                 name = "a torch.autograd.Function (reentrant checkpointing, say)"
             if name and (not name.startswith("grad") or torch.is_grad_enabled()):
@@ -114,6 +134,14 @@ class Watch:
             yield
         finally:
             sys.setprofile(before)
+
+    def note_held(self, held: Held) -> None:
+        """What a call of the model has left on it."""
+        self.remembers = bool(held.replaced())
+        if names := held.new_buffers():
+            self.lost.setdefault(NEW_BUFFER, names[0])
+        if names := held.written():
+            self.lost.setdefault("a write to a tensor that is no buffer", names[0])
 
     def text(self) -> str:
         return "; ".join(f"{name} at {line}" for name, line in self.lost.items())
@@ -137,12 +165,13 @@ class _Noting(Watching):
 
 
 def lost_when_run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Watch:
-    """Runs the model once, as it is, and says what it does around its operations.  Buffers and random state are as
-    before afterwards; whatever the model raises is raised."""
-    with unchanged(model):
+    """Runs the model once, as it is, and says what it does around its operations.  All it holds is as before
+    afterwards; whatever the model raises is raised."""
+    with unchanged(model) as held:
         watch = Watch()
         with _Noting(watch), watch.of_calls():
             model(*args, **kwargs)
+        watch.note_held(held)
     return watch
 
 

@@ -1,34 +1,84 @@
-"""A model that is run to look at it is as it was before: buffers and random state."""
+"""A model that is run or traced to look at it is as it was before: buffers, attributes and random state."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_TRACERS = "_tensor_constant"
+"""How torch.fx names what it leaves on a model that it traces."""
+
+
+class Held:
+    """What a model holds: its buffers, and the attributes of its modules (counters, tables, what it saw last)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        self._buffers = [(module, dict(module._buffers)) for module in modules]
+        self._attributes = [(module, _attributes(module)) for module in modules]
+        tensors = [x for _, held in (*self._buffers, *self._attributes) for x in held.values()]
+        self._numbers = [(x, x.detach().clone()) for x in tensors if isinstance(x, torch.Tensor)]
+        named = [item for _, held in self._attributes for item in held.items()]
+        self._versions = [
+            (name, x, x._version) for name, x in named if isinstance(x, torch.Tensor) and not x.is_inference()
+        ]
+
+    def new_buffers(self) -> list[str]:
+        """The buffers in whose place the model has put another tensor."""
+        return [x for module, old in self._buffers for x in old if module._buffers.get(x) is not old[x]]
+
+    def replaced(self) -> dict[str, Any]:
+        """The attributes that the model has given a value, and what they held before (None where there was none)."""
+        return {
+            name: old.get(name)
+            for module, old in self._attributes
+            for name, now in _attributes(module).items()
+            if now is not old.get(name) and not name.startswith(_TRACERS)
+        }
+
+    def constants(self) -> dict[str, torch.Tensor]:
+        """What a tracer has left on the model for its graph to take."""
+        (model, old), *_ = self._attributes
+        new = vars(model).items()
+        return {name: value for name, value in new if name.startswith(_TRACERS) and name not in old}
+
+    def written(self) -> list[str]:
+        """The attributes, no buffers, that are tensors and were written to."""
+        return [name for name, x, version in self._versions if x._version != version]
+
+    def restore(self) -> None:
+        for module, old in self._buffers:
+            module._buffers.clear()
+            module._buffers.update(old)
+        for module, old in self._attributes:
+            for name in _attributes(module).keys() - old.keys():
+                del vars(module)[name]
+            vars(module).update(old)
+        with torch.no_grad():
+            for x, before in self._numbers:
+                # one that did not change may be impossible to write to: an expanded table, say
+                if not _equal(x, before):
+                    x.copy_(before)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+
 
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Buffers (running statistics, tables made at the first call) and random state as before, after the model ran."""
-    kept = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
+def unchanged(model: nn.Module) -> Iterator[Held]:
+    """All that the model holds, and the random state, as before, after the model ran."""
+    held = Held(model)
     with torch.random.fork_rng():
         try:
-            yield
+            yield held
         finally:
-            with torch.no_grad():
-                for module, name, buffer, before in kept:
-                    # one that did not change may be impossible to write to: an expanded table, say
-                    if not _equal(buffer, before):
-                        buffer.copy_(before)
-                    # a model may put another in its place, of another size
-                    if module._buffers.get(name) is not buffer:
-                        module._buffers[name] = buffer
+            held.restore()
 
 
 _COLUMNS, _ROWS = ("crow_indices", "col_indices", "values"), ("ccol_indices", "row_indices", "values")

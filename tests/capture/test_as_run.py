@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx._symbolic_trace import is_fx_tracing
 
 import kvt_compile
 from kvt_compile.capture.capture import capture
@@ -31,8 +33,24 @@ def known_by_name(s: Tensor) -> Tensor:
     return s * {"torch.float32": 0.5}.get(str(s.dtype), 1.0)
 
 
+@functools.singledispatch
+def of_its_class(s: object) -> Tensor:
+    return s * 0.5  # type: ignore[operator, no-any-return]
+
+
+of_its_class.register(nn.Parameter, lambda s: s)
+of_its_class.register(Tensor, lambda s: s * 2.0 if s.__class__ is Tensor else s)
+
+
 ASKING: dict[str, Scores] = {
     "isinstance": lambda s: s if isinstance(s, Tensor) else s * 0.5,
+    "type": lambda s: s if type(s) is Tensor else s * 0.5,
+    "type in a set": lambda s: s if type(s) in {Tensor, nn.Parameter} else s.tanh(),
+    "type, where a trace gives up": lambda s: s if type(s) is Tensor and s.dim() > 2 else s * 0.5,
+    "__class__": lambda s: s if s.__class__ is Tensor else s * 0.5,
+    "the name of its class": lambda s: s * 0.5 if type(s).__name__ == "Tensor" else s,
+    "its class, by functools": of_its_class,
+    "is_fx_tracing": lambda s: s * 0.5 if is_fx_tracing() else s,
     "is_tensor": lambda s: s if torch.is_tensor(s) else s * 0.5,
     "hasattr": lambda s: s * 0.5 if hasattr(s, "lengths") else s,
     "getattr": lambda s: s if getattr(s, "lengths", None) is None else s.tanh(),
@@ -55,6 +73,7 @@ PLAIN: dict[str, Scores] = {
     "another dtype": lambda s: s.double().float(),
     "its dtype's name": lambda s: s.to(s.dtype),
     "dropout": lambda s: nn.functional.dropout(s, 0.0, training=True),
+    "a class that is not used": lambda s: s * float(type(s.shape[-1]) is not str),
     "what is not used": lambda s: (s.dtype, s.device, s.shape, s)[-1],
 }
 

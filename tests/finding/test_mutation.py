@@ -125,3 +125,67 @@ def test_a_map_filled_block_by_block(topk: float | int) -> None:
         expected = scores.masked_fill(~kept, -torch.inf).softmax(-1) @ inputs[2]
         actual = result.module(*inputs)
         assert torch.allclose(actual, expected if result.report.sites else function(*inputs))
+
+
+def _through_detach(m: Tensor, t: Tensor) -> None:
+    m.detach().add_(t.mean())
+
+
+def _twice_through_a_view(m: Tensor, t: Tensor) -> None:
+    m[2:].mul_(0.9).add_(t.mean())
+
+
+def _through_data(m: Tensor, t: Tensor) -> None:
+    m.data.lerp_(t.mean((0, 1, 2)), 0.5)
+
+
+def _one_after_the_other(m: Tensor, t: Tensor) -> None:
+    part = m.detach()
+    part.mul_(0.9)
+    part[1:].copy_(t[0, 0, 0, 1:])
+
+
+def _masked(m: Tensor, t: Tensor) -> None:
+    m.view(N, 1).detach().masked_fill_(t[0, 0, 0, :, None] > 0, 2.0)
+
+
+def _of_all_at_once(m: Tensor, t: Tensor) -> None:
+    torch._foreach_add_([m.detach()], [t.mean((0, 1, 2))])
+
+
+class Statistics(nn.Module):
+    """Keeps what it saw of the scores or the weights, in a buffer or in a tensor that it returns."""
+
+    def __init__(self, write: Callable[[Tensor, Tensor], None], of: str, where: str) -> None:
+        super().__init__()
+        self.write, self.of, self.where = write, of, where
+        self.register_buffer("m", torch.linspace(0.5, 1.0, N))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        m = self.m if self.where == "buffer" else torch.ones_like(self.m)
+        scores = q @ k.mT
+        weights = scores.softmax(-1)
+        self.write(m, (scores if self.of == "scores" else weights).detach())
+        return weights @ v, m + 1.0
+
+
+@pytest.mark.parametrize("where", ["buffer", "tensor"])
+@pytest.mark.parametrize("of", ["scores", "weights"])
+@pytest.mark.parametrize(
+    "write",
+    [_through_detach, _twice_through_a_view, _through_data, _one_after_the_other, _masked, _of_all_at_once],
+    ids=lambda f: f.__name__.strip("_"),
+)
+def test_what_is_written_to_a_tensor_that_stays_is_not_dropped(
+    write: Callable[[Tensor, Tensor], None], of: str, where: str
+) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(B, H, N, D) for _ in range(3))
+    model, expected = Statistics(write, of, where), Statistics(write, of, where)
+    torch.compiler.reset()
+    compiled = torch.compile(
+        model, backend="kvt", options={"topk": 1.0, "force_rewrite": True, "then": "eager", "lowering": "aten"}
+    )
+    for _ in range(2):
+        torch.testing.assert_close(compiled(q, k, v), expected(q, k, v))
+    torch.testing.assert_close(model.m, expected.m)

@@ -165,7 +165,7 @@ def _relative(w: Writer, s: Labelled, q: Labelled, keys: tuple[str, ...]) -> Lab
 _TWISTS = (
     "", "", "", "axis", "axis", "return_weights", "return_scores", "two_values", "learned_queries", "learned_keys", "learned_values", "swapped",
     "bidirectional", "differential", "two_products", "sink", "cut", "squared", "value_from_scores", "elementwise", "two_softmaxes",
-    "mutated_later", "scores_read", "no_values",
+    "mutated_later", "scores_read", "no_values", "statistics", "statistics",
 )  # fmt: skip
 """What makes a program only nearly attention, or attention in an unusual shape."""
 
@@ -230,6 +230,8 @@ def _values(w: Writer, a: Labelled, v: Labelled, s: Labelled, keys: tuple[str, .
             keys = ("cut",)
     if twist == "mutated_later":
         w.run(w.pick(f"{v.name} = {v.name} * 1.0\n{v.name}.mul_(0.5)", f"{s.name}.mul_(0.0)"))
+    if twist == "statistics":
+        _keep_statistics(w, w.pick(a, s))
     if w.value(a).dtype != w.value(v).dtype:
         a = w.let(f"{a.name}.to({w.value(v).dtype})", a.dims)
     out = products.product(w, a, v, keys)
@@ -249,8 +251,24 @@ def _values(w: Writer, a: Labelled, v: Labelled, s: Labelled, keys: tuple[str, .
     return out
 
 
+def _keep_statistics(w: Writer, seen: Labelled) -> None:
+    """Writes what was seen of scores or weights to a tensor that the program returns, through something that shares
+    its memory: nobody reads what such a write gives back."""
+    w.sizes["kept"] = 3
+    kept = w.let(f"{w.tensor((('kept',),), origin='input').name} * 1.0", (("kept",),)).name
+    w.program.returns = [kept]
+    read = f"{seen.name}.detach().{w.pick('mean()', 'amax()', 'flatten()[:1]')}"
+    place = kept + w.pick("", ".detach()", ".data", "[1:]", ".detach()[1:]", ".view(1, 3)", ".view(3, 1).detach()")
+    write = w.pick(
+        "add_({})", "copy_({})", "mul_(0.9).add_({})", "lerp_({}.to(torch.float64), 0.5)", "zero_().add_({})"
+    )
+    w.run(f"{place}.{write.format(read)}")
+
+
 def _also_returned(w: Writer, a: Labelled, s: Labelled, twist: str) -> list[str]:
     match twist:
+        case "statistics":
+            return w.program.returns
         case "return_weights":
             return [a.name]
         case "return_scores":

@@ -11,6 +11,9 @@ FUSED: dict[str, Scores] = {
     "scaled": lambda s: s.double() * 0.125,
     "masked": lambda s: s.double().masked_fill(MASK, -torch.inf),
     "scaled and masked": lambda s: torch.where(MASK, -1e9, s.double() / 3),
+    "compared with a number that float32 has": lambda s: torch.where(s.double() > 0.5, s, -s),
+    "compared in float32": lambda s: torch.where(s > torch.full((N,), 0.1), s, -s),
+    "compared with a tensor of no axis": lambda s: torch.where(s > torch.tensor(0.1, dtype=torch.float64), s, -s),
     "a bias in float32, then wide": lambda s: (s + FAR).double(),
     "differences of times, rounded": lambda s: s + (TIMES[:, None] - TIMES).float(),
 }
@@ -19,6 +22,9 @@ KEPT: dict[str, Scores] = {
     "times": lambda s: s + TIMES[:, None] - TIMES,
     "compared with times": lambda s: s.masked_fill(s + TIMES < TIMES[:, None], -9.0),
     "a mask and a number": lambda s: s.double() + FAR.double() - 1e9,
+    "compared with a number that float32 has not": lambda s: torch.where(s.double() > 0.1, s, -s),
+    "compared with a tensor of one": lambda s: torch.where(s >= torch.full((N,), 0.1, dtype=torch.float64), s, -s),
+    "equal to one of many": lambda s: s.masked_fill(s == torch.tensor([[2**24 + 1.0] * N], dtype=torch.float64), 0.0),
     "chosen from times": lambda s: torch.where(MASK, TIMES, s.double()),
 }
 

@@ -201,12 +201,12 @@ def store(state: State, node: fx.Node, target: fx.Node, new: Value, over: bool =
         parent = child.inputs[0]  # held by a node, or one of several steps a node takes (x[1:, 1:])
         updated = _put(parent, [child], child_new, replace(builder, shape=parent.shape, dtype=parent.dtype))
         if updated is None:
-            updated = _forgotten(node, parent)
+            updated = _forgotten(node, parent, new)
         versions[parent] = state.add(updated)
         child, child_new = parent, versions[parent]
     # down: every other node of the storage is a view of something that changed
     for other in group:
-        state.hold(other, _renewed(state, before[other], versions, node))
+        state.hold(other, _renewed(state, before[other], versions, node, new))
         if other.op in ("placeholder", "get_attr"):  # written memory of the caller: visible outside
             state.escaping.append(state.env[other])
     state.hold(target, new)
@@ -235,16 +235,16 @@ def _stays(value: Value) -> bool:
     return value.kind == "source"
 
 
-def _renewed(state: State, value: Value, versions: dict[Value, Value], node: fx.Node) -> Value:
+def _renewed(state: State, value: Value, versions: dict[Value, Value], node: fx.Node, written: Value) -> Value:
     if value in versions:
         return versions[value]
     if value.kind == "layout" or (value.kind == "pointwise" and value.name == "identity"):
-        parent = _renewed(state, value.inputs[0], versions, node)
+        parent = _renewed(state, value.inputs[0], versions, node, written)
         if parent.name != FORGOTTEN:
             again = replace(value, inputs=(parent,), users=[], index=-1, node=node, holder=None, expired=None)
             versions[value] = state.add(again)
             return again
-    versions[value] = state.add(_forgotten(node, value))
+    versions[value] = state.add(_forgotten(node, value, written))
     return versions[value]
 
 
@@ -256,6 +256,7 @@ def _written(node: fx.Node, old: Value, value: Value) -> Value:
 FORGOTTEN = "overwritten"
 
 
-def _forgotten(node: fx.Node, value: Value) -> Value:
-    """A tensor whose new content is not expressible: opaque, so that whoever reads it is refused."""
-    return Value("opaque", FORGOTTEN, node, value.shape, value.dtype, (value,))
+def _forgotten(node: fx.Node, value: Value, written: Value) -> Value:
+    """A tensor whose new content is not expressible: opaque, so that whoever reads it is refused.  It is made of what
+    was written to it: who reads it, or has it afterwards, has seen that."""
+    return Value("opaque", FORGOTTEN, node, value.shape, value.dtype, (value, written))

@@ -1,0 +1,198 @@
+"""What a model writes to in its call, and keeps for the next: in the rewritten module too, or refused with its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kvt_compile
+from kvt_compile.capture.capture import CaptureError, capture
+
+B, N, D = 2, 6, 4
+Forward = Callable[["Model", Tensor, Tensor, Tensor], Tensor]
+
+
+class Model(nn.Module):
+    m: Tensor
+
+    def __init__(self, call: Forward) -> None:
+        super().__init__()
+        self.call = call
+        self.norm = nn.BatchNorm1d(N)
+        self.register_buffer("m", torch.linspace(0.5, 1.0, N))
+        self.table, self.map, self.calls = torch.linspace(1.0, 2.0, N), None, 0
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.call(self, q, k, v)
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.mT * 0.5
+
+
+def counted(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    model.m.add_(1.0)
+    return (scores(q, k) * model.m).softmax(-1) @ v
+
+
+def assigned(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    model.m += 1
+    return (scores(q, k) / (model.m * 2.0)).softmax(-1) @ v
+
+
+def decayed(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    t = scores(q, k)
+    with torch.no_grad():
+        model.m.mul_(0.9).add_(t.mean((0, 1)))
+    return (t + model.m).softmax(-1) @ v
+
+
+def part_of_it(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    t = scores(q, k)
+    model.m[:3].mul_(0.9)
+    model.m[2:].add_(t.detach().mean())
+    return (t * model.m).softmax(-1) @ v
+
+
+def emptied(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = (scores(q, k) * model.m).softmax(-1) @ v
+    model.m.zero_()
+    model.m.add_(out.detach().mean())
+    return out
+
+
+def replaced(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    t = scores(q, k)
+    model.m = model.m + t.detach().mean()
+    return (t * model.m).softmax(-1) @ v
+
+
+def rolled(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    model.m.copy_(model.m.roll(1))
+    return (scores(q, k) * model.m).softmax(-1) @ v
+
+
+def normalised(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(model.norm(q), k).softmax(-1) @ v
+
+
+def at_random(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(q, k).masked_fill(torch.rand(N, N) < 0.3, -9.0).softmax(-1) @ v
+
+
+def permuted(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (scores(q, k) * model.m[torch.randperm(N)]).softmax(-1) @ v
+
+
+def noisy_buffer(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    model.m.normal_()
+    return (scores(q, k) + model.m).softmax(-1) @ v
+
+
+def shows_its_map(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    model.map = scores(q, k).softmax(-1)  # type: ignore[assignment]
+    return model.map @ v  # type: ignore[no-any-return]
+
+
+def counts_for_itself(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    model.calls += 1
+    return scores(q, k).softmax(-1) @ v
+
+
+SAME = [
+    counted, assigned, decayed, part_of_it, emptied, replaced, rolled, normalised, at_random, permuted, noisy_buffer,
+    shows_its_map, counts_for_itself,
+]  # fmt: skip
+
+
+def of_its_data(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    t = scores(q, k)
+    t.data = t.data * 3.0
+    return (t * 1.0).softmax(-1) @ v
+
+
+def of_a_buffers_data(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    t = scores(q, k)
+    model.m.data = t.detach().mean((0, 1))
+    return (t + model.m).softmax(-1) @ v
+
+
+def steps(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    model.calls += 1
+    return (scores(q, k) * model.calls).softmax(-1) @ v
+
+
+def steps_where_a_trace_gives_up(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    model.calls += q.dim() == 3
+    return (scores(q, k) * float(model.calls)).softmax(-1) @ v if q.dim() == 3 else q
+
+
+def beside_the_last(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    t = scores(q, k)
+    seen = t if model.map is None else t + model.map
+    model.map = t.detach()  # type: ignore[assignment]
+    return seen.softmax(-1) @ v
+
+
+def tables_of_the_last(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    t = scores(q, k) * model.table
+    model.table = t.detach().mean((0, 1))
+    return t.softmax(-1) @ v
+
+
+def writes_to_no_buffer(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    model.table.add_(1.0)
+    return (scores(q, k) * model.table).softmax(-1) @ v
+
+
+REFUSED = {
+    of_its_data: "attribute of a tensor at data",
+    of_a_buffers_data: "attribute of a tensor at data",
+    steps: "the model calls mul",
+    steps_where_a_trace_gives_up: "the model calls mul",
+    beside_the_last: "the model calls detach",
+    tables_of_the_last: "kept of its last call at table",
+    writes_to_no_buffer: "a write to a tensor that is no buffer at table",
+}
+
+
+def calls() -> list[list[Tensor]]:
+    torch.manual_seed(0)
+    return [[torch.randn(B, N, D) for _ in range(3)] for _ in range(3)]
+
+
+def assert_as_made(model: Model) -> None:
+    made = Model(model.call)
+    torch.testing.assert_close(dict(model.state_dict()), dict(made.state_dict()), rtol=0, atol=0)
+    torch.testing.assert_close(model.table, made.table, rtol=0, atol=0)
+    assert (model.map, model.calls) == (None, 0)
+
+
+@pytest.mark.parametrize("call", SAME, ids=lambda f: f.__name__)
+def test_the_rewritten_module_goes_on_as_the_model(call: Forward) -> None:
+    expected, model = Model(call), Model(call)
+    rewritten = kvt_compile.rewrite(model, *calls()[0], topk=1.0, force_rewrite=True)
+    assert_as_made(model)
+    assert rewritten.report.sites
+    for given in calls():
+        torch.manual_seed(1)
+        wanted = expected(*given)
+        torch.manual_seed(1)
+        torch.testing.assert_close(rewritten.module(*given), wanted)
+    torch.testing.assert_close(dict(rewritten.module.state_dict()), dict(expected.state_dict()))
+
+
+@pytest.mark.parametrize("call", REFUSED, ids=lambda f: f.__name__)
+def test_refused_by_name(call: Forward) -> None:
+    model = Model(call)
+    with pytest.raises(CaptureError, match=REFUSED[call]):
+        kvt_compile.rewrite(model, *calls()[0], topk=1.0, force_rewrite=True)
+    assert_as_made(model)
+
+
+@pytest.mark.parametrize("call", [counted, part_of_it, shows_its_map, counts_for_itself], ids=lambda f: f.__name__)
+def test_a_trace_records_it(call: Forward) -> None:
+    assert capture(Model(call), calls()[0], {}).how == "torch.fx.symbolic_trace"
