@@ -14,7 +14,7 @@ import inspect
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,15 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
-from kvt_compile.capture.as_run import Hookless, check_again, check_as_run, fools, honest_dtypes, in_order
+from kvt_compile.capture.as_run import (
+    Hookless,
+    NotAsRunError,
+    check_again,
+    check_as_run,
+    fools,
+    honest_dtypes,
+    in_order,
+)
 from kvt_compile.capture.contexts import KEPT_BY_EXPORT, MADE_ANEW, UNRECORDED, Watch, hooked, lost_when_run
 from kvt_compile.capture.environment import LOCK, capturing
 from kvt_compile.capture.frames import guard_module, note_paths
@@ -63,10 +71,11 @@ class Captured:
 
 
 class _Proxy(fx.Proxy):
-    """A proxy that tells what it cannot record: `x.data = y`, `x.grad = None`."""
+    """A proxy that tells what it cannot record: `x.data = y`, `x.grad = None`.  What a model itself puts on a tensor
+    (`x.is_padded = True`) is there when the model asks for it."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("node", "tracer"):
+        if hasattr(torch.Tensor, name):
             self.tracer.watch.lost.setdefault("what is assigned to an attribute of a tensor", name)  # type: ignore[attr-defined]
         super().__setattr__(name, value)
 
@@ -76,10 +85,10 @@ class _Tracer(fx.Tracer):
     leaves alone what other threads run: fx patches every module of the process while it traces."""
 
     record_stack_traces = True
-    proxy_buffer_attributes = True
 
-    def __init__(self) -> None:
+    def __init__(self, buffers: bool = True) -> None:
         super().__init__()
+        self.proxy_buffer_attributes = buffers
         self.watch = Watch()
         self._thread = threading.get_ident()
 
@@ -159,6 +168,9 @@ def _capture_module(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, 
                 raise LostError(watch)
             if watch.remembers:
                 check_again(model, args, kwargs)
+            if _may_read_buffers(model, traced, watch):
+                with suppress(Exception):
+                    return _by_symbolic_trace(model, args, kwargs, buffers=False)
             program = _export(model, tuple(args), dict(kwargs), strict=watch.asks and fools(model, args, kwargs))
             for name, value in program.constants.items():
                 _no_history(name, value, watch)
@@ -196,12 +208,21 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0] if text else ''}"
 
 
-def _by_symbolic_trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
+def _may_read_buffers(model: nn.Module, failed: Exception, watch: Watch) -> bool:
+    """Whether a trace may go by what is in the buffers (`if self.mask.any()`), as the model writes to none."""
+    seen_through = isinstance(failed, LostError | NotAsRunError)
+    return not seen_through and not watch.writes_buffers and any(True for _ in model.buffers())
+
+
+def _by_symbolic_trace(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], buffers: bool = True
+) -> Captured:
+    """buffers: whether the graph reads them in every call; else what the model makes of them alone is constant."""
     bound = inspect.signature(model.forward).bind(*args, **kwargs)
     bound.apply_defaults()
     # what is no tensor decides the model's control flow, so it is fixed (and checked at run time) rather than traced
     fixed = {name: value for name, value in bound.arguments.items() if isinstance(value, _SCALARS)}
-    tracer, making = _Tracer(), Making()
+    tracer, making = _Tracer(buffers), Making()
     with unchanged(model) as held:
         random = torch.get_rng_state()
         with making, honest_dtypes(), tracer.watch.of_calls():

@@ -15,22 +15,28 @@ _TRACERS = "_tensor_constant"
 
 
 class Held:
-    """What a model holds: its buffers, and the attributes of its modules (counters, tables, what it saw last)."""
+    """What a model holds: its buffers, and the attributes of its modules (counters, tables, what it saw last), with
+    what is in the dicts and lists among them."""
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         self._buffers = [(module, dict(module._buffers)) for module in modules]
         self._attributes = [(module, _attributes(module)) for module in modules]
-        tensors = [x for _, held in (*self._buffers, *self._attributes) for x in held.values()]
-        self._numbers = [(x, x.detach().clone()) for x in tensors if isinstance(x, torch.Tensor)]
         named = [item for _, held in self._attributes for item in held.items()]
-        self._versions = [
-            (name, x, x._version) for name, x in named if isinstance(x, torch.Tensor) and not x.is_inference()
-        ]
+        self._contents = [(x, _content(x)) for _, held in named for x in _containers(held)]
+        tensors = [(name, x) for name, held in named for x in _tensors(held)]
+        buffers = [x for _, held in self._buffers for x in held.values() if x is not None]
+        self._numbers = [(x, x.detach().clone()) for x in (*buffers, *(x for _, x in tensors))]
+        self._buffer_versions = [(x, x._version) for x in buffers if not x.is_inference()]
+        self._versions = [(name, x, x._version) for name, x in tensors if not x.is_inference()]
 
     def new_buffers(self) -> list[str]:
         """The buffers in whose place the model has put another tensor."""
         return [x for module, old in self._buffers for x in old if module._buffers.get(x) is not old[x]]
+
+    def writes_buffers(self) -> bool:
+        """Whether a buffer has other numbers by now, or may have."""
+        return bool(self.new_buffers()) or any(x._version != version for x, version in self._buffer_versions)
 
     def replaced(self) -> dict[str, Any]:
         """The attributes that the model has given a value, and what they held before (None where there was none)."""
@@ -40,6 +46,10 @@ class Held:
             for name, now in _attributes(module).items()
             if now is not old.get(name) and not name.startswith(_TRACERS)
         }
+
+    def has_new_content(self) -> bool:
+        """Whether something else is in a dict or list."""
+        return any(not _is_same(container, before) for container, before in self._contents)
 
     def constants(self) -> dict[str, torch.Tensor]:
         """What a tracer has left on the model for its graph to take."""
@@ -59,6 +69,9 @@ class Held:
             for name in _attributes(module).keys() - old.keys():
                 del vars(module)[name]
             vars(module).update(old)
+        for container, content in self._contents:
+            if not _is_same(container, content):
+                _fill(container, content)
         with torch.no_grad():
             for x, before in self._numbers:
                 # one that did not change may be impossible to write to: an expanded table, say
@@ -68,6 +81,42 @@ class Held:
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+
+
+def _containers(held: Any) -> Iterator[dict[Any, Any] | list[Any]]:
+    """The dicts and lists that an attribute is made of."""
+    queue, seen = [held], set[int]()
+    while queue:
+        x = queue.pop()
+        if not isinstance(x, dict | list | tuple) or id(x) in seen:
+            continue
+        seen.add(id(x))
+        queue += x.values() if isinstance(x, dict) else x
+        if not isinstance(x, tuple):
+            yield x
+
+
+def _tensors(held: Any) -> list[torch.Tensor]:
+    inside = [x for container in _containers(held) for x in _content(container)]
+    return [x for x in (held, *inside) if isinstance(x, torch.Tensor)]
+
+
+def _content(container: dict[Any, Any] | list[Any]) -> list[Any]:
+    """Keys and values of a dict, one after the other."""
+    return [x for item in container.items() for x in item] if isinstance(container, dict) else list(container)
+
+
+def _is_same(container: dict[Any, Any] | list[Any], before: list[Any]) -> bool:
+    now = _content(container)
+    return len(now) == len(before) and all(x is y for x, y in zip(now, before, strict=True))
+
+
+def _fill(container: dict[Any, Any] | list[Any], content: list[Any]) -> None:
+    container.clear()
+    if isinstance(container, dict):
+        container.update(zip(content[::2], content[1::2], strict=True))
+    else:
+        container.extend(content)
 
 
 @contextmanager

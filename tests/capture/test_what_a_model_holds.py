@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ class Model(nn.Module):
         self.call = call
         self.norm = nn.BatchNorm1d(N)
         self.register_buffer("m", torch.linspace(0.5, 1.0, N))
+        self.cache: dict[str, Any] = {"maps": ([],)}
         self.table, self.map, self.calls = torch.linspace(1.0, 2.0, N), None, 0
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -102,9 +104,28 @@ def counts_for_itself(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores(q, k).softmax(-1) @ v
 
 
+def cached(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As LeViT does, of parameters: no map of the inputs."""
+    if "bias" not in model.cache:
+        model.cache["bias"] = model.norm.weight * 2.0
+        model.cache["sizes"] = [*model.cache.get("sizes", []), N]
+    return (scores(q, k) + model.cache["bias"]).softmax(-1) @ v
+
+
+def listed(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    model.cache["maps"][0].append(scores(q, k).softmax(-1))
+    return model.cache["maps"][0][-1] @ v
+
+
+def flagged(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    t = scores(q, k)
+    t.is_scaled = True  # type: ignore[attr-defined]
+    return (t if t.is_scaled else t * 3.0).softmax(-1) @ v  # type: ignore[attr-defined]
+
+
 SAME = [
     counted, assigned, decayed, part_of_it, emptied, replaced, rolled, normalised, at_random, permuted, noisy_buffer,
-    shows_its_map, counts_for_itself,
+    shows_its_map, counts_for_itself, cached, listed, flagged,
 ]  # fmt: skip
 
 
@@ -148,7 +169,22 @@ def writes_to_no_buffer(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor
     return (scores(q, k) * model.table).softmax(-1) @ v
 
 
+def appends_to_the_last(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As a cache of keys does."""
+    keys, values = (torch.cat([*model.cache["maps"][0][n::2], x], dim=1) for n, x in enumerate((k, v)))
+    model.cache["maps"][0][:] = [keys, values]
+    return scores(q, keys).softmax(-1) @ values
+
+
+def writes_to_what_is_listed(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    table = model.cache.setdefault("tables", [model.table])[0]
+    table.mul_(2.0)
+    return (scores(q, k) * table).softmax(-1) @ v
+
+
 REFUSED = {
+    appends_to_the_last: "the model calls",
+    writes_to_what_is_listed: "a write to a tensor that is no buffer at table",
     of_its_data: "attribute of a tensor at data",
     of_a_buffers_data: "attribute of a tensor at data",
     steps: "the model calls mul",
@@ -168,7 +204,7 @@ def assert_as_made(model: Model) -> None:
     made = Model(model.call)
     torch.testing.assert_close(dict(model.state_dict()), dict(made.state_dict()), rtol=0, atol=0)
     torch.testing.assert_close(model.table, made.table, rtol=0, atol=0)
-    assert (model.map, model.calls) == (None, 0)
+    assert (model.map, model.calls, model.cache) == (None, 0, made.cache)
 
 
 @pytest.mark.parametrize("call", SAME, ids=lambda f: f.__name__)
@@ -191,6 +227,32 @@ def test_refused_by_name(call: Forward) -> None:
     with pytest.raises(CaptureError, match=REFUSED[call]):
         kvt_compile.rewrite(model, *calls()[0], topk=1.0, force_rewrite=True)
     assert_as_made(model)
+
+
+def asks_if_any(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    t = scores(q, k)
+    return (t * model.m if (model.m > 0.7).any() else t).softmax(-1) @ v
+
+
+def asks_for_its_number(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (scores(q, k) / int(model.m.sum())).softmax(-1) @ v
+
+
+def asks_where_it_counts(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    model.m.add_(1.0)
+    return asks_for_its_number(model, q, k, v)
+
+
+@pytest.mark.parametrize("call", [asks_if_any, asks_for_its_number], ids=lambda f: f.__name__)
+def test_control_flow_by_buffers_that_nobody_writes_to(call: Forward) -> None:
+    model, (given, *_) = Model(call), calls()
+    rewritten = kvt_compile.rewrite(model, *given, topk=1.0, force_rewrite=True)
+    torch.testing.assert_close(rewritten.module(*given), model(*given))
+
+
+def test_neighbour_that_writes_to_them() -> None:
+    with pytest.raises(CaptureError):
+        kvt_compile.rewrite(Model(asks_where_it_counts), *calls()[0], topk=1.0, force_rewrite=True)
 
 
 @pytest.mark.parametrize("call", [counted, part_of_it, shows_its_map, counts_for_itself], ids=lambda f: f.__name__)

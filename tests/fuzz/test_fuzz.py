@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from fuzz_check import check, traced_with_fakes
-from fuzz_graphs import Program
+import pytest
+import torch
+from fuzz_check import EXACT, check, rounding_decides, traced_with_fakes
+from fuzz_graphs import Line, Program
 from fuzz_modes import check_modes, modes
 from fuzz_programs import anything, positives, writes
 from hypothesis import HealthCheck, Phase, given, settings
@@ -48,6 +50,19 @@ def test_modes_transforms_and_hooks_keep_their_meaning() -> None:
 
     search()
     assert {"rewritten", "selected"} & fates
+
+
+@pytest.mark.parametrize(
+    ("weights", "decides"),
+    [("(t - t.logsumexp(-1, keepdim=True)).exp()", True), ("t.softmax(-1)", False)],
+)
+def test_whether_rounding_decides(weights: str, decides: bool) -> None:
+    """Few digits are left of the difference of two numbers near 1e9; a softmax subtracts exactly."""
+    lines = [Line("t = s.masked_fill(self.m, 1e9)"), Line(f"a = {weights}"), Line("out = a @ v")]
+    inputs = {"s": torch.ones(1, 4, dtype=torch.float64), "v": torch.arange(4.0, dtype=torch.float64)[:, None]}
+    buffers = {"m": torch.tensor([False, False, True, True])}
+    program = Program(lines, inputs, buffers=buffers, returns=["out"])
+    assert rounding_decides(program, EXACT) == decides
 
 
 def test_the_generator_makes_what_it_says() -> None:
