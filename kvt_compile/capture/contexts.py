@@ -139,7 +139,7 @@ class Watch:
     def note_held(self, held: Held) -> None:
         """What a call of the model has left on it."""
         self.writes_buffers = held.writes_buffers()
-        self.remembers = bool(held.replaced()) or held.has_new_content()
+        self.remembers = bool(held.replaced()) or held.has_new_content() or held.makes_buffers()
         if names := held.new_buffers():
             self.lost.setdefault(NEW_BUFFER, names[0])
         if names := held.written():

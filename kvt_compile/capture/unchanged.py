@@ -20,19 +20,33 @@ class Held:
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
-        self._buffers = [(module, dict(module._buffers)) for module in modules]
+        # nobody puts another tensor into a ScriptModule, whose buffers are in no dict
+        self._buffers = [(module, dict(module._buffers)) for module in modules if isinstance(module._buffers, dict)]
         self._attributes = [(module, _attributes(module)) for module in modules]
         named = [item for _, held in self._attributes for item in held.items()]
         self._contents = [(x, _content(x)) for _, held in named for x in _containers(held)]
         tensors = [(name, x) for name, held in named for x in _tensors(held)]
-        buffers = [x for _, held in self._buffers for x in held.values() if x is not None]
+        buffers = list(model.buffers())
         self._numbers = [(x, x.detach().clone()) for x in (*buffers, *(x for _, x in tensors))]
         self._buffer_versions = [(x, x._version) for x in buffers if not x.is_inference()]
         self._versions = [(name, x, x._version) for name, x in tensors if not x.is_inference()]
 
     def new_buffers(self) -> list[str]:
-        """The buffers in whose place the model has put another tensor."""
-        return [x for module, old in self._buffers for x in old if module._buffers.get(x) is not old[x]]
+        """The buffers in whose place the model has put another tensor; one that was None held nothing."""
+        return [
+            name
+            for module, old in self._buffers
+            for name, x in old.items()
+            if x is not None and module._buffers.get(name) is not x
+        ]
+
+    def makes_buffers(self) -> bool:
+        """Whether there are tensors now where there was no buffer."""
+        return any(
+            old.get(name) is None and x is not None
+            for module, old in self._buffers
+            for name, x in module._buffers.items()
+        )
 
     def writes_buffers(self) -> bool:
         """Whether a buffer has other numbers by now, or may have."""

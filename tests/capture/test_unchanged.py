@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -38,6 +40,25 @@ def test_looking_leaves_a_model_that_computes_the_same() -> None:
     model, x = Grows(), torch.randn(2, 5, 4)
     expected = Grows()(x)
     kvt_compile.explain(model, x)
+    assert torch.equal(model(x), expected)
+
+
+class Doubled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("by", torch.full((), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.by
+
+
+def test_a_module_that_is_compiled_by_torchscript() -> None:
+    with warnings.catch_warnings(action="ignore"):
+        inner = torch.jit.script(Doubled())
+    model, x = nn.Sequential(inner, nn.Linear(4, 4)), torch.randn(2, 4)
+    expected = model(x)
+    with unchanged(model):
+        inner.by.fill_(3.0)
     assert torch.equal(model(x), expected)
 
 

@@ -117,6 +117,12 @@ def listed(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return model.cache["maps"][0][-1] @ v
 
 
+def makes_its_mask(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if getattr(model, "mask", None) is None:
+        model.register_buffer("mask", torch.ones(N, N).tril().bool(), persistent=False)
+    return scores(q, k).masked_fill(~model.mask, -9.0).softmax(-1) @ v  # type: ignore[operator]
+
+
 def flagged(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     t = scores(q, k)
     t.is_scaled = True  # type: ignore[attr-defined]
@@ -125,7 +131,7 @@ def flagged(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 SAME = [
     counted, assigned, decayed, part_of_it, emptied, replaced, rolled, normalised, at_random, permuted, noisy_buffer,
-    shows_its_map, counts_for_itself, cached, listed, flagged,
+    shows_its_map, counts_for_itself, cached, listed, flagged, makes_its_mask,
 ]  # fmt: skip
 
 
