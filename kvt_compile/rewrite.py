@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
@@ -84,8 +85,22 @@ def rewrite(
         rewritten = [decision.site.tier for decision in result.decisions if decision.topk is not None]
         check_sizes(captured.graph, fused="fused" in rewritten)
     assert isinstance(module, fx.GraphModule)
+    _read_sizes_by_method(module)
     make_adjustable(module)
     return RewriteResult(module, report, None if result.has_functions else program)
+
+
+def _read_sizes_by_method(module: fx.GraphModule) -> None:
+    """x.size(0) instead of aten.sym_size(x, 0), which torch.func.vmap has no rule for."""
+    sizes = module.graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int)
+    for node in sizes:
+        with module.graph.inserting_before(node):
+            size = module.graph.call_method("size", node.args)
+        size.meta = node.meta
+        node.replace_all_uses_with(size)
+        module.graph.erase_node(node)
+    if sizes:
+        module.recompile()
 
 
 def _keep_output_names(program: ExportedProgram) -> None:

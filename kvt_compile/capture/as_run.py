@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -89,13 +89,21 @@ def check_again(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 
 def fools(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether torch.export, which runs the model on fakes of its own, sees it go another way than it does."""
-    with patch.object(torch.fx._symbolic_trace, "_is_fx_tracing_flag", True):
+    with _as_if_traced():
         seen = _run_of(model, args, kwargs)
     try:
         _compare(*_run(model, args, kwargs), *seen)
     except NotAsRunError:
         return True
     return False
+
+
+def _as_if_traced() -> AbstractContextManager[Any]:
+    """What is_fx_tracing says in an export: True."""
+    tracing: Any = torch.fx._symbolic_trace
+    if hasattr(tracing, "_is_fx_tracing_context"):  # from torch 2.14 on
+        return tracing._is_fx_tracing_context(True)  # type: ignore[no-any-return]
+    return patch.object(tracing, "_is_fx_tracing_flag", True)
 
 
 def _run_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], times: int = 1) -> list[list[_Call]]:

@@ -171,6 +171,9 @@ def _capture_module(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, 
             if _may_read_buffers(model, traced, watch):
                 with suppress(Exception):
                     return _by_symbolic_trace(model, args, kwargs, buffers=False)
+            if watch.makes_buffers:  # torch.export takes a new buffer for an input, and writes to that
+                watch.lost["a buffer that is made when the model first runs"] = type(model).__name__
+                raise LostError(watch)
             program = _export(model, tuple(args), dict(kwargs), strict=watch.asks and fools(model, args, kwargs))
             for name, value in program.constants.items():
                 _no_history(name, value, watch)
@@ -233,9 +236,8 @@ def _by_symbolic_trace(
         if tracer.watch.lost:
             raise LostError(tracer.watch)
         replaced = [id(x) for x in held.replaced().values() if isinstance(x, torch.Tensor)]
-        constants = held.constants()
-    vars(model).update(constants)  # for the graph to take; who called this takes them off again
-    module = _traced(model, graph, bound, tracer.watch)
+        held.put_back()  # proxies, above all
+        module = _traced(model, graph, bound, tracer.watch)
     for node in graph.find_nodes(op="get_attr"):
         if id(getattr(module, str(node.target), None)) in replaced:
             tracer.watch.lost["what it kept of its last call"] = str(node.target)

@@ -99,7 +99,7 @@ class Watch:
     def __init__(self) -> None:
         self.lost: dict[str, str] = {}
         """What differs -> the model's line where it did first."""
-        self.writes_buffers = False
+        self.writes_buffers = self.makes_buffers = False
         self.remembers = False
         """Whether a call leaves something on the model that is no buffer: a counter, a table, what it saw last."""
         self.asks = False
@@ -138,8 +138,8 @@ class Watch:
 
     def note_held(self, held: Held) -> None:
         """What a call of the model has left on it."""
-        self.writes_buffers = held.writes_buffers()
-        self.remembers = bool(held.replaced()) or held.has_new_content() or held.makes_buffers()
+        self.writes_buffers, self.makes_buffers = held.writes_buffers(), held.makes_buffers()
+        self.remembers = bool(held.replaced()) or held.has_new_content() or self.makes_buffers
         if names := held.new_buffers():
             self.lost.setdefault(NEW_BUFFER, names[0])
         if names := held.written():

@@ -22,6 +22,7 @@ class Held:
         modules = list(model.modules())
         # nobody puts another tensor into a ScriptModule, whose buffers are in no dict
         self._buffers = [(module, dict(module._buffers)) for module in modules if isinstance(module._buffers, dict)]
+        self._unsaved = [(module, set(module._non_persistent_buffers_set)) for module, _ in self._buffers]
         self._attributes = [(module, _attributes(module)) for module in modules]
         named = [item for _, held in self._attributes for item in held.items()]
         self._contents = [(x, _content(x)) for _, held in named for x in _containers(held)]
@@ -65,27 +66,30 @@ class Held:
         """Whether something else is in a dict or list."""
         return any(not _is_same(container, before) for container, before in self._contents)
 
-    def constants(self) -> dict[str, torch.Tensor]:
-        """What a tracer has left on the model for its graph to take."""
-        (model, old), *_ = self._attributes
-        new = vars(model).items()
-        return {name: value for name, value in new if name.startswith(_TRACERS) and name not in old}
-
     def written(self) -> list[str]:
         """The attributes, no buffers, that are tensors and were written to."""
         return [name for name, x, version in self._versions if x._version != version]
 
-    def restore(self) -> None:
+    def put_back(self) -> None:
+        """What was there is again; what has come (tensors made at the first call, a tracer's constants) stays."""
         for module, old in self._buffers:
-            module._buffers.clear()
-            module._buffers.update(old)
-        for module, old in self._attributes:
-            for name in _attributes(module).keys() - old.keys():
-                del vars(module)[name]
-            vars(module).update(old)
+            module._buffers.update((name, x) for name, x in old.items() if x is not None)
+        for module, attributes in self._attributes:
+            vars(module).update(attributes)
         for container, content in self._contents:
             if not _is_same(container, content):
                 _fill(container, content)
+
+    def restore(self) -> None:
+        self.put_back()
+        for module, old in self._buffers:
+            module._buffers.clear()
+            module._buffers.update(old)
+        for module, names in self._unsaved:
+            module._non_persistent_buffers_set.intersection_update(names)
+        for module, attributes in self._attributes:
+            for name in _attributes(module).keys() - attributes.keys():
+                del vars(module)[name]
         with torch.no_grad():
             for x, before in self._numbers:
                 # one that did not change may be impossible to write to: an expanded table, say

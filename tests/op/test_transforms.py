@@ -143,6 +143,27 @@ def test_per_sample_gradients_of_a_rewritten_module() -> None:
     torch.testing.assert_close(of(module), of(net), rtol=1e-4, atol=1e-5)
 
 
+class OfNames(torch.nn.Module):
+    """Sizes of its own, and a second attention over the batch of the first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (2, -1)).transpose(1, 2)
+        y = (q @ q.mT).softmax(-1) @ q
+        return (y @ y.mT / y.shape[-1]).softmax(-1).sum(1) @ x
+
+
+@pytest.mark.parametrize("by", [lambda x: x, lambda x: torch.export.export(x, (torch.randn(2, 10, 32),))])
+@pytest.mark.parametrize("net", [Net, OfNames])
+def test_vmap_of_a_rewritten_module(net: Callable[[], torch.nn.Module], by: Callable[[torch.nn.Module], Any]) -> None:
+    """Sizes that a graph reads are read of the tensor that is mapped."""
+    torch.manual_seed(0)
+    model, x = net(), torch.randn(4, 2, 10, 32)
+    module = kvt_compile.rewrite(by(model), x[0], topk=1.0, force_rewrite=True).module
+    torch.testing.assert_close(vmap(module)(x), vmap(model)(x), rtol=1e-4, atol=1e-5)
+    found, expected = (vmap(grad(lambda x, f=f: f(x).square().sum()))(x) for f in (module, model))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_forward_mode_over_a_rewritten_module() -> None:
     net, x = Net(), torch.randn(2, 10, 32)
     module = kvt_compile.rewrite(net, x, topk=1.0, force_rewrite=True).module
