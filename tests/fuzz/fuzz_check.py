@@ -142,23 +142,30 @@ _SUMS = frozenset(
 )  # fmt: skip
 
 
+_ROUNDS = frozenset({"softmax", "log_softmax", "float", "to", "type"})
+
+
 class _Rounding(TorchFunctionMode):
     """Moves the last bit of what no two libraries compute alike: (t - t.logsumexp(-1)).exp() of scores near 1e9 has few
-    digits, whatever it is given.  Sums and differences of two numbers are the same everywhere, ties included."""
+    digits, whatever it is given.  Sums and differences of two numbers are the same everywhere, ties included.  What a
+    program rounds to float32 is moved by as much as that: of masked scores that were squared nothing is left."""
 
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()
         self._generator = generator
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") in _SUMS:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        made = func(*args, **kwargs)
+        if name in _ROUNDS and made.dtype is torch.float32 and args[0].dtype is torch.float64:
+            made = func(args[0] * _nudges(args[0], self._generator, 2**-23), *args[1:], **kwargs)
+        if name in _SUMS:
             made.data.mul_(_nudges(made, self._generator))
         return made
 
 
-def _nudges(x: Tensor, generator: torch.Generator) -> Tensor:
-    return (1 + (torch.rand(x.shape, generator=generator, dtype=torch.float64) - 0.5) * 2**-50).to(x.dtype)
+def _nudges(x: Tensor, generator: torch.Generator, by: float = 2**-50) -> Tensor:
+    return (1 + (torch.rand(x.shape, generator=generator, dtype=torch.float64) - 0.5) * by).to(x.dtype)
 
 
 def rounding_decides(program: Program, tolerance: float, knn: Sequence[bool] = (), topk: int = 1) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fuzz_check import EXACT, check, rounding_decides, traced_with_fakes
+from fuzz_check import EXACT, ROUNDED, check, rounding_decides, traced_with_fakes
 from fuzz_graphs import Line, Program
 from fuzz_modes import check_modes, modes
 from fuzz_programs import anything, positives, writes
@@ -54,15 +54,21 @@ def test_modes_transforms_and_hooks_keep_their_meaning() -> None:
 
 @pytest.mark.parametrize(
     ("weights", "decides"),
-    [("(t - t.logsumexp(-1, keepdim=True)).exp()", True), ("t.softmax(-1)", False)],
+    [
+        ("(t - t.logsumexp(-1, keepdim=True)).exp()", True),
+        ("t.softmax(-1)", False),
+        ("(t + s).softmax(-1, dtype=torch.float32).double()", True),
+        ("(t.clamp(max=9.0) + s).float().softmax(-1).double()", False),
+    ],
 )
 def test_whether_rounding_decides(weights: str, decides: bool) -> None:
-    """Few digits are left of the difference of two numbers near 1e9; a softmax subtracts exactly."""
+    """Few digits are left of the difference of two numbers near 1e9; a softmax subtracts exactly, of numbers of
+    float32 that are as far apart as that type has them there."""
     lines = [Line("t = s.masked_fill(self.m, 1e9)"), Line(f"a = {weights}"), Line("out = a @ v")]
     inputs = {"s": torch.ones(1, 4, dtype=torch.float64), "v": torch.arange(4.0, dtype=torch.float64)[:, None]}
     buffers = {"m": torch.tensor([False, False, True, True])}
     program = Program(lines, inputs, buffers=buffers, returns=["out"])
-    assert rounding_decides(program, EXACT) == decides
+    assert rounding_decides(program, ROUNDED if "double" in weights else EXACT) == decides
 
 
 def test_the_generator_makes_what_it_says() -> None:
