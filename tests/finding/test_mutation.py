@@ -189,3 +189,47 @@ def test_what_is_written_to_a_tensor_that_stays_is_not_dropped(
     for _ in range(2):
         torch.testing.assert_close(compiled(q, k, v), expected(q, k, v))
     torch.testing.assert_close(model.m, expected.m)
+
+
+def _first_row_times(t: Tensor, c: Tensor) -> Tensor:
+    t[:, :, :1] *= c
+    return t
+
+
+def _one_row_times(t: Tensor, c: Tensor) -> Tensor:
+    t[:, :, 2].mul_(c)
+    return t
+
+
+def _joined(t: Tensor, c: Tensor) -> Tensor:
+    return torch.cat([t[:, :, :2] * c, t[:, :, 2:]], dim=2)
+
+
+def _divided(t: Tensor, c: Tensor) -> Tensor:
+    t[:, :, 1:3] /= c
+    return t
+
+
+@pytest.mark.parametrize("lowering", ["aten", "c", "reference"])
+@pytest.mark.parametrize(
+    "scaled", [_first_row_times, _one_row_times, _joined, _divided], ids=lambda f: f.__name__.strip("_")
+)
+def test_a_factor_of_some_rows_has_a_gradient_of_those_alone(
+    scaled: Callable[[Tensor, Tensor], Tensor], lowering: str
+) -> None:
+    """The masked scores of other rows are infinite, and nobody multiplies them."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(B, H, N, D) for _ in range(3))
+    mask = torch.zeros(N, N, dtype=torch.bool)
+    mask[3:, 1:3] = True
+    c = torch.full((N,), 1.5, requires_grad=True)
+
+    def model(q: Tensor, k: Tensor, v: Tensor, c: Tensor) -> Tensor:
+        return scaled((q @ k.mT).masked_fill(mask, -torch.inf) * 0.5, c).softmax(-1) @ v
+
+    torch.compiler.reset()
+    options = {"topk": 1.0, "force_rewrite": True, "then": "eager", "lowering": lowering}
+    compiled = torch.compile(model, backend="kvt", options=options)
+    found, expected = (torch.autograd.grad(f(q, k, v, c).square().sum(), c)[0] for f in (compiled, model))
+    assert expected.isfinite().all()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

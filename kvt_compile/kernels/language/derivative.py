@@ -198,6 +198,9 @@ def _product(x: sympy.Expr, y: sympy.Expr) -> sympy.Expr:
         return zero
     if isinstance(x, sympy.Float) and isinstance(y, sympy.Float):
         return sympy.Float(float(x) * float(y))
+    if isinstance(x, where) and not language.is_number(y) and language.is_of_places(x.args[0]):
+        condition, yes, no = x.args
+        return where(condition, _product(yes, y), _product(no, y))
     return mul(x, y)
 
 

@@ -329,6 +329,12 @@ def _name(name: str, text: str) -> sympy.Expr:
     limits.refuse(text, f"unknown name {name!r}")
 
 
+def is_of_places(condition: sympy.Expr) -> bool:
+    """Whether it asks where a score stands, and for nothing else.  A model that writes to `scores[:, :1]` computes
+    nothing in the other rows: 0 times what is infinite there is no part of its gradient."""
+    return not condition.free_symbols & VALUES and not loads(condition)
+
+
 def loads(expression: sympy.Expr) -> tuple[load, ...]:
     """Every distinct captured load, ordered by slot then text, so that generated code is deterministic."""
     return tuple(sorted(expression.atoms(load), key=lambda x: (x.slot, to_text(x))))

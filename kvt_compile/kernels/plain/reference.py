@@ -177,28 +177,33 @@ def _evaluate(
         str(dtype).removeprefix("torch."), of_captured([str(x.dtype).removeprefix("torch.") for x in captured])
     )
 
-    def value(x: sympy.Expr) -> Tensor:
+    def value(x: sympy.Expr, places: Tensor | None = None) -> Tensor:
+        """places: where a gradient comes to what is read; everywhere unless given."""
         if isinstance(x, sympy.Symbol):
-            return names[str(x)]
+            return _seen(names[str(x)], places)
         if isinstance(x, language.load):
-            return brought(_element(x, captured, index), types(x))
+            return _seen(brought(_element(x, captured, index), types(x)), places)
         if language.is_index(x):
             return index(x)
         if language.is_number(x):
             return torch.tensor(float(x), dtype=torch.float64)
         name = type(x).__name__
         if name in language.CASTS:
-            return brought(value(x.args[0]), types(x))
+            return brought(value(x.args[0], places), types(x))
         if name in ("logical_and", "logical_or", "logical_not"):
             return _FUNCTIONS[name](*map(value, x.args))
         met = types.meets_in(x)
         if name == "where":
-            condition, yes, no = map(value, x.args)
-            return torch.where(condition.bool(), brought(yes, met), brought(no, met))
+            condition = value(x.args[0]).bool()
+            at = places, places
+            if language.is_of_places(x.args[0]):
+                at = (condition, ~condition) if places is None else (condition & places, ~condition & places)
+            yes, no = (brought(value(y, here), met) for y, here in zip(x.args[1:], at, strict=True))
+            return torch.where(condition, yes, no)
         if name == "power" and language.is_number(x.args[1]):
             exponent = x.args[1]
-            return brought(value(x.args[0]), met) ** (int(exponent) if exponent.is_Integer else float(exponent))
-        return _FUNCTIONS[name](*(brought(value(y), met) for y in x.args))
+            return brought(value(x.args[0], places), met) ** (int(exponent) if exponent.is_Integer else float(exponent))
+        return _FUNCTIONS[name](*(brought(value(y, places), met) for y in x.args))
 
     def index(x: sympy.Expr) -> Tensor:
         """What stands in brackets: whole numbers, whose sums and products are exact in any order."""
@@ -215,6 +220,10 @@ def _evaluate(
         return x.to(getattr(torch, name))
 
     return value(expression)
+
+
+def _seen(x: Tensor, places: Tensor | None) -> Tensor:
+    return torch.where(places, x, x.detach()) if places is not None and x.requires_grad else x
 
 
 def _element(load: language.load, captured: Sequence[Tensor], index: Callable[[sympy.Expr], Tensor]) -> Tensor:
