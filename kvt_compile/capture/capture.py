@@ -39,7 +39,7 @@ from kvt_compile.capture.contexts import KEPT_BY_EXPORT, MADE_ANEW, UNRECORDED, 
 from kvt_compile.capture.environment import LOCK, capturing
 from kvt_compile.capture.frames import guard_module, note_paths
 from kvt_compile.capture.inputs import note_inputs
-from kvt_compile.capture.literals import Making, note_lifted, note_made
+from kvt_compile.capture.literals import Making, attribute, note_lifted, note_made
 from kvt_compile.capture.state import keep_state
 from kvt_compile.capture.traceless import call_of_its_own, passing
 from kvt_compile.capture.unchanged import unchanged
@@ -214,7 +214,7 @@ def _first_line(error: BaseException) -> str:
 def _may_read_buffers(model: nn.Module, failed: Exception, watch: Watch) -> bool:
     """Whether a trace may go by what is in the buffers (`if self.mask.any()`), as the model writes to none."""
     seen_through = isinstance(failed, LostError | NotAsRunError)
-    return not seen_through and not watch.writes_buffers and any(True for _ in model.buffers())
+    return not seen_through and not watch.writes_buffers and next(model.buffers(), None) is not None
 
 
 def _by_symbolic_trace(
@@ -235,11 +235,11 @@ def _by_symbolic_trace(
             tracer.watch.lost.setdefault(UNRECORDED, type(model).__name__)
         if tracer.watch.lost:
             raise LostError(tracer.watch)
-        replaced = [id(x) for x in held.replaced().values() if isinstance(x, torch.Tensor)]
+        replaced = [id(x) for x in held.replaced() if isinstance(x, torch.Tensor)]
         held.put_back()  # proxies, above all
         module = _traced(model, graph, bound, tracer.watch)
     for node in graph.find_nodes(op="get_attr"):
-        if id(getattr(module, str(node.target), None)) in replaced:
+        if id(attribute(module, node)) in replaced:
             tracer.watch.lost["what it kept of its last call"] = str(node.target)
             raise LostError(tracer.watch)
     _propagate(module, args, kwargs)
@@ -267,7 +267,7 @@ def _traced(model: nn.Module, graph: fx.Graph, bound: inspect.BoundArguments, wa
     module = fx.GraphModule(model, graph, type(model).__name__)
     known = {id(p) for p in model.parameters()}
     for node in graph.nodes:
-        value = getattr(module, str(node.target), None) if node.op == "get_attr" else None
+        value = attribute(module, node) if node.op == "get_attr" else None
         if id(value) not in known:
             _no_history(str(node.target), value, watch)
     keep_state(module, model)

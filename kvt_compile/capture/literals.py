@@ -9,6 +9,7 @@ to them: they are no literals.  Dynamo has the call itself in its graph.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -59,12 +60,17 @@ def note_made(gm: fx.GraphModule, making: Making) -> str:
     every call, and the graph would not."""
     modules = dict(gm.named_modules())
     for node in gm.graph.nodes:
-        value = getattr(gm, str(node.target), None) if node.op == "get_attr" else None
+        value = attribute(gm, node) if node.op == "get_attr" else None
         if isinstance(value, torch.Tensor) and making.made(value):
             node.meta[LITERAL] = value
             if is_written(node, modules):
                 return str(node.name)
     return ""
+
+
+def attribute(gm: fx.GraphModule, node: fx.Node) -> Any:
+    """What a get_attr node reads, of a submodule or of the module itself."""
+    return operator.attrgetter(str(node.target))(gm)
 
 
 def note_lifted(program: ExportedProgram, alone: bool) -> None:

@@ -53,14 +53,14 @@ class Held:
         """Whether a buffer has other numbers by now, or may have."""
         return bool(self.new_buffers()) or any(x._version != version for x, version in self._buffer_versions)
 
-    def replaced(self) -> dict[str, Any]:
-        """The attributes that the model has given a value, and what they held before (None where there was none)."""
-        return {
-            name: old.get(name)
+    def replaced(self) -> list[Any]:
+        """What attributes held (None where there was none) that the model has given another value."""
+        return [
+            old.get(name)
             for module, old in self._attributes
             for name, now in _attributes(module).items()
             if now is not old.get(name) and not name.startswith(_TRACERS)
-        }
+        ]
 
     def has_new_content(self) -> bool:
         """Whether something else is in a dict or list."""

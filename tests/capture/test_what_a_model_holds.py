@@ -280,6 +280,38 @@ def test_neighbour_that_writes_to_them() -> None:
         kvt_compile.rewrite(Model(asks_where_it_counts), *calls()[0], topk=1.0, force_rewrite=True)
 
 
+def sets_its_table(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    model.table = scores(q, k)
+    return model.table.softmax(-1) @ v
+
+
+class Layers(nn.Module):
+    def __init__(self, first: Forward, last: Forward) -> None:
+        super().__init__()
+        self.first, self.last = Model(first), Model(last)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.last(self.first(q, k, v), k, v)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "name"),
+    [
+        (tables_of_the_last, sets_its_table, "first.table"),
+        (sets_its_table, tables_of_the_last, "last.table"),
+        (sets_its_table, sets_its_table, ""),
+    ],
+)
+def test_layers_whose_attributes_have_one_name(first: Forward, last: Forward, name: str) -> None:
+    model, (given, *_) = Layers(first, last), calls()
+    if not name:
+        rewritten = kvt_compile.rewrite(model, *given, topk=1.0, force_rewrite=True)
+        torch.testing.assert_close(rewritten.module(*given), model(*given))
+        return
+    with pytest.raises(CaptureError, match=f"kept of its last call at {name}"):
+        kvt_compile.rewrite(model, *given, topk=1.0, force_rewrite=True)
+
+
 @pytest.mark.parametrize("call", [counted, part_of_it, shows_its_map, counts_for_itself], ids=lambda f: f.__name__)
 def test_a_trace_records_it(call: Forward) -> None:
     assert capture(Model(call), calls()[0], {}).how == "torch.fx.symbolic_trace"
