@@ -19,6 +19,7 @@ from kvt_compile import torch_versions
 from kvt_compile.capture.frames import guard_paths, note_paths
 from kvt_compile.capture.held import note_held, uncached
 from kvt_compile.capture.inputs import note_inputs
+from kvt_compile.capture.options import remember
 from kvt_compile.capture.skipped import tell_if_disabled, tell_of_transforms
 from kvt_compile.config import OptionError, Options, split_options
 from kvt_compile.kernels import lowerings, tune
@@ -61,6 +62,7 @@ def _backend(
     """
     if torch_versions.is_untried():
         warn_once(torch_versions.untried())
+    remember(options)
     ours, inductor = split_options(options)
     if ours.then != "inductor" and mode is not None:
         raise OptionError(f"mode {mode!r} is Inductor's, and the graph goes to {ours.then!r}: leave one of them out")

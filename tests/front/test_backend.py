@@ -96,6 +96,50 @@ def test_different_options_live_side_by_side() -> None:
             assert_same([compiled(x)], [model.by_hand(x, topk)])
 
 
+def kept(options: dict[str, Any], model: Net, x: Tensor, ks: tuple[int, ...]) -> int:
+    """How many keys a compilation with these options keeps."""
+    with torch.no_grad():
+        found = torch.compile(model, backend="kvt", options=options)(x)
+        return min(ks, key=lambda k: float((found - model.by_hand(x, k)).abs().max()))
+
+
+def test_one_key_is_not_a_share_of_one() -> None:
+    """Python says that 1 == 1.0, and Dynamo goes by it."""
+    model, x = Net(), torch.randn(2, 10, 32)
+    asked: list[Any] = [1, 1.0, 1, {"*": 1.0}, {"*": 1}]
+    assert [kept({"topk": topk}, model, x, (1, 10)) for topk in asked] == [1, 10, 1, 10, 1]
+
+
+def test_patterns_in_another_order_are_other_options() -> None:
+    """The first match wins, and Python says that two such dicts are equal."""
+    model, x = Net(), torch.randn(2, 10, 32)
+    assert kept({"topk": {"*": 2, "[a-z]*": 6}}, model, x, (2, 6)) == 2
+    assert kept({"topk": {"[a-z]*": 6, "*": 2}}, model, x, (2, 6)) == 6
+
+
+def test_options_that_the_user_goes_on_with() -> None:
+    model, x = Net(), torch.randn(2, 10, 32)
+    options: dict[str, Any] = {"topk": 2}
+    assert kept(options, model, x, (2, 6, 8)) == 2
+    options["topk"] = 6
+    assert kept(options, model, x, (2, 6, 8)) == 6
+    inner = options["topk"] = {"*": 8}
+    assert kept(options, model, x, (2, 6, 8)) == 8
+    inner["*"] = 2
+    assert kept(options, model, x, (2, 6, 8)) == 2
+    assert options == {"topk": {"*": 2}}
+    assert type(options) is dict
+
+
+def test_options_that_ask_the_same_share_what_was_compiled() -> None:
+    model, x = Net(), torch.randn(2, 10, 32)
+    counter = torch._dynamo.testing.CompileCounter()
+    for _ in range(2):
+        options = {"topk": {"*": 0.5}, "exclude": ["head.*"], "then": counter, "select": None}
+        torch.compile(model, backend="kvt", options={k: v for k, v in options.items() if v is not None})(x)
+    assert counter.frame_count == 1
+
+
 def test_dropout_follows_the_seed_and_the_training_mode() -> None:
     model, x = Net(dropout=0.5), torch.randn(2, 10, 32)
     compiled = torch.compile(model, backend="kvt", options=FORCED)

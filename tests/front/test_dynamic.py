@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -163,3 +164,100 @@ def test_a_mask_that_broadcasts_in_a_dimension_whose_size_is_an_expression(sdpa:
     torch.testing.assert_close(torch.compile(attend, backend=backend)(x, mask), attend(x, mask))
     assert len(scores) == 1
     assert scores[0].endswith("[b, h, 0, j]")
+
+
+class Sized(nn.Module):
+    """Attention whose scores, `[B, H, N, N]`, are `spelled` with its own sizes."""
+
+    def __init__(self, spelled: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.qkv, self.spelled = nn.Linear(8, 24, dtype=torch.float64), spelled
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        head = width // 2
+        q, k, v = self.qkv(x).view(batch, tokens, 3, 2, head).permute(2, 0, 3, 1, 4)
+        weights: Tensor = self.spelled(q @ k.mT, head).softmax(-1) @ v
+        return weights
+
+
+SIZED: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "root of the head": lambda t, head: t / math.sqrt(head),
+    "power of the head": lambda t, head: t * head**-0.5,
+    "root of the keys": lambda t, head: t / t.shape[-1] ** 0.5,
+    "the keys": lambda t, head: t / t.shape[-1],
+    "the batch": lambda t, head: t * t.shape[0],
+    "both": lambda t, head: t * (t.shape[-1] ** 0.5 / head),
+    "soft cap": lambda t, head: (t / t.shape[-1]).tanh() * t.shape[-1],
+    "masked with it": lambda t, head: t.masked_fill(t > 1, -float(t.shape[-1])),
+    "added to itself so often": lambda t, head: torch.add(t, t.relu(), alpha=t.shape[-1]),
+    "a positive part, over it": lambda t, head: t.relu() * (1 / t.shape[-1]),
+    "compared with it": lambda t, head: t.masked_fill(torch.arange(t.shape[-1]) > t.shape[-1] // 2, -1e4),
+    "a float32 bias times it": lambda t, head: t + torch.ones(t.shape[-1]).cumsum(0) * t.shape[-1] ** 0.5,
+}
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", SIZED)
+def test_a_number_made_of_sizes_is_part_of_the_score(name: str, dynamic: bool | None) -> None:
+    model, tiers, number_of_graphs = Sized(SIZED[name]), [], 0
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        nonlocal number_of_graphs
+        number_of_graphs += 1
+        found = run_passes(gm, EVERYTHING)
+        assert not found.refusals
+        tiers.extend(decision.site.tier for decision in found.decisions)
+        return gm
+
+    compiled = torch.compile(model, backend=backend, dynamic=dynamic)
+    for batch, tokens in ((2, 6), (3, 7), (5, 9)):
+        x = torch.randn(batch, tokens, 8, dtype=torch.float64)
+        torch.testing.assert_close(outcome(model, x, compiled), outcome(model, x, model))
+    assert tiers == ["fused"] * number_of_graphs
+    assert number_of_graphs < 3
+
+
+@pytest.mark.parametrize("name", ["root of the keys", "masked with it"])
+def test_a_number_made_of_sizes_through_inductor(name: str) -> None:
+    model = Sized(SIZED[name])
+    compiled = torch.compile(model, backend="kvt", options={"topk": 1.0, "force_rewrite": True}, dynamic=True)
+    for batch, tokens in ((2, 6), (3, 7)):
+        x = torch.randn(batch, tokens, 8, dtype=torch.float64)
+        torch.testing.assert_close(outcome(model, x, compiled), outcome(model, x, model))
+
+
+def test_sdpa_with_a_scale_made_of_sizes() -> None:
+    tiers: list[str] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        tiers.extend(decision.site.tier for decision in run_passes(gm, EVERYTHING).decisions)
+        return gm
+
+    def attend(x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(x, x, x, scale=0.1 * x.shape[-2] ** 0.5)
+
+    compiled = torch.compile(attend, backend=backend, dynamic=True)
+    for tokens in (6, 9):
+        x = torch.randn(2, 2, tokens, 4, dtype=torch.float64)
+        torch.testing.assert_close(compiled(x), attend(x))
+    assert tiers == ["fused", "fused"]  # torch compiles it for each size: the function takes a float
+
+
+def test_a_whole_number_that_a_tensor_holds() -> None:
+    """It has no gradient, so that nothing is lost where it is captured."""
+    tiers: list[str] = []
+
+    def attend(x: Tensor, count: Tensor) -> Tensor:
+        return (x @ x.mT * count.item()).softmax(-1) @ x
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        tiers.extend(decision.site.tier for decision in run_passes(gm, EVERYTHING).decisions)
+        return gm
+
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compiled = torch.compile(attend, backend=backend)
+        for count in (3, 2):
+            torch.testing.assert_close(compiled(x, torch.tensor(count)), attend(x, torch.tensor(count)))
+    assert tiers == ["fused"]

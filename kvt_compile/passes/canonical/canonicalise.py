@@ -132,8 +132,10 @@ def _transformed(state: State, node: fx.Node, fake: Any, call: Call | None) -> N
 
 
 def _number(state: State, node: fx.Node, call: Call | None) -> None:
-    """A float that is known only at run time, as Dynamo makes of `self.scale` once a second module has another one."""
-    if call is None:
+    """A float that is known only at run time, as Dynamo makes of `self.scale` once a second module has another one.
+
+    What is computed of sizes alone is not followed: the graph itself computes it."""
+    if call is None or not any(isinstance(state.env.get(x), Value) for x in node.all_input_nodes):
         return
     builder = Builder(node, (), torch.float64, state.modules)
     value = builder.call(call.name, lookup(state, call.args), lookup(state, call.kwargs))

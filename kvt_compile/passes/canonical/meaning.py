@@ -24,7 +24,7 @@ import torch
 from torch import fx
 
 from kvt_compile.kernels.language import score
-from kvt_compile.passes.canonical.values import Dim, Kind, Value, dim_of, meta_value
+from kvt_compile.passes.canonical.values import Dim, Kind, Value, dim_of, made_of_sizes, meta_value
 
 Meaning = Callable[..., Value | None]
 MEANINGS: dict[str, Meaning] = {}
@@ -97,9 +97,16 @@ class Builder:
         return Value("layout", name, self.node, shape, x.dtype, (x,), attrs)
 
     def pointwise(self, name: str, fn: Callable[..., sympy.Expr], *inputs: Any, **attrs: Any) -> Value | None:
+        if self.dtype is not None and self.dtype.is_floating_point:
+            inputs = tuple(map(sized, inputs))
         if any(isinstance(x, fx.Node | torch.Tensor | complex) or x is None for x in inputs):
             return None
         return self.value("pointwise", name, inputs, fn=fn, **attrs)
+
+
+def sized(x: Any) -> Any:
+    """An argument of an operation on real numbers; a node that computes a number of sizes, as the number's value."""
+    return (made_of_sizes(x) or x) if isinstance(x, fx.Node) else x
 
 
 def integer(x: Any) -> int | None:

@@ -15,7 +15,7 @@ from torch import fx
 
 from kvt_compile.kernels.language import score
 from kvt_compile.passes.canonical.made import made
-from kvt_compile.passes.canonical.meaning import MEANINGS, Builder, Meaning, axis, is_bool, is_float, meaning
+from kvt_compile.passes.canonical.meaning import MEANINGS, Builder, Meaning, axis, is_bool, is_float, meaning, sized
 from kvt_compile.passes.canonical.spellings import MASKED
 from kvt_compile.passes.canonical.values import Value
 
@@ -186,6 +186,7 @@ def _sdpa(
     scale: Value | float | None = None,
     enable_gqa: bool = False,
 ) -> Value | None:
+    scale = sized(scale)
     if any(isinstance(x, fx.Node) for x in (attn_mask, dropout_p, is_causal, scale, enable_gqa)):
         return None
     return b.value(

@@ -11,7 +11,7 @@ from torch import fx
 
 from kvt_compile.passes.canonical.modes import Mode
 from kvt_compile.passes.canonical.spellings import Call, read_call
-from kvt_compile.passes.canonical.values import Value, dim_of, meta_value
+from kvt_compile.passes.canonical.values import Value, dim_of, known_number, meta_value
 
 
 @dataclass
@@ -80,7 +80,7 @@ def shape_of(fake: torch.Tensor) -> tuple[Any, ...]:
 def lookup(state: State, argument: Any) -> Any:
     """Node arguments -> Values where they are tensors; scalars that are known become numbers."""
     if isinstance(argument, fx.Node):
-        known = state.env.get(argument, meta_value(argument))
+        known = state.env.get(argument, known_number(meta_value(argument)))
         if isinstance(known, Value):
             return state.seen(known)
         return known if isinstance(known, bool | int | float) else argument

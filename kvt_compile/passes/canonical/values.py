@@ -139,8 +139,28 @@ LITERAL = "kvt_literal"
 
 
 def is_number(value: Value) -> bool:
-    """Whether it is a number in the graph and no tensor: nothing a kernel could be given."""
-    return isinstance(meta_value(value.node), torch.SymFloat)
+    """Whether it is a number in the graph and no tensor: nothing a kernel could be given as it is."""
+    return isinstance(meta_value(value.node), torch.SymFloat | torch.SymInt)
+
+
+def made_of_sizes(node: fx.Node) -> Value | None:
+    """A number that the graph computes of sizes that are known only at run time, as `x.shape[1] ** 0.5`, or of whole
+    numbers that it is given: no gradient comes to it.
+
+    None for what is no number, and for one that is read out of a tensor of real numbers."""
+    fake = meta_value(node)
+    if not isinstance(fake, torch.SymFloat | torch.SymInt) or fake.node.hint is None:
+        return None
+    return Value("opaque", "number", node, (), torch.float64, holder=node)
+
+
+def known_number(x: Any) -> Any:
+    """A SymInt or SymFloat that turned out to be one number, as that number; anything else as it is."""
+    if isinstance(x, torch.SymInt):
+        size = dim_of(x)
+        return size if isinstance(size, int) else x
+    known = x.node.maybe_as_float() if isinstance(x, torch.SymFloat) else None
+    return x if known is None else known
 
 
 def meta_value(node: fx.Node) -> Any:

@@ -57,9 +57,16 @@ class Emitter:
         node = self.node(value.holder)
         if value.holder in self._copied:
             node = self._copy(node)
+        if not isinstance(meta_value(node), torch.Tensor):
+            return self._number(node)
         if value.kind != "border" or self._inference:
             return node
         return self._viewed_without_grad(node) if node in self._viewed else self.call(aten.detach.default, node)
+
+    def _number(self, node: fx.Node) -> fx.Node:
+        """A number that the graph computes, as the tensor that a kernel can be given."""
+        result = next(x for x in pytree.tree_leaves(meta_value(self._like)) if isinstance(x, torch.Tensor))
+        return self.call(aten.scalar_tensor.default, node, dtype=torch.float64, device=result.device)
 
     def _copy(self, node: fx.Node) -> fx.Node:
         if node not in self._copies:
