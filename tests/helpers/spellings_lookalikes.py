@@ -98,6 +98,31 @@ def codebook(m: Any, x: Tensor) -> Tensor:
     return (x @ codes.t()).softmax(-1) @ codes
 
 
+_FEATURES = "features that a layer computed"
+
+
+@spelling("refused", reason=_FEATURES)
+def learned_keys_mixed_over_rows(m: Any, x: Tensor) -> Tensor:
+    """Rows of a score against learned keys, mixed by a layer: no learned queries of 6 tokens."""
+    scores = F.linear(torch.cat([x, x.sin()], 1), m.p("keys", 6, C)).view(B, 2, N, 6).permute(0, 2, 3, 1)
+    weights = (scores @ m.p("mix", 2, 2)).softmax(2)
+    return weights.permute(0, 3, 1, 2) @ m.p("values", 6, C).sin().expand(B, 2, 6, C)
+
+
+@spelling("refused", reason=_FEATURES)
+def router_of_low_rank(m: Any, x: Tensor) -> Tensor:
+    """A mixture of experts whose router compares what a layer says of each with a learned vector."""
+    said = m.layer("router", lambda: nn.Linear(C, 4 * D))(x.mean(1)).view(B, 4, D)
+    experts = torch.stack([x.mean(1), x.amax(1), torch.sin(x).sum(1), x[:, 0]], 1)
+    return (said @ m.p("wanted", D, 1)).softmax(1).mT @ experts
+
+
+@spelling("refused", reason=_FEATURES)
+def channels_asked_by_a_learned_query(m: Any, x: Tensor) -> Tensor:
+    maps = m.layer("conv", lambda: nn.Conv1d(C, 6, 1))(x.mT)
+    return (m.p("where", 1, N) @ maps.mT).softmax(-1) @ torch.tanh(maps)
+
+
 @spelling("refused", reason="not multiplied with values")
 def learned_values(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).softmax(-1) @ m.p("values", B, H, N, D)

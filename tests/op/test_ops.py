@@ -243,6 +243,19 @@ def test_vmap_of_topk_softmax(dim: int, in_dim: int) -> None:
     torch.testing.assert_close(torch.vmap(run, in_dims=in_dim)(scores), looped)
 
 
+@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize(("shape", "dim"), [((2, 3, 4), -1), ((2, 3, 4), 1), ((3, 1), 0), ((), 0)])
+def test_what_an_operator_gave_may_be_written_to(lowering: str, shape: tuple[int, ...], dim: int) -> None:
+    """As what softmax gives; autograd refuses to write to a view that an operator made of its own."""
+    scores = torch.randn(shape, requires_grad=True)
+    weights = kvt.topk_softmax(scores, dim, 2, torch.float32, lowering)
+    kept = weights.detach().clone()
+    assert torch.equal(weights.mul_(0.5), kept * 0.5)
+    out = kvt.attention(*arguments(lowering=lowering))[0]
+    kept = out.detach().clone()
+    assert torch.equal(out.mul_(0.5), kept * 0.5)
+
+
 def test_vmap_of_topk_softmax_over_single_scores() -> None:
     weights = torch.vmap(lambda x: kvt.topk_softmax(x, 0, 2, torch.float32, "aten"))(torch.randn(4))
     assert torch.equal(weights, torch.ones(4))

@@ -182,7 +182,7 @@ class AtenLowering:
         rows, out_rows = _flat(_last(scores, dim)), _flat(out)
         for block in _row_blocks(rows):
             out_rows[block] = select.softmax(rows[block].to(accumulate), topk)[0].to(dtype)
-        return _last(out, dim, back=True).contiguous().view(scores.shape)
+        return _back(out, dim, scores.shape)
 
     def softmax_backward(self, grad: Tensor, weights: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
         out = torch.empty(_last(weights, dim).shape, dtype=input_dtype, device=weights.device)
@@ -191,7 +191,7 @@ class AtenLowering:
         for block in _row_blocks(rows):
             w, g = rows[block].to(accumulate), grads[block].to(accumulate)
             out_rows[block] = (w * (g - (w * g).sum(-1, keepdim=True))).to(input_dtype)
-        return _last(out, dim, back=True).contiguous().view(weights.shape)
+        return _back(out, dim, weights.shape)
 
     def source(self, spec: KernelSpec | SoftmaxSpec) -> None:
         return None
@@ -213,11 +213,17 @@ def through(slope: sympy.Expr, gradient: Tensor, env: Environment, dropped: Tens
     return x if dropped is None or is_multiple(slope) else torch.where(dropped, 0.0, x)
 
 
-def _last(x: Tensor, dim: int, back: bool = False) -> Tensor:
-    """`dim` as the last dimension (or back again); a 0-d tensor is a row of one."""
-    if x.dim() == 0:
-        return x.reshape(1)
-    return x.movedim(-1, dim) if back else x.movedim(dim, -1)
+def _last(x: Tensor, dim: int) -> Tensor:
+    """`dim` as the last dimension; a 0-d tensor is a row of one."""
+    return x.movedim(dim, -1) if x.dim() else x.reshape(1)
+
+
+def _back(rows: Tensor, dim: int, shape: torch.Size) -> Tensor:
+    """The last dimension where `dim` was.  No view: a model may write to what an operator gave it."""
+    if rows.shape == shape and dim == rows.dim() - 1:
+        return rows
+    out = torch.empty(shape, dtype=rows.dtype, device=rows.device)
+    return out.copy_(rows.movedim(-1, dim).reshape(shape))
 
 
 def _flat(x: Tensor) -> Tensor:

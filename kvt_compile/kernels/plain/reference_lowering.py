@@ -55,7 +55,8 @@ class ReferenceLowering:
     def softmax(self, scores: Tensor, dim: int, topk: int, dtype: torch.dtype, tolerance: float = 0.0) -> Tensor:
         rows = scores.double().reshape(1) if scores.dim() == 0 else scores.double().movedim(dim, -1)
         weights = reference_softmax(rows, topk)[0]
-        return weights.movedim(-1, dim).to(dtype).contiguous().view(scores.shape)
+        out = torch.empty(scores.shape, dtype=dtype, device=scores.device)  # no view: a model may write to it
+        return out.copy_(weights.movedim(-1, dim).reshape(scores.shape))
 
     def softmax_backward(self, grad: Tensor, weights: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
         w, g = (x.double().reshape(1) if x.dim() == 0 else x.double() for x in (weights, grad))

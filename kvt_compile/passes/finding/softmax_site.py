@@ -26,7 +26,7 @@ from kvt_compile.passes.reading.facts import Facts, may_ask
 from kvt_compile.passes.reading.invariance import without_row_constants
 from kvt_compile.passes.reading.origin import keys_from
 from kvt_compile.passes.reading.passing import contraction_inputs
-from kvt_compile.passes.reading.provenance import kind_of_attention
+from kvt_compile.passes.reading.provenance import kind_of_attention, kind_of_axis
 from kvt_compile.passes.reading.read import Leaf, Reader, accumulation
 from kvt_compile.passes.reading.wide import needs_float64
 from kvt_compile.passes.site import AttentionSite, ScoresKept
@@ -264,6 +264,9 @@ class _Attempt:
             key = sides.index(True)
             if operands[key][0] not in self.facts.computed:
                 reason = not_tokens(operands[key][0], "keys")
+                continue
+            if leaf.value.attrs["mixing"] and kind_of_axis(self.space, *operands[key], keys) == "channel":
+                reason = "learned queries are compared with features that a layer computed, not with tokens"
                 continue
             candidates.append((leaf, key, operands))
         if not candidates:
