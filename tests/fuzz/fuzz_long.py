@@ -40,8 +40,10 @@ from fuzz_modes import check_modes, modes
 from fuzz_programs import anything, positives, writes
 from oracles import Case
 
+from kvt_compile.passes.canonical.values import dim_of
 
-def through_dynamo(model: nn.Module, inputs: Sequence[Tensor]) -> fx.GraphModule:
+
+def through_dynamo(model: nn.Module, inputs: Sequence[Tensor], *, dynamic: bool | None = None) -> fx.GraphModule:
     """The graph torch.compile makes of the model."""
     graphs: list[fx.GraphModule] = []
 
@@ -52,10 +54,29 @@ def through_dynamo(model: nn.Module, inputs: Sequence[Tensor]) -> fx.GraphModule
     torch.compiler.reset()
     try:
         with torch.no_grad():
-            torch.compile(model, backend=keep, fullgraph=True)(*with_gradients(inputs))
+            torch.compile(model, backend=keep, fullgraph=True, dynamic=dynamic)(*with_gradients(inputs))
     except torch._dynamo.exc.Unsupported:  # such as out= with a view that is not contiguous: no graph, nothing to judge
         reject()
+    read_sizes(graphs[0])
     return with_signature_of(model, graphs[0], inputs)
+
+
+def with_dynamic_sizes(model: nn.Module, inputs: Sequence[Tensor]) -> fx.GraphModule:
+    """The same, where no size is known before the graph runs but those that the model writes down."""
+    return through_dynamo(model, inputs, dynamic=True)
+
+
+def read_sizes(graph: fx.GraphModule) -> None:
+    """Sizes that Dynamo has made inputs of the graph are read from its tensors."""
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    fakes = {node: node.meta.get("example_value") for node in placeholders}
+    for node, size in fakes.items():
+        if not isinstance(size, torch.SymInt):
+            continue
+        places = [(x, dim) for x, fake in fakes.items() if isinstance(fake, Tensor)
+                  for dim, here in enumerate(fake.shape) if dim_of(here) == dim_of(size)]  # fmt: skip
+        with graph.graph.inserting_after(placeholders[-1]):
+            replace(node, graph.graph.call_function(torch.ops.aten.sym_size.int, places[0]))
 
 
 def with_signature_of(model: nn.Module, graph: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
@@ -135,7 +156,12 @@ class Kind:
 
 TOPK = st.integers(1, 5)
 STRATEGIES = {"positives": positives(), "writes": writes(), "anything": anything()}
-CAPTURES = {"traced": (traced, 400), "fakes": (traced_with_fakes, 60), "dynamo": (through_dynamo, 25)}
+CAPTURES = {
+    "traced": (traced, 400),
+    "fakes": (traced_with_fakes, 60),
+    "dynamo": (through_dynamo, 25),
+    "dynamic": (with_dynamic_sizes, 15),
+}
 KINDS = {
     "modes": Kind((modes(), TOPK), with_modes, 20),
     "rows": Kind((fuzz_normalisers.normalised(),), row, 100),
@@ -151,8 +177,8 @@ KINDS = {
 """Modes, transforms and hooks; normalisers; a model's own selections; single calls under selections; programs under
 selections; programs, by what captures them."""
 EVERY = ("modes", "rows", "own", "calls", "selected", *(f"{name}/traced" for name in STRATEGIES))
-EVERY_OTHER = tuple(tuple(f"{name}/{capture}" for name in STRATEGIES) for capture in ("dynamo", "fakes"))
-"""Kinds of every round, and those of even and of odd ones."""
+IN_TURN = tuple(tuple(f"{name}/{capture}" for name in STRATEGIES) for capture in ("dynamo", "fakes", "dynamic"))
+"""Kinds of every round, and those of one round in three."""
 
 
 def rounds(first: int, until: float, log: Path, only: Sequence[str]) -> int:
@@ -161,7 +187,7 @@ def rounds(first: int, until: float, log: Path, only: Sequence[str]) -> int:
     counts: collections.Counter[str] = collections.Counter()
     fates: collections.Counter[str] = collections.Counter()
     while time.monotonic() < until:
-        for kind in only or (*EVERY, *EVERY_OTHER[number % 2]):
+        for kind in only or (*EVERY, *IN_TURN[number % len(IN_TURN)]):
             if time.monotonic() >= until:
                 break
             failed += not one_round(kind, number, counts, fates, log)
