@@ -27,8 +27,6 @@ class Asked(dict[str, Any]):
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    __hash__ = None
-
 
 def remember(options: Mapping[str, Any] | None) -> None:
     """Has the call of torch.compile that is compiling keep the options as they are now."""
